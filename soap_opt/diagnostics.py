@@ -1,0 +1,114 @@
+"""Reads only: what an optimizer holds and what it will hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checkpoint import state_dtype
+from .plan import layout_of, memory_order
+from .soap import LAYOUT_OPTIONS, SOAP
+
+KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
+
+
+@dataclass
+class MemoryReport:
+    """Bytes of optimizer state; ``print(report)`` shows the table.
+
+    Attributes:
+        by_parameter: for each parameter (its name, or its index over all groups) the bytes of each kind in ``KINDS``.
+        shapes: the parameters' shapes.
+    """
+
+    by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of each kind over all parameters; "other" is step, initialized and the refresh offsets."""
+        return {kind: sum(row[kind] for row in self.by_parameter.values()) for kind in KINDS}
+
+    @property
+    def total(self) -> int:
+        """Bytes of all state."""
+        return sum(self.by_kind.values())
+
+    def __str__(self) -> str:
+        width = max([len("parameter"), *map(len, self.by_parameter)])
+        shape_width = max([len("shape"), *(len(str(shape)) for shape in self.shapes.values())])
+        header = f"{'parameter':{width}}  {'shape':{shape_width}}" + "".join(f"{kind:>12}" for kind in (*KINDS, "total"))
+        lines = [header, "-" * len(header)]
+        rows = sorted(self.by_parameter.items(), key=lambda item: -sum(item[1].values()))
+        for name, row in [*rows, ("total", self.by_kind)]:
+            shape = str(self.shapes.get(name, "")) if row is not self.by_kind else ""
+            values = [*(row[kind] for kind in KINDS), sum(row.values())]
+            lines.append(f"{name:{width}}  {shape:{shape_width}}" + "".join(f"{_human(value):>12}" for value in values))
+        lines.insert(-1, "-" * len(header))
+        return "\n".join(lines)
+
+
+def _human(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], **options: Any) -> MemoryReport:
+    """Bytes of SOAP's state, by kind and by parameter, before training or during it.
+
+    Args:
+        model_or_optimizer: a module or parameters (then the state that ``SOAP(model.parameters(), **options)`` will hold), or
+            a SOAP optimizer (its state as it is; for parameters that have none yet, what it will be).
+        options: SOAP's keyword arguments, for a module; those that shape the state matter.
+
+    Raises:
+        TypeError: options together with an optimizer, which has its own, or an option that SOAP does not have.
+    """
+    if isinstance(model_or_optimizer, Optimizer):
+        if not isinstance(model_or_optimizer, SOAP):
+            raise TypeError(f"memory_report reports on soap_opt.SOAP, got {type(model_or_optimizer).__name__}")
+        if options:
+            raise TypeError(f"memory_report takes no options with an optimizer, got {', '.join(options)}")
+        return _report(model_or_optimizer.param_groups, model_or_optimizer.state)
+    signature = inspect.signature(SOAP).parameters
+    defaults = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    unknown = [name for name in options if name not in defaults]
+    if unknown:
+        raise TypeError(f"SOAP has no option {', '.join(unknown)}")
+    if isinstance(model_or_optimizer, nn.Module):
+        named = [(name, p) for name, p in model_or_optimizer.named_parameters() if p.requires_grad]
+    else:
+        named = [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(model_or_optimizer)]
+    group = {**defaults, **options, "params": [p for _, p in named], "param_names": [name for name, _ in named]}
+    return _report([group], {})
+
+
+def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
+    report = MemoryReport()
+    index = 0
+    for group in groups:
+        for place, param in enumerate(group["params"]):
+            name = group["param_names"][place] if "param_names" in group else str(index)
+            index += 1
+            report.shapes[name] = tuple(param.shape)
+            report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
+            state = states.get(param)
+            if state:
+                for key, value in state.items():
+                    kind = key.rsplit("_", 1)[0] if key.startswith(("gram_", "basis_")) else key
+                    row[kind if kind in KINDS else "other"] += value.numel() * value.element_size()
+                continue
+            layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
+            itemsize = state_dtype(param).itemsize
+            row["exp_avg"] = row["exp_avg_sq"] = param.numel() * itemsize
+            row["gram"] = row["basis"] = sum(size * size for size in layout.sizes) * itemsize
+            row["other"] = 4 + 1 + 8 * len(layout.modes)  # step, initialized, refresh offsets
+    return report

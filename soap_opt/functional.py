@@ -1,0 +1,352 @@
+"""SOAP's step as functions of lists of tensors: the chooser :func:`soap` and its implementations.
+
+:func:`_single_tensor_soap` is the specification. Every other implementation takes the same arguments, does the same to
+the same state, and is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _ext
+from .eigenbasis import (
+    BATCH_MAX_DIM,
+    Refresh,
+    gram_times_basis,
+    off_diagonal_share,
+    outer_products,
+    project,
+    project_back,
+    reexpress_,
+    refresh_basis,
+)
+from .plan import Layout, batches, buckets
+from .refresh import is_due
+
+
+def soap(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    foreach: bool | None = None,
+    fused: bool | None = None,
+    grad_scale: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    weight_decay: float,
+    precondition_frequency: int,
+    normalize_grads: bool,
+    correct_bias: bool,
+    refresh: str,
+    refresh_tolerance: float,
+    maximize: bool,
+) -> list[int]:
+    """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
+
+    Lists run over parameters. d_i are the sizes of a parameter's preconditioned modes, ``layouts[p].sizes``.
+
+    Args:
+        params: updated in place.
+        grads: same shapes; never written.
+        exp_avgs, exp_avg_sqs: m and v in the eigenbasis, the parameter's shape, float32 (float64 for float64).
+        grams, bases: for each preconditioned mode G_i and Q_i, [d_i, d_i].
+        refresh_offsets: for each preconditioned mode a 0-d int64 tensor on the CPU.
+        state_steps: t, 0-d float32 tensors.
+        layouts: how each parameter's modes lie.
+        foreach, fused: which implementation; both None picks the fastest that works.
+        grad_scale: 1-element tensor that the gradients are divided by; None for 1.
+
+    Returns:
+        Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
+    """
+    if fused is None and not foreach:
+        fused = False if foreach is False else all(_ext.unavailable(p.device.type) is None for p in params)
+    if fused:
+        function = _fused_soap
+    elif foreach is None or foreach:
+        function = _multi_tensor_soap
+    else:
+        function = _single_tensor_soap
+    return function(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        grams,
+        bases,
+        refresh_offsets,
+        state_steps,
+        layouts,
+        grad_scale,
+        lr=float(lr),
+        beta1=beta1,
+        beta2=beta2,
+        shampoo_beta=shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        precondition_frequency=precondition_frequency,
+        normalize_grads=normalize_grads,
+        correct_bias=correct_bias,
+        refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
+        maximize=maximize,
+    )
+
+
+def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+    """The gradient of what is minimised, in the state's dtype, GradScaler's scale divided out; never p.grad's own memory
+    when anything was changed."""
+    grad = grad.to(dtype)
+    if grad_scale is not None:
+        grad = grad / grad_scale.to(device=grad.device, dtype=dtype)
+    return -grad if maximize else grad
+
+
+def is_usable(norm: Tensor) -> Tensor:
+    """isfinite(||G||_F^2): bounds every entry of G, of its Grams and of v. Takes ||G||_F."""
+    return norm.square().isfinite()
+
+
+def step_size(lr: float, t: float, beta1: float, beta2: float, correct_bias: bool) -> float:
+    """lr * c with c = sqrt(1 - b2^t) / (1 - b1^t), or 1 without bias correction."""
+    return lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t) if correct_bias else lr
+
+
+def _single_tensor_soap(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    grad_scale: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    weight_decay: float,
+    precondition_frequency: int,
+    normalize_grads: bool,
+    correct_bias: bool,
+    refresh: str,
+    refresh_tolerance: float,
+    maximize: bool,
+) -> list[int]:
+    """The specification: one parameter after the other, step by step. Arguments and result as in :func:`soap`."""
+    skipped = []
+    for i, param in enumerate(params):
+        m, v, gram, basis, layout = exp_avgs[i], exp_avg_sqs[i], grams[i], bases[i], layouts[i]
+        grad = prepare_gradient(grads[i], m.dtype, grad_scale, maximize)
+        if not is_usable(torch.linalg.vector_norm(grad)):
+            skipped.append(i)
+            continue
+
+        # 1 project:  G' = G x_1 Q_1 ... x_k Q_k;  t <- t + 1
+        projected = project(grad, basis, layout)
+        state_steps[i] += 1
+        t = state_steps[i].item()
+
+        # 2 adam:  m <- b1 m + (1 - b1) G';  v <- b2 v + (1 - b2) G'^2;  U' = m / (sqrt(v) + eps)
+        m.lerp_(projected, 1 - beta1)
+        v.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
+        update = m / v.sqrt().add_(eps)
+
+        # 3 project back:  U = U' x_1 Q_1^T ... x_k Q_k^T
+        update = project_back(update, basis, layout)
+        if normalize_grads:
+            update = update / (1e-30 + update.square().mean().sqrt())
+
+        # 4 apply:  p <- p - lr c U;  p <- p (1 - lr weight_decay).  In the state's dtype: a bfloat16 p is rounded once.
+        moved = param if param.dtype == m.dtype else param.to(m.dtype)
+        moved.sub_(update, alpha=step_size(lr, t, beta1, beta2, correct_bias))
+        if weight_decay != 0:
+            moved.mul_(1 - lr * weight_decay)
+        if moved is not param:
+            param.copy_(moved)
+
+        # 5 gram EMA:  G_i <- beta_s G_i + (1 - beta_s) (G contracted with itself over all modes but i)
+        for g, outer in zip(gram, outer_products(grad, layout)):
+            g.lerp_(outer, 1 - shampoo_beta)
+
+        # 6 refresh:  P = G_i Q_i;  e = diag(Q_i^T P);  Q_i' = qr(P, columns by falling e).Q;  v permuted, m turned
+        refreshed: dict[int, Refresh] = {}
+        for k, (g, q) in enumerate(zip(gram, basis)):
+            if is_due(int(t), int(refresh_offsets[i][k]), precondition_frequency, refresh):
+                product, eigenvalues = gram_times_basis(g, q)
+                if refresh != "adaptive" or off_diagonal_share(q, product, eigenvalues) > refresh_tolerance:
+                    refreshed[k] = refresh_basis(q, product, eigenvalues)
+        if refreshed:
+            reexpress_(m, v, basis, layout, refreshed)
+    return skipped
+
+
+def _multi_tensor_soap(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    grad_scale: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    weight_decay: float,
+    precondition_frequency: int,
+    normalize_grads: bool,
+    correct_bias: bool,
+    refresh: str,
+    refresh_tolerance: float,
+    maximize: bool,
+) -> list[int]:
+    """:func:`_single_tensor_soap` stage by stage over buckets of parameters: _foreach ops for everything elementwise,
+    batched products for small tensors of one layout, batched QR for small bases. Arguments and result as in :func:`soap`.
+    """
+    skipped: list[int] = []
+    for bucket in buckets(exp_avgs, layouts):
+        dtype = exp_avgs[bucket[0]].dtype
+        grad = {i: prepare_gradient(grads[i], dtype, grad_scale, maximize) for i in bucket}
+        # One transfer to the host for the bucket. (Nothing is written before it is known what is usable.)
+        usable = is_usable(torch.stack(torch._foreach_norm(list(grad.values())))).tolist()
+        if not all(usable):
+            skipped += [i for i, ok in zip(bucket, usable) if not ok]
+            bucket = [i for i, ok in zip(bucket, usable) if ok]
+            if not bucket:
+                continue
+        alike = batches(bucket, layouts)
+
+        # 1 project
+        projected: dict[int, Tensor] = {}
+        for batch in alike:
+            result = project(_stack(grad, batch), _stack_modes(bases, batch), layouts[batch[0]])
+            projected.update(_unstack(result, batch))
+        t = {}
+        for i in bucket:
+            state_steps[i] += 1
+            t[i] = state_steps[i].item()
+
+        # 2 adam
+        m, v = [exp_avgs[i] for i in bucket], [exp_avg_sqs[i] for i in bucket]
+        turned = [projected[i] for i in bucket]
+        torch._foreach_lerp_(m, turned, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, turned, turned, 1 - beta2)
+        del projected, turned
+        updates = torch._foreach_sqrt(v)
+        torch._foreach_add_(updates, eps)
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, m)
+
+        # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and its factor joins the step size.
+        scales = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
+        if normalize_grads:
+            torch._foreach_div_(updates, [u.square().mean().sqrt_().add_(1e-30) for u in updates])
+        torch._foreach_mul_(updates, scales)
+        update = dict(zip(bucket, updates))
+        del updates
+        for batch in alike:
+            result = project_back(_stack(update, batch), _stack_modes(bases, batch), layouts[batch[0]])
+            update.update(_unstack(result, batch))
+
+        # 4 apply
+        ps = [params[i] for i in bucket]
+        moved = [p if p.dtype == dtype else p.to(dtype) for p in ps]
+        torch._foreach_add_(moved, list(update.values()))
+        del update
+        if weight_decay != 0:
+            torch._foreach_mul_(moved, 1 - lr * weight_decay)
+        low = [(p, q) for p, q in zip(ps, moved) if p is not q]
+        if low:
+            torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
+
+        # 5 gram EMA
+        averaged, outers = [], []
+        for batch in alike:
+            for k, outer in enumerate(outer_products(_stack(grad, batch), layouts[batch[0]])):
+                averaged += [grams[i][k] for i in batch]
+                outers += _unstack(outer, batch).values()
+        if averaged:
+            torch._foreach_lerp_(averaged, outers, 1 - shampoo_beta)
+
+        # 6 refresh
+        due = [
+            (i, k)
+            for i in bucket
+            for k, offset in enumerate(refresh_offsets[i])
+            if is_due(int(t[i]), int(offset), precondition_frequency, refresh)
+        ]
+        for i, refreshed in _refresh_units(due, grams, bases, refresh, refresh_tolerance).items():
+            reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)
+    return skipped
+
+
+def _stack(tensors: dict[int, Tensor] | list[Tensor], batch: list[int]) -> Tensor:
+    """[N, *shape] of the batch's tensors; the tensor itself, without a copy, when it is alone."""
+    return tensors[batch[0]] if len(batch) == 1 else torch.stack([tensors[i] for i in batch])
+
+
+def _stack_modes(matrices: list[list[Tensor]], batch: list[int]) -> list[Tensor]:
+    """For each mode the batch's matrices [N, d, d], or [d, d] when it is of one."""
+    return [_stack({i: matrices[i][k] for i in batch}, batch) for k in range(len(matrices[batch[0]]))]
+
+
+def _unstack(tensor: Tensor, batch: list[int]) -> dict[int, Tensor]:
+    return {batch[0]: tensor} if len(batch) == 1 else dict(zip(batch, tensor.unbind(0)))
+
+
+def _refresh_units(
+    due: list[tuple[int, int]],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh: str,
+    refresh_tolerance: float,
+) -> dict[int, dict[int, Refresh]]:
+    """Refresh the due units (parameter, position of the mode), small ones of equal size as one batch."""
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for i, k in due:
+        by_size.setdefault(bases[i][k].shape[0], []).append((i, k))
+    result: dict[int, dict[int, Refresh]] = {}
+    for size, units in by_size.items():
+        for chunk in [units] if size <= BATCH_MAX_DIM else [[unit] for unit in units]:
+            gram = torch.stack([grams[i][k] for i, k in chunk])
+            basis = torch.stack([bases[i][k] for i, k in chunk])
+            product, eigenvalues = gram_times_basis(gram, basis)
+            if refresh == "adaptive":
+                wanted = (off_diagonal_share(basis, product, eigenvalues) > refresh_tolerance).tolist()
+                if not any(wanted):
+                    continue
+                if not all(wanted):
+                    chunk = [unit for unit, want in zip(chunk, wanted) if want]
+                    mask = torch.tensor(wanted, device=basis.device)
+                    basis, product, eigenvalues = basis[mask], product[mask], eigenvalues[mask]
+            new = refresh_basis(basis, product, eigenvalues)
+            for place, (i, k) in enumerate(chunk):
+                result.setdefault(i, {})[k] = Refresh(*(part[place] for part in new))
+    return result
+
+
+def _fused_soap(params: list[Tensor], *args, **kwargs) -> list[int]:
+    """The package's own kernels: C++ on a CPU, Triton and CUDA on a GPU. Arguments and result as in :func:`soap`."""
+    raise RuntimeError(f"fused=True: {next(filter(None, (_ext.unavailable(p.device.type) for p in params)), '')}")

@@ -1,0 +1,1 @@
+"""One-line registrations with other packages; each module needs the package that it is named after."""

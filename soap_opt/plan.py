@@ -1,0 +1,223 @@
+"""The launch plan: everything about a parameter that follows from its shape, its strides and its group's options.
+
+Nothing here is state. A plan may be thrown away at any time and is rebuilt from the parameter and ``optimizer.state``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Tiny neighbouring modes (the 5 x 5 of a convolution) are multiplied as one Kronecker product: one gemm of width 25 runs
+# at 73 GF/s where two batched products of width 5 are bound by memory. Wider factors are quicker on their own.
+KRONECKER_MAX_FACTOR = 8
+KRONECKER_MAX_WIDTH = 64
+
+# _multi_tensor_soap walks over buckets of this many elements on a CPU, so that the elementwise passes of a bucket find in
+# cache what its matrix products left there, and so that scratch stays small. Accelerators get one bucket.
+CPU_BUCKET_NUMEL = 1 << 19
+
+# Tensors up to this size are stacked with others of the same layout; larger ones keep a core busy by themselves.
+BATCH_MAX_NUMEL = 1 << 12
+
+
+class Group(NamedTuple):
+    """Neighbouring dimensions, in memory order, that one matrix multiplies."""
+
+    width: int  # product of the sizes
+    modes: tuple[int, ...]  # preconditioned modes of the merged view, in memory order; () = not preconditioned
+    sizes: tuple[int, ...]  # their sizes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter of shape ``shape`` is seen by the mode products.
+
+    Attributes:
+        shape: the parameter's own shape (d_1, ..., d_k).
+        view_order: permutation of the parameter's dimensions under which ``view_shape`` is a reshape.
+        view_shape: the *merged view*; its dimensions are the modes that ``gram_i`` and ``basis_i`` count.
+        modes: the preconditioned modes i of the merged view, ascending.
+        sizes: their sizes d_i.
+        memory_order: permutation of the parameter's dimensions that the groups follow (outermost in memory first).
+        groups: neighbouring dimensions that are multiplied together.
+    """
+
+    shape: tuple[int, ...]
+    view_order: tuple[int, ...]
+    view_shape: tuple[int, ...]
+    modes: tuple[int, ...]
+    sizes: tuple[int, ...]
+    memory_order: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def _memory_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in self.memory_order)
+
+    @cached_property
+    def _memory_inverse(self) -> tuple[int, ...]:
+        return _inverse(self.memory_order)
+
+    @cached_property
+    def _view_inverse(self) -> tuple[int, ...]:
+        return _inverse(self.view_order)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """[*batch, *shape] -> [*batch, *group widths], dimensions in memory order; a view unless x has other strides."""
+        batch = x.dim() - len(self.shape)
+        x = x.permute(*range(batch), *(batch + i for i in self.memory_order))
+        return x.reshape(*x.shape[:batch], *(group.width for group in self.groups))
+
+    def restore(self, x: Tensor, batch: int = 0) -> Tensor:
+        """The inverse of :meth:`arrange`; x may have any shape of the right size behind its ``batch`` dimensions."""
+        x = x.reshape(*x.shape[:batch], *self._memory_shape)
+        return x.permute(*range(batch), *(batch + i for i in self._memory_inverse))
+
+    def merged(self, x: Tensor) -> Tensor:
+        """[*shape] -> [*view_shape]."""
+        return x.permute(self.view_order).reshape(self.view_shape)
+
+    def unmerged(self, x: Tensor) -> Tensor:
+        """[*view_shape] -> [*shape]."""
+        return x.reshape([self.shape[i] for i in self.view_order]).permute(self._view_inverse)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    inverse = [0] * len(order)
+    for position, dim in enumerate(order):
+        inverse[dim] = position
+    return tuple(inverse)
+
+
+def merge(shape: Iterable[int], max_precond_dim: int) -> tuple[int, ...]:
+    """Merge neighbouring sizes greedily, left to right, while the product stays <= max_precond_dim; drop sizes of 1.
+
+    >>> merge((2, 3, 4, 5), 6)
+    (6, 4, 5)
+    """
+    merged: list[int] = []
+    current = 1
+    for size in shape:
+        if current * size <= max_precond_dim:
+            current *= size
+        else:
+            # a size beyond the limit stands alone as soon as the next one does not fit beside it, as in the original
+            if current > 1:
+                merged.append(current)
+                current = size
+            else:
+                merged.append(size)
+                current = 1
+    if current > 1 or not merged:
+        merged.append(current)
+    return tuple(merged)
+
+
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """Dimensions of x from the outermost in memory to the innermost, for a dense x; the identity for any other."""
+    identity = tuple(range(x.dim()))
+    if x.is_contiguous():
+        return identity
+    order = tuple(sorted(identity, key=lambda i: (-x.stride(i), i)))
+    return order if x.permute(order).is_contiguous() else identity
+
+
+@lru_cache(maxsize=4096)
+def layout_of(
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    *,
+    max_precond_dim: int,
+    merge_dims: bool,
+    precondition_1d: bool,
+    data_format: str,
+) -> Layout:
+    """The layout of a parameter.
+
+    Args:
+        shape: the parameter's shape.
+        order: its :func:`memory_order` (that of its ``exp_avg``, which the hot loop reads).
+        max_precond_dim, merge_dims, precondition_1d, data_format: as in :class:`soap_opt.SOAP`.
+    """
+    identity = tuple(range(len(shape)))
+    numel = math.prod(shape)
+    view_order, view_shape = identity, shape
+    if merge_dims:
+        # data_format says how the dimensions are to be read, which matters only for what is a neighbour of what
+        if data_format == "channels_last" and len(shape) == 4:
+            view_order = (0, 3, 1, 2)
+        view_shape = merge((shape[i] for i in view_order), max_precond_dim)
+        # the groups follow the merged view; where memory disagrees (channels_last strides), arrange() copies
+        order = view_order
+
+    # A 0-D or 1-D parameter counts as such before any merging: a (n, 1) weight that merges to one dimension is a matrix.
+    eligible = numel > 0 and (len(shape) > 1 or (len(shape) == 1 and precondition_1d))
+    modes = tuple(i for i, size in enumerate(view_shape) if eligible and 1 < size <= max_precond_dim)
+
+    # Sizes in the order of memory, each with its mode number or None
+    in_memory = range(len(view_shape)) if merge_dims else order
+    groups: list[Group] = []
+    for i in in_memory:
+        size = view_shape[i]
+        if size == 1:
+            continue
+        last = groups[-1] if groups else None
+        if i not in modes:
+            if last is not None and not last.modes:
+                groups[-1] = Group(last.width * size, (), ())
+            else:
+                groups.append(Group(size, (), ()))
+        elif last is not None and last.modes and _worth_kronecker(last, size, numel):
+            groups[-1] = Group(last.width * size, (*last.modes, i), (*last.sizes, size))
+        else:
+            groups.append(Group(size, (i,), (size,)))
+    return Layout(shape, view_order, view_shape, modes, tuple(view_shape[i] for i in modes), order, tuple(groups))
+
+
+def _worth_kronecker(group: Group, size: int, numel: int) -> bool:
+    width = group.width * size
+    # at least `width` columns, or making the product costs more than using it saves
+    return max(*group.sizes, size) <= KRONECKER_MAX_FACTOR and width <= KRONECKER_MAX_WIDTH and numel >= width * width
+
+
+def buckets(exp_avgs: list[Tensor], layouts: list[Layout]) -> Iterator[list[int]]:
+    """Indices of the tensors that _multi_tensor_soap handles together: same device and dtype, equal layouts side by side."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[Layout, list[int]]] = {}
+    for i, (exp_avg, layout) in enumerate(zip(exp_avgs, layouts)):
+        kinds.setdefault((exp_avg.device, exp_avg.dtype), {}).setdefault(layout, []).append(i)
+    for (device, _), by_layout in kinds.items():
+        limit = CPU_BUCKET_NUMEL if device.type == "cpu" else math.inf
+        bucket: list[int] = []
+        numel = 0
+        for layout, indices in by_layout.items():
+            for i in indices:
+                if bucket and numel + layout.numel > limit:
+                    yield bucket
+                    bucket, numel = [], 0
+                bucket.append(i)
+                numel += layout.numel
+        if bucket:
+            yield bucket
+
+
+def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
+    """Split a bucket: small tensors of one layout together (they are stacked), every other tensor alone."""
+    small: dict[Layout, list[int]] = {}
+    result: list[list[int]] = []
+    for i in indices:
+        if layouts[i].numel <= BATCH_MAX_NUMEL:
+            small.setdefault(layouts[i], []).append(i)
+        else:
+            result.append([i])
+    return result + list(small.values())

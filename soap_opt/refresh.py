@@ -1,0 +1,52 @@
+"""WHEN a basis is refreshed. A unit is one preconditioned mode of one parameter.
+
+- ``"together"``: every unit at t mod f == 0, as the original does: a spike every f steps.
+- ``"staggered"``: unit i at (t + offset_i) mod f == 0; the offsets spread the refreshes' flops evenly over f steps.
+- ``"adaptive"``: as staggered, but a due unit whose basis still diagonalises its Gram well enough is passed over.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+POLICIES = ("together", "staggered", "adaptive")
+
+
+def is_due(step: int, offset: int, frequency: int, policy: str) -> bool:
+    """Whether a unit is due at ``step`` (t, counted after this step's update)."""
+    if policy == "together":
+        offset = 0
+    return step > 0 and (step + offset) % frequency == 0
+
+
+def unit_flops(numel: int, size: int) -> float:
+    """Flops of refreshing one mode of size d of a parameter with ``numel`` elements, from shapes alone.
+
+    P = G Q (2 d^3), geqrf and orgqr (4/3 d^3 each), Q^T Q' (2 d^3), m turned (2 d numel).
+    """
+    return (2 + 8 / 3 + 2) * size**3 + 2.0 * size * numel
+
+
+def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, float] | None = None) -> list[int]:
+    """An offset in [0, frequency) for every unit: longest first, each into the lightest phase.
+
+    Args:
+        flops: cost of each unit.
+        frequency: number of phases.
+        load: flops that are in a phase already (units placed earlier), by phase; phases not named are empty.
+    """
+    load = dict(load or {})
+    heap = [(cost, phase) for phase, cost in load.items()]
+    heapq.heapify(heap)
+    # Empty phases are counted, not listed: a frequency of a billion ("never") must not make a list of a billion.
+    empty = (phase for phase in range(frequency) if phase not in load)
+    offsets = [0] * len(flops)
+    for i in sorted(range(len(flops)), key=lambda i: (-flops[i], i)):
+        phase = next(empty, None)
+        cost = 0.0
+        if phase is None:
+            cost, phase = heapq.heappop(heap)
+        offsets[i] = phase
+        heapq.heappush(heap, (cost + flops[i], phase))
+    return offsets

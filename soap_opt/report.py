@@ -1,0 +1,54 @@
+"""``python -m soap_opt.report``: what is installed, which implementation runs where, and why the others do not.
+
+The text is made to be pasted into a bug report.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+
+import torch
+
+import soap_opt
+from soap_opt import _ext
+
+
+def report() -> str:
+    """The report, one fact a line."""
+    lines = [
+        f"soap_opt      {soap_opt.__version__}",
+        f"python        {platform.python_version()}",
+        f"platform      {platform.platform()}",
+        f"torch         {torch.__version__} ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})",
+    ]
+    for package in ("triton", "numpy", "compressai"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        lines.append(f"{package:13s} {version}")
+    lines.append(f"compiler      {_compiler()}")
+    if torch.cuda.is_available():
+        names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        lines.append(f"cuda          {torch.version.cuda or torch.version.hip}, {torch.cuda.device_count()} x {', '.join(names)}")
+    else:
+        lines.append(f"cuda          no device (torch was built for {torch.version.cuda or torch.version.hip or 'the CPU only'})")
+    for device_type in ("cpu", "cuda"):
+        lines.append("")
+        lines.append(f"{device_type}: active implementation: {_ext.active(device_type)}")
+        lines.append("  single tensor  available (pure PyTorch, foreach=False: the specification)")
+        lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
+        reason = _ext.unavailable(device_type)
+        lines.append("  fused          " + ("available (fused=True)" if reason is None else f"not available: {reason}"))
+    return "\n".join(lines)
+
+
+def _compiler() -> str:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    return "found" if found else "none found; soap_opt works without one"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,527 @@
+"""class SOAP: argument checks, state, step. The mathematics is in functional.py and eigenbasis.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _ext
+from .checkpoint import restore_state, state_dtype
+from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
+from .functional import is_usable, prepare_gradient, soap
+from .plan import Layout, layout_of, memory_order
+from .refresh import POLICIES, balanced_offsets, unit_flops
+
+# Options that decide the shapes, or the meaning, of what is in the state
+LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_format")
+
+# eigh of a 4,096 x 4,096 Gram takes about a minute on two cores, its Gram and basis 128 MiB
+LARGE_MODE = 4096
+
+_REFUSED = {
+    "amsgrad": "the running maximum of v would mix coordinates of different eigenbases after every refresh",
+    "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
+}
+
+
+class SOAP(Optimizer):
+    r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321).
+
+    A parameter of shape (d_1, ..., d_k) has one *mode* for each dimension; ``(X x_i M)[.., j, ..] = sum_a X[.., a, ..] M[a, j]``.
+
+    .. code-block:: text
+
+        -----------------------------------------------------------------------------------------------------------
+        state   m exp_avg, v exp_avg_sq (both in the eigenbasis); G_i gram_i, Q_i basis_i for each mode; t step
+        input   lr, (b1, b2) betas, eps, w weight_decay, f precondition_frequency, beta_s shampoo_beta (b2 when None)
+        -----------------------------------------------------------------------------------------------------------
+        first gradient G  (the parameter does not move, t stays 0)
+            G_i <- (1 - beta_s) * (G contracted with itself over all modes but i)
+            Q_i <- eigenvectors of G_i, largest eigenvalue first
+        every later gradient G
+          1 project       G' = G x_1 Q_1 ... x_k Q_k;   t <- t + 1
+          2 adam          m <- b1 m + (1 - b1) G';   v <- b2 v + (1 - b2) G'^2;   U' = m / (sqrt(v) + eps)
+          3 project back  U = U' x_1 Q_1^T ... x_k Q_k^T
+          4 apply         p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * U;   p <- p * (1 - lr w)
+          5 gram EMA      G_i <- beta_s G_i + (1 - beta_s) * (G contracted with itself over all modes but i)
+          6 refresh       when due:  P = G_i Q_i;  e = diag(Q_i^T P);  Q_i' = qr(columns of P by falling e).Q;
+                          mode i of v is permuted likewise,  m <- m x_i (Q_i^T Q_i')
+        -----------------------------------------------------------------------------------------------------------
+
+    Args:
+        params: parameters, named parameters or dicts defining groups, as for every torch optimizer.
+        lr: learning rate, a float or a 1-element Tensor (default: 3e-3).
+        betas: decay rates of m and v (default: (0.95, 0.95)).
+        eps: added to sqrt(v) (default: 1e-8).
+        weight_decay: decoupled weight decay, applied after the update (default: 0.01; torch.optim.Adam's is 0 and coupled).
+        shampoo_beta: decay rate of the Grams; None or -1 takes ``betas[1]`` (default: None).
+        precondition_frequency: steps between two refreshes of a basis (default: 10).
+        max_precond_dim: larger modes are not preconditioned, their basis is the identity (default: 10000).
+        merge_dims: merge neighbouring dimensions while their product is at most max_precond_dim (default: False).
+        precondition_1d: precondition 0-D and 1-D parameters too; otherwise they get plain Adam (default: False).
+        normalize_grads: divide the update by its root mean square, layer by layer (default: False).
+        data_format: "channels_first" or "channels_last": how the dimensions of a 4-D parameter are to be read when
+            merge_dims merges them; it says nothing about memory formats (default: "channels_first").
+        correct_bias: Adam's bias correction (default: True).
+        refresh: "staggered" spreads the refreshes over the period so that no step stalls, "together" does all of them
+            every precondition_frequency steps as the original does, "adaptive" is staggered and passes over bases that
+            still diagonalise their Gram (default: "staggered").
+        refresh_tolerance: with "adaptive", the share of Q^T G Q (Frobenius norm) that may be off the diagonal (default: 0.01).
+        maximize: maximize the objective (default: False).
+        capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph needs the
+            fused CUDA implementation, which this version does not have; it raises RuntimeError.
+        foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
+        fused: True the package's own kernels, or RuntimeError with the reason where they are missing. foreach and fused
+            both None: the fastest that works.
+
+    State of a parameter, all of it tensors: ``step`` (float32), ``exp_avg``, ``exp_avg_sq`` (the parameter's shape and memory
+    format), for each preconditioned mode i of the merged view ``gram_i``, ``basis_i`` [d_i, d_i] and ``refresh_offset_i``
+    (int64), and ``initialized`` (bool). Floating-point state is float32, or float64 for float64 parameters.
+
+    Deviations from the original implementation (nikhilvyas/SOAP), each on purpose:
+
+    - state is float32 for bfloat16 and float16 parameters, which are rounded once a step;
+    - a closure runs with gradients enabled;
+    - an all-zero first gradient allocates the state but leaves the parameter uninitialised: the basis is made from the first
+      gradient that says something;
+    - a gradient that is not finite, or whose squared norm overflows, changes nothing of its parameter or its state
+      (see :meth:`skipped_steps`);
+    - refreshes are staggered unless ``refresh="together"`` asks for the original's schedule.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        RuntimeError: complex parameters or sparse gradients; ``fused=True`` that cannot be met; eigh fails in float64 too.
+        TypeError: ``amsgrad`` or ``differentiable``, which have no meaning here.
+    """
+
+    # GradScaler: the step divides the scale out of its own copy of the gradients and honours found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        shampoo_beta: float | None = None,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        data_format: str = "channels_first",
+        correct_bias: bool = True,
+        refresh: str = "staggered",
+        refresh_tolerance: float = 0.01,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **unsupported: Any,
+    ) -> None:
+        for name, value in unsupported.items():
+            if name not in _REFUSED:
+                raise TypeError(f"SOAP.__init__() got an unexpected keyword argument {name!r}")
+            if value:
+                raise TypeError(f"SOAP does not support {name}={value!r}: {_REFUSED[name]}")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "shampoo_beta": shampoo_beta,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+            "merge_dims": merge_dims,
+            "precondition_1d": precondition_1d,
+            "normalize_grads": normalize_grads,
+            "data_format": data_format,
+            "correct_bias": correct_bias,
+            "refresh": refresh,
+            "refresh_tolerance": refresh_tolerance,
+            "maximize": maximize,
+            "capturable": capturable,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        check_options(defaults)
+        self._skipped: dict[Tensor, int] = {}
+        self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout]] = {}  # derived, see plan.py
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked like the constructor's. Late parameters take the lightest refresh phase."""
+        if isinstance(param_group, dict) and "params" in param_group:
+            check_options({**self.defaults, **param_group})
+            if not isinstance(param_group["params"], (Tensor, set)):
+                param_group["params"] = list(param_group["params"])
+            params = param_group["params"]
+            for i, param in enumerate([params] if isinstance(params, Tensor) else params):
+                tensor = param[1] if isinstance(param, tuple) else param
+                if isinstance(tensor, Tensor) and tensor.is_complex():
+                    raise RuntimeError(f"SOAP does not support complex parameters, but parameter {i} is {tensor.dtype}")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            _require_fused(group, param.device.type)
+            large = [size for size in self._layout(param, group).sizes if size > LARGE_MODE]
+            if large:
+                warnings.warn(
+                    f"SOAP will decompose a {max(large)} x {max(large)} matrix for {self._describe(param)}, which takes much "
+                    f"time and {sum(8 * size * size for size in large) >> 20} MiB of state; max_precond_dim below "
+                    f"{max(large)} leaves that mode alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
+                    stacklevel=2,
+                )
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; runs with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient; a step being recorded into a CUDA graph; a Gram that eigh cannot decompose
+                (named by its parameter; nothing has changed then).
+            ValueError: an option in a param group is out of its range, or one that shapes the state was changed under it.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a step of SOAP cannot be recorded into a CUDA graph: {_ext.unavailable('cuda') or 'not supported'}"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+
+        # Every check comes before the first change.
+        work = [(group, self._params_with_grad(group)) for group in self.param_groups]
+        with full_precision_matmul({p.device.type for _, params in work for p in params}):
+            pending = [(group, p) for group, params in work for p in params if not self._is_initialized(p)]
+            if pending:
+                self._initialize(pending, grad_scale)
+                waiting = {p for _, p in pending}
+                work = [(group, [p for p in params if p not in waiting]) for group, params in work]
+            for group, params in work:
+                if params:
+                    self._steady_step(group, params, grad_scale)
+        return loss
+
+    def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
+        """How often a gradient was not usable (not finite, or its squared norm overflowed) and its parameter was left as it was.
+
+        Steps that GradScaler skipped whole (``found_inf``) do not count. The count is not part of the state_dict.
+
+        Args:
+            per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
+        """
+        counts = [self._skipped.get(p, 0) for group in self.param_groups for p in group["params"]]
+        return counts if per_parameter else sum(counts)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict; every state tensor gets the dtype, device and memory format that a fresh run would give it.
+
+        As with every torch optimizer, tensors that are right already are taken over, not copied.
+
+        Raises:
+            ValueError: the state does not fit the parameters; the optimizer is as it was.
+        """
+
+        def restore(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            # torch casts state to the parameter's dtype, which would cost bfloat16 parameters their float32 state.
+            # So it gets the groups alone, and __setstate__ puts the state in.
+            self._restored = restore_state(self, loaded)
+            return {**loaded, "state": {}} if self._restored is not None else loaded
+
+        handle = self.register_load_state_dict_pre_hook(restore)  # after the user's own hooks
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_restored", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_skipped", {})
+        self._layouts = {}
+        restored = self.__dict__.pop("_restored", None)
+        if restored is not None:
+            self.state.update(restored)
+        for group in self.param_groups:
+            for name, default in {**_ADDED_DEFAULTS, **self.defaults}.items():
+                group.setdefault(name, default)
+            for param in group["params"]:
+                param_state = self.state.get(param)
+                if param_state:
+                    if not torch.is_tensor(param_state["step"]):
+                        param_state["step"] = _step_tensor(float(param_state["step"]), param, group)
+                    self._layout(param, group)  # from here on the options that shape the state are pinned
+
+    # ---- state ----------------------------------------------------------------------------------------------------------
+
+    def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
+        """The parameter's layout; raises when an option that shapes existing state was changed."""
+        options = tuple(group[name] for name in LAYOUT_OPTIONS)
+        known = self._layouts.get(param)
+        if known is not None and known[0] == options:
+            return known[1]
+        state = self.state.get(param)
+        if known is not None and state:
+            changed = [
+                f"{name} from {old!r} to {new!r}"
+                for name, old, new in zip(LAYOUT_OPTIONS, known[0], options)
+                if old != new
+            ]
+            raise ValueError(
+                f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first step, "
+                "or put the parameter into a new optimizer"
+            )
+        order = memory_order(state["exp_avg"] if state else param)
+        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
+        self._layouts[param] = (options, layout)
+        return layout
+
+    def _describe(self, param: Tensor) -> str:
+        """'parameter 3 (layer.weight) of shape (4, 4)', counted over all groups."""
+        index = 0
+        for group in self.param_groups:
+            for place, other in enumerate(group["params"]):
+                if other is param:
+                    name = f" ({group['param_names'][place]})" if "param_names" in group else ""
+                    return f"parameter {index}{name} of shape {tuple(param.shape)}"
+                index += 1
+        return f"a parameter of shape {tuple(param.shape)}"
+
+    def _params_with_grad(self, group: dict[str, Any]) -> list[Tensor]:
+        """The group's parameters that have a gradient, after every check that could fail."""
+        check_options(group)
+        params = []
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {param.grad.layout}"
+                )
+            _require_fused(group, param.device.type)
+            self._layout(param, group)
+            params.append(param)
+        return params
+
+    def _is_initialized(self, param: Tensor) -> bool:
+        state = self.state.get(param)
+        return bool(state) and bool(state["initialized"])
+
+    def _allocate(self, pending: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """State of zeros, in which initialized is False, for each of the parameters that has none."""
+        new = [(group, p) for group, p in pending if not self.state.get(p)]
+        offsets = self._refresh_offsets() if new else {}
+        for group, param in new:
+            layout = self._layout(param, group)
+            dtype = state_dtype(param)
+            state = self.state[param]
+            state["step"] = _step_tensor(0.0, param, group)
+            state["initialized"] = torch.tensor(False)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            for mode, size, offset in zip(layout.modes, layout.sizes, offsets[param]):
+                state[f"gram_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
+                state[f"basis_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
+                state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64)
+
+    def _refresh_offsets(self) -> dict[Tensor, list[int]]:
+        """Refresh offsets of every parameter: those in the state, and for parameters without state balanced ones.
+
+        Balanced over the whole list from shapes alone, so that a run that is resumed before some parameter saw its first
+        gradient gives it the same offset as the run that was not interrupted. Where the state tells of an earlier, shorter
+        list (a group was added, the frequency changed), newcomers take the lightest phases.
+        """
+        offsets: dict[Tensor, list[int]] = {}
+        for frequency in sorted({group["precondition_frequency"] for group in self.param_groups}):
+            units: list[tuple[Tensor, float, int | None]] = []  # parameter, flops, offset in the state
+            for group in self.param_groups:
+                if group["precondition_frequency"] == frequency:
+                    for param in group["params"]:
+                        layout = self._layout(param, group)
+                        state = self.state.get(param) or {}
+                        offsets[param] = []
+                        for mode, size in zip(layout.modes, layout.sizes):
+                            known = state.get(f"refresh_offset_{mode}")
+                            units.append((param, unit_flops(layout.numel, size), None if known is None else int(known)))
+            balanced = balanced_offsets([flops for _, flops, _ in units], frequency)
+            if any(known not in (None, offset) for (_, _, known), offset in zip(units, balanced)):
+                load: dict[int, float] = {}
+                for _, flops, known in units:
+                    if known is not None:
+                        load[known % frequency] = load.get(known % frequency, 0.0) + flops
+                late = [i for i, (_, _, known) in enumerate(units) if known is None]
+                for i, offset in zip(late, balanced_offsets([units[i][1] for i in late], frequency, load)):
+                    balanced[i] = offset
+            for (param, _, known), offset in zip(units, balanced):
+                offsets[param].append(offset if known is None else known)
+        return offsets
+
+    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
+        """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
+        allocate, ready, grams, owners = [], [], [], []
+        for group, param in pending:
+            grad = prepare_gradient(param.grad, state_dtype(param), grad_scale, maximize=False)
+            norm = torch.linalg.vector_norm(grad)
+            if not is_usable(norm):
+                self._skip(param)
+                continue
+            allocate.append((group, param))
+            if norm == 0:
+                continue
+            layout = self._layout(param, group)
+            outers = outer_products(grad, layout)
+            ready.append((param, layout, len(grams)))
+            grams += [(outer * (1 - _shampoo_beta(group))).contiguous() for outer in outers]
+            owners += [(param, mode) for mode in layout.modes]
+        try:
+            bases = init_bases(grams)
+        except EigenDecompositionError as error:
+            param, mode = owners[error.index]
+            state = self.state.get(param)
+            raise RuntimeError(
+                f"SOAP: eigh failed on the Gram of mode {mode} of {self._describe(param)} at step "
+                f"{int(state['step']) if state else 0}, in {grams[error.index].dtype} and in float64 ({error}); nothing has changed"
+            ) from error
+
+        self._allocate(allocate)
+        for param, layout, first in ready:
+            state = self.state[param]
+            for place, mode in enumerate(layout.modes, start=first):
+                state[f"gram_{mode}"].copy_(grams[place])
+                state[f"basis_{mode}"].copy_(bases[place])
+            state["initialized"].fill_(True)
+
+    def _steady_step(self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None) -> None:
+        states = [self.state[p] for p in params]
+        layouts = [self._layout(p, group) for p in params]
+        beta1, beta2 = group["betas"]
+        skipped = soap(
+            params,
+            [p.grad for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [[state[f"gram_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
+            [[state[f"basis_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
+            [[state[f"refresh_offset_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
+            [state["step"] for state in states],
+            layouts,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            grad_scale=grad_scale,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            shampoo_beta=_shampoo_beta(group),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            precondition_frequency=group["precondition_frequency"],
+            normalize_grads=group["normalize_grads"],
+            correct_bias=group["correct_bias"],
+            refresh=group["refresh"],
+            refresh_tolerance=group["refresh_tolerance"],
+            maximize=group["maximize"],
+        )
+        for i in skipped:
+            self._skip(params[i])
+
+    def _skip(self, param: Tensor) -> None:
+        if param not in self._skipped and param.device.type == "cpu":
+            warnings.warn(
+                f"SOAP: the gradient of {self._describe(param)} is not finite, or its squared norm overflows; the parameter and "
+                "its state stay as they are. Later cases are counted by skipped_steps() without a warning.",
+                stacklevel=4,
+            )
+        self._skipped[param] = self._skipped.get(param, 0) + 1
+
+
+# Options that state written by an older version may lack, for objects unpickled from one
+_ADDED_DEFAULTS: dict[str, Any] = {
+    "shampoo_beta": None,
+    "data_format": "channels_first",
+    "refresh": "staggered",
+    "refresh_tolerance": 0.01,
+    "maximize": False,
+    "capturable": False,
+    "foreach": None,
+    "fused": None,
+}
+
+
+def _shampoo_beta(group: dict[str, Any]) -> float:
+    beta = group["shampoo_beta"]
+    return group["betas"][1] if beta is None or beta < 0 else beta
+
+
+def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
+    # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
+    device = param.device if group["capturable"] or group["fused"] else "cpu"
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _require_fused(group: dict[str, Any], device_type: str) -> None:
+    if group["fused"]:
+        reason = _ext.unavailable(device_type)
+        if reason is not None:
+            raise RuntimeError(f"fused=True cannot be met: {reason}")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Check the options of a param group, in torch's wording; raises ValueError (RuntimeError for foreach with fused)."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    elif not 0.0 <= lr:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= options["eps"]:
+        raise ValueError(f"Invalid epsilon value: {options['eps']}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            raise ValueError(f"betas must be floats, but index {i} is a Tensor: {beta}")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not 0.0 <= options["weight_decay"]:
+        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
+    beta = options["shampoo_beta"]
+    if beta is not None and not beta < 1.0:
+        raise ValueError(f"Invalid shampoo_beta value: {beta}")
+    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0)):
+        if isinstance(options[name], bool) or int(options[name]) != options[name] or options[name] < least:
+            raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
+    if options["data_format"] not in ("channels_first", "channels_last"):
+        raise ValueError(f"Invalid data_format: {options['data_format']!r} (channels_first or channels_last)")
+    if options["refresh"] not in POLICIES:
+        raise ValueError(f"Invalid refresh policy: {options['refresh']!r} (one of {', '.join(POLICIES)})")
+    if not 0.0 <= options["refresh_tolerance"]:
+        raise ValueError(f"Invalid refresh_tolerance value: {options['refresh_tolerance']}")
+    if options["foreach"] and options["fused"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
