@@ -103,9 +103,6 @@ def _restore_param(
         # a basis of zeros is what a parameter holds whose first gradient has not come yet
         bases = [result[f"basis_{mode}"] for mode in layout.modes]
         result["initialized"] = torch.tensor(bool(result["step"] > 0) or any(bool(basis.any()) for basis in bases))
-    for mode in layout.modes:
-        # only a checkpoint edited by hand lacks an offset; any value is correct, the next allocation balances around it
-        result.setdefault(f"refresh_offset_{mode}", torch.tensor(0, dtype=torch.int64))
     return result
 
 
@@ -113,10 +110,10 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
     """Continue a run whose checkpoint the original SOAP (github.com/nikhilvyas/SOAP) wrote.
 
     The original keeps, for each parameter, ``exp_avg``, ``exp_avg_sq``, ``GG`` and ``Q`` (lists over the modes of the merged
-    view, ``[]`` where a mode is not preconditioned), ``step``, ``precondition_frequency`` and ``shampoo_beta``. Hyper-parameters
-    that its param groups name are taken over as ``load_state_dict`` does; all others stay the optimizer's. The original does
-    not save ``data_format``: construct the optimizer with the one that the run used. For its refresh schedule pass
-    ``refresh="together"``.
+    view, ``[]`` where a mode is not preconditioned), ``step``, ``precondition_frequency`` and ``shampoo_beta``.
+    Hyper-parameters that its param groups name are taken over as ``load_state_dict`` does; all others stay the
+    optimizer's. The original does not save ``data_format``: construct the optimizer with the one that the run used. For its
+    refresh schedule pass ``refresh="together"``.
 
     Args:
         optimizer: a :class:`soap_opt.SOAP` over the same parameters in the same order.
@@ -151,13 +148,10 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
             state[key] = _import_param(param, raw, layout, exp_avg_space, optimizer._describe(param))
             for text in _differences(raw, group):
                 differences.setdefault(text, []).append(optimizer._describe(param))
-    # Its bases were refreshed together; the offsets balance the refreshes from here on.
-    for key, offsets in _offsets(optimizer, groups).items():
-        if key in state:
-            state[key].update(offsets)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for text, where in differences.items():
-        warnings.warn(f"load_original_state_dict: {text} (in {where[0]}" + (f" and {len(where) - 1} more)" if where[1:] else ")"))
+        more = f" and {len(where) - 1} more" if where[1:] else ""
+        warnings.warn(f"load_original_state_dict: {text} (in {where[0]}{more})", stacklevel=2)
 
 
 def _differences(raw: dict[str, Any], group: dict[str, Any]) -> list[str]:
@@ -174,25 +168,7 @@ def _differences(raw: dict[str, Any], group: dict[str, Any]) -> list[str]:
     ]
 
 
-def _offsets(optimizer: SOAP, groups: list[dict[str, Any]]) -> dict[Any, dict[str, Tensor]]:
-    from .refresh import balanced_offsets, unit_flops
-
-    result: dict[Any, dict[str, Tensor]] = {}
-    for frequency in {group["precondition_frequency"] for group in groups}:
-        units = []
-        for own, group in zip(optimizer.param_groups, groups):
-            if group["precondition_frequency"] == frequency:
-                for param, key in zip(own["params"], group["params"]):
-                    layout = _layout_for(param, group)
-                    units += [(key, i, unit_flops(layout.numel, d)) for i, d in zip(layout.modes, layout.sizes)]
-        for (key, mode, _), offset in zip(units, balanced_offsets([unit[2] for unit in units], frequency)):
-            result.setdefault(key, {})[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64)
-    return result
-
-
-def _import_param(
-    param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_space: str, description: str
-) -> dict[str, Any]:
+def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_space: str, description: str) -> dict[str, Any]:
     lacking = [key for key in ("step", "exp_avg", "exp_avg_sq", "GG", "Q") if key not in raw]
     if lacking:
         raise ValueError(f"the checkpoint's state of {description} lacks {', '.join(lacking)}: not one of the original SOAP")

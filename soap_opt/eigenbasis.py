@@ -39,9 +39,7 @@ def kronecker(matrices: Sequence[Tensor]) -> Tensor:
     product = matrices[0]
     for matrix in matrices[1:]:
         width = product.shape[-1] * matrix.shape[-1]
-        product = (product[..., :, None, :, None] * matrix[..., None, :, None, :]).reshape(
-            *matrix.shape[:-2], width, width
-        )
+        product = (product[..., :, None, :, None] * matrix[..., None, :, None, :]).reshape(*matrix.shape[:-2], width, width)
     return product
 
 

@@ -50,3 +50,27 @@ def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, 
         offsets[i] = phase
         heapq.heappush(heap, (cost + flops[i], phase))
     return offsets
+
+
+def complete_offsets(flops: Sequence[float], known: Sequence[int | None], frequency: int) -> list[int]:
+    """Offsets of all units with this frequency, of which some are in the state already.
+
+    Balanced over the whole list, so that a run that is resumed before some parameter saw its first gradient gives it the same
+    offset as the run that was not interrupted. Where the state tells of another list (a group was added later, the frequency
+    changed), the units without an offset take the lightest phases.
+
+    Args:
+        flops: cost of each unit.
+        known: the offset in the state, or None.
+        frequency: number of phases.
+    """
+    balanced = balanced_offsets(flops, frequency)
+    if any(old not in (None, new) for old, new in zip(known, balanced)):
+        load: dict[int, float] = {}
+        for cost, old in zip(flops, known):
+            if old is not None:
+                load[old % frequency] = load.get(old % frequency, 0.0) + cost
+        late = [i for i, old in enumerate(known) if old is None]
+        for i, offset in zip(late, balanced_offsets([flops[i] for i in late], frequency, load)):
+            balanced[i] = offset
+    return [new if old is None else old for old, new in zip(known, balanced)]

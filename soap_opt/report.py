@@ -32,9 +32,13 @@ def report() -> str:
     lines.append(f"compiler      {_compiler()}")
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-        lines.append(f"cuda          {torch.version.cuda or torch.version.hip}, {torch.cuda.device_count()} x {', '.join(names)}")
+        lines.append(
+            f"cuda          {torch.version.cuda or torch.version.hip}, {torch.cuda.device_count()} x {', '.join(names)}"
+        )
     else:
-        lines.append(f"cuda          no device (torch was built for {torch.version.cuda or torch.version.hip or 'the CPU only'})")
+        lines.append(
+            f"cuda          no device (torch was built for {torch.version.cuda or torch.version.hip or 'the CPU only'})"
+        )
     for device_type in ("cpu", "cuda"):
         lines.append("")
         lines.append(f"{device_type}: active implementation: {_ext.active(device_type)}")

@@ -15,7 +15,7 @@ from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
 from .functional import is_usable, prepare_gradient, soap
 from .plan import Layout, layout_of, memory_order
-from .refresh import POLICIES, balanced_offsets, unit_flops
+from .refresh import POLICIES, complete_offsets, unit_flops
 
 # Options that decide the shapes, or the meaning, of what is in the state
 LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_format")
@@ -32,7 +32,8 @@ _REFUSED = {
 class SOAP(Optimizer):
     r"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321).
 
-    A parameter of shape (d_1, ..., d_k) has one *mode* for each dimension; ``(X x_i M)[.., j, ..] = sum_a X[.., a, ..] M[a, j]``.
+    A parameter of shape (d_1, ..., d_k) has one *mode* for each dimension;
+    ``(X x_i M)[.., j, ..] = sum_a X[.., a, ..] M[a, j]``.
 
     .. code-block:: text
 
@@ -224,7 +225,7 @@ class SOAP(Optimizer):
         return loss
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
-        """How often a gradient was not usable (not finite, or its squared norm overflowed) and its parameter was left as it was.
+        """How often a gradient was not usable (not finite, or its squared norm overflowed): its parameter stayed as it was.
 
         Steps that GradScaler skipped whole (``found_inf``) do not count. The count is not part of the state_dict.
 
@@ -278,6 +279,7 @@ class SOAP(Optimizer):
                     if not torch.is_tensor(param_state["step"]):
                         param_state["step"] = _step_tensor(float(param_state["step"]), param, group)
                     self._layout(param, group)  # from here on the options that shape the state are pinned
+        self._add_missing_offsets()
 
     # ---- state ----------------------------------------------------------------------------------------------------------
 
@@ -290,13 +292,11 @@ class SOAP(Optimizer):
         state = self.state.get(param)
         if known is not None and state:
             changed = [
-                f"{name} from {old!r} to {new!r}"
-                for name, old, new in zip(LAYOUT_OPTIONS, known[0], options)
-                if old != new
+                f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
             ]
             raise ValueError(
-                f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first step, "
-                "or put the parameter into a new optimizer"
+                f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
+                "step, or put the parameter into a new optimizer"
             )
         order = memory_order(state["exp_avg"] if state else param)
         layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
@@ -351,36 +351,36 @@ class SOAP(Optimizer):
                 state[f"basis_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
                 state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64)
 
-    def _refresh_offsets(self) -> dict[Tensor, list[int]]:
-        """Refresh offsets of every parameter: those in the state, and for parameters without state balanced ones.
+    def _add_missing_offsets(self) -> None:
+        """Offsets for state that came without them: a checkpoint of the original implementation."""
+        offsets = None
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                for place, mode in enumerate(self._layout(param, group).modes if state else ()):
+                    if f"refresh_offset_{mode}" not in state:
+                        offsets = offsets or self._refresh_offsets()
+                        state[f"refresh_offset_{mode}"] = torch.tensor(offsets[param][place], dtype=torch.int64)
 
-        Balanced over the whole list from shapes alone, so that a run that is resumed before some parameter saw its first
-        gradient gives it the same offset as the run that was not interrupted. Where the state tells of an earlier, shorter
-        list (a group was added, the frequency changed), newcomers take the lightest phases.
-        """
+    def _refresh_offsets(self) -> dict[Tensor, list[int]]:
+        """Refresh offsets of every parameter's modes: those in the state, and balanced ones where there are none."""
         offsets: dict[Tensor, list[int]] = {}
         for frequency in sorted({group["precondition_frequency"] for group in self.param_groups}):
-            units: list[tuple[Tensor, float, int | None]] = []  # parameter, flops, offset in the state
+            owners: list[Tensor] = []
+            flops: list[float] = []
+            known: list[int | None] = []
             for group in self.param_groups:
                 if group["precondition_frequency"] == frequency:
                     for param in group["params"]:
-                        layout = self._layout(param, group)
-                        state = self.state.get(param) or {}
+                        layout, state = self._layout(param, group), self.state.get(param, {})
                         offsets[param] = []
                         for mode, size in zip(layout.modes, layout.sizes):
-                            known = state.get(f"refresh_offset_{mode}")
-                            units.append((param, unit_flops(layout.numel, size), None if known is None else int(known)))
-            balanced = balanced_offsets([flops for _, flops, _ in units], frequency)
-            if any(known not in (None, offset) for (_, _, known), offset in zip(units, balanced)):
-                load: dict[int, float] = {}
-                for _, flops, known in units:
-                    if known is not None:
-                        load[known % frequency] = load.get(known % frequency, 0.0) + flops
-                late = [i for i, (_, _, known) in enumerate(units) if known is None]
-                for i, offset in zip(late, balanced_offsets([units[i][1] for i in late], frequency, load)):
-                    balanced[i] = offset
-            for (param, _, known), offset in zip(units, balanced):
-                offsets[param].append(offset if known is None else known)
+                            offset = state.get(f"refresh_offset_{mode}")
+                            owners.append(param)
+                            flops.append(unit_flops(layout.numel, size))
+                            known.append(None if offset is None else int(offset))
+            for param, offset in zip(owners, complete_offsets(flops, known, frequency)):
+                offsets[param].append(offset)
         return offsets
 
     def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
@@ -407,7 +407,8 @@ class SOAP(Optimizer):
             state = self.state.get(param)
             raise RuntimeError(
                 f"SOAP: eigh failed on the Gram of mode {mode} of {self._describe(param)} at step "
-                f"{int(state['step']) if state else 0}, in {grams[error.index].dtype} and in float64 ({error}); nothing has changed"
+                f"{int(state['step']) if state else 0}, in {grams[error.index].dtype} and in float64 ({error}); "
+                "nothing has changed"
             ) from error
 
         self._allocate(allocate)
@@ -454,8 +455,8 @@ class SOAP(Optimizer):
     def _skip(self, param: Tensor) -> None:
         if param not in self._skipped and param.device.type == "cpu":
             warnings.warn(
-                f"SOAP: the gradient of {self._describe(param)} is not finite, or its squared norm overflows; the parameter and "
-                "its state stay as they are. Later cases are counted by skipped_steps() without a warning.",
+                f"SOAP: the gradient of {self._describe(param)} is not finite, or its squared norm overflows; the parameter "
+                "and its state stay as they are. Later cases are counted by skipped_steps() without a warning.",
                 stacklevel=4,
             )
         self._skipped[param] = self._skipped.get(param, 0) + 1

@@ -1,0 +1,44 @@
+# make demo    train a learned image compression model with SOAP on the photographs in examples/photos
+# make test    run the tests (TESTS='-m "not slow"' for the quick loop)
+# make bench   run the benchmarks
+# All of them create .venv and install what they need on first use.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+TESTS  ?=
+
+.PHONY: demo test bench quick lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-examples
+	$(VENV)/bin/python examples/train_lic.py
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q $(TESTS)
+
+quick: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/python -m pytest bench --benchmark-columns=median,min,rounds -s
+
+lint: $(VENV)/.installed-test
+	$(PIP) ruff
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The dependencies first (each built as its own authors ask), then this package in place, without build isolation, so that
+# its compiled parts are built against the torch that they will run with.
+$(VENV)/.installed-%: pyproject.toml setup.py | $(VENV)/bin/python
+	$(PIP) --upgrade pip "setuptools>=77"
+	$(PIP) -e ".[$*]"
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "soap_opt needs Python >= 3.10; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
