@@ -76,13 +76,13 @@ class Layout:
     def arrange(self, x: Tensor) -> Tensor:
         """[*batch, *shape] -> [*batch, *group widths], dimensions in memory order; a view unless x has other strides."""
         batch = x.dim() - len(self.shape)
-        x = x.permute(*range(batch), *(batch + i for i in self.memory_order))
-        return x.reshape(*x.shape[:batch], *(group.width for group in self.groups))
+        x = x.permute([*range(batch), *(batch + i for i in self.memory_order)])
+        return x.reshape([*x.shape[:batch], *(group.width for group in self.groups)])
 
     def restore(self, x: Tensor, batch: int = 0) -> Tensor:
         """The inverse of :meth:`arrange`; x may have any shape of the right size behind its ``batch`` dimensions."""
-        x = x.reshape(*x.shape[:batch], *self._memory_shape)
-        return x.permute(*range(batch), *(batch + i for i in self._memory_inverse))
+        x = x.reshape([*x.shape[:batch], *self._memory_shape])
+        return x.permute([*range(batch), *(batch + i for i in self._memory_inverse)])
 
     def merged(self, x: Tensor) -> Tensor:
         """[*shape] -> [*view_shape]."""
