@@ -77,9 +77,7 @@ class RandomCrops(Dataset):
             with open_image(file) as image:
                 width, height = image.size
             if height < size[0] or width < size[1]:
-                raise InputError(
-                    f"{file} is {width} x {height} pixels, smaller than --patch-size {size[1]} x {size[0]}"
-                )
+                raise InputError(f"{file} is {width} x {height} pixels, smaller than --patch-size {size[1]} x {size[0]}")
             pixels += width * height
         self.decoded = [read_image(f) for f in files] if 3 * pixels <= CACHE_BYTES else None
         self._order = (-1, np.empty(0))  # of the epoch seen last

@@ -114,8 +114,9 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg_at(image: Tensor, bpp: float) -> tuple[Tensor, float, int]:
-    """The JPEG of `image` (uint8 [3, H, W]) whose whole file is nearest to `bpp`: decoded image in [0, 1], bpp, quality."""
+def jpeg_at(image: Tensor, bpp: float) -> tuple[Tensor, float]:
+    """The JPEG of `image` (uint8 [3, H, W]) whose whole file is nearest to `bpp`: decoded image in [0, 1] and
+    its bpp."""
     pixels, picture = image.shape[-2] * image.shape[-1], to_pil_image(image)
     qualities = range(1, 96)  # Pillow's recommended range
 
@@ -125,4 +126,4 @@ def jpeg_at(image: Tensor, bpp: float) -> tuple[Tensor, float, int]:
     above = bisect.bisect_left(qualities, bpp, hi=len(qualities) - 1, key=jpeg_bpp)  # sizes grow with quality
     quality = min(qualities[max(0, above - 1) : above + 1], key=lambda q: abs(jpeg_bpp(q) - bpp))
     data = encode_jpeg(picture, quality)
-    return to_float(pil_to_tensor(Image.open(io.BytesIO(data)))), 8 * len(data) / pixels, quality
+    return to_float(pil_to_tensor(Image.open(io.BytesIO(data)))), 8 * len(data) / pixels

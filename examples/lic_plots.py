@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 COLOURS = {"soap": "#c1440e", "adam": "#2166ac", "sgd": "#4d7c32"}
@@ -46,8 +47,9 @@ def limit_axis(axis, quantity: str, histories: dict[str, list[dict]]) -> None:
     low, high = min(values), max(values)
     if quantity == "loss" and low > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if high / low < 10 else (1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}" if high / low < 20 else "")
         axis.set_ylim(low / 1.08, high * 1.08)
     else:
         margin = 0.05 * (high - low) or 1.0
@@ -56,10 +58,11 @@ def limit_axis(axis, quantity: str, histories: dict[str, list[dict]]) -> None:
 
 def plot_reconstructions(path: Path, rows: list[list[tuple[str, Tensor]]]) -> None:
     """A grid of (caption, image [3, H, W] in [0, 1]), one row per photograph, drawn at the images' own resolution."""
-    dpi, gap, caption = 100, 0.08, 0.28  # dots per inch; inches
+    dpi, gap, caption = 100, 0.08, 0.36  # dots per inch; inches
     columns = len(rows[0])
     widths = [max(row[c][1].shape[-1] for row in rows) / dpi for c in range(columns)]
     heights = [max(image.shape[-2] for _, image in row) / dpi for row in rows]
+    font_size = min(17.0, 4.4 * min(widths))  # two dozen letters fit; large, because pages show it at half its size
     width = sum(widths) + gap * (columns + 1)
     height = sum(heights) + (caption + gap) * len(rows) + gap
     figure = plt.figure(figsize=(width, height), dpi=dpi)
@@ -72,9 +75,8 @@ def plot_reconstructions(path: Path, rows: list[list[tuple[str, Tensor]]]) -> No
             axis = figure.add_axes((x / width, y / height, w / width, h / height))
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.axis("off")
-            figure.text(
-                (left + column_width / 2) / width, (top - caption / 2) / height, text, ha="center", va="center", size=13
-            )
+            middle = ((left + column_width / 2) / width, (top - caption / 2) / height)
+            figure.text(*middle, text, ha="center", va="center", size=font_size)
             left += column_width + gap
         top -= caption + row_height + gap
     figure.savefig(path, dpi=dpi)

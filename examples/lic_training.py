@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import soap_opt.integrations.compressai  # noqa: F401  registers "SOAP" beside torch.optim's names
 import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyModel
@@ -19,6 +18,8 @@ from lic_evaluation import evaluate, to_float
 from lic_models import build_model
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import soap_opt.integrations.compressai  # noqa: F401  registers "SOAP" beside torch.optim's names
 
 OPTIMIZERS = {"soap": "SOAP", "adam": "Adam", "sgd": "SGD"}  # ours -> CompressAI's registry
 LOG_EVERY = 10  # steps per training row of the metrics
@@ -141,9 +142,7 @@ class Run:
         """Train to step `until`, or to the end of the step during which `stop` was asked; the checkpoint goes to `save`."""
         self.model.train()
         first, batch_size = self.step, self.options["batch_size"]
-        loader = batches(
-            crops, first, until, batch_size, self.options["num_workers"], pin_memory=self.device.type == "cuda"
-        )
+        loader = batches(crops, first, until, batch_size, self.options["num_workers"], pin_memory=self.device.type == "cuda")
         label = OPTIMIZERS[self.optimizer_name]
         progress = tqdm(total=self.options["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
         window: list[dict[str, Tensor]] = []
@@ -160,9 +159,7 @@ class Run:
                 self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
                 if not math.isfinite(means["loss"]):
                     progress.close()
-                    raise InputError(
-                        f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate"
-                    )
+                    raise InputError(f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate")
                 row = means | {"psnr": -10 * math.log10(means["mse"])}
                 self.record("train", lr, row)
                 progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB")

@@ -6,7 +6,6 @@ Everything is written to runs/<name>/: a checkpoint that CompressAI's eval_model
 CompressAI's layout, curve.png and reconstructions.png.
 """
 
-import argparse
 import csv
 import os
 import shlex
@@ -18,150 +17,17 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-import torch
+from lic_arguments import CHECKPOINT, LEARNING_RATES, STEPS, make_parser, parse_options
 from lic_data import InputError, RandomCrops, centre_crop, find_dataset, read_image
 from lic_evaluation import MS_SSIM_SIDE, code_image, jpeg_at, mean_results, psnr, to_float, write_eval_json
-from lic_models import DEFAULT_M, DEFAULT_N, build_model, downsampling_factor, image_models, model_widths
+from lic_models import build_model, downsampling_factor
 from lic_plots import plot_curves, plot_reconstructions
 from lic_training import OPTIMIZERS, Run, StopRequest, read_checkpoint
 from torch import Tensor
 from tqdm import tqdm
 
 PHOTOS = Path(__file__).resolve().parent / "photos"
-CHECKPOINT = "checkpoint.pth.tar"
-LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "sgd": 1e-2}
 PICTURES = 3  # rows of reconstructions.png
-# What a resumed run may be given anew. Everything else comes from the checkpoint, or the result would be another's.
-MAY_CHANGE = {"resume", "save", "num_workers", "device", "steps", "epochs", "compare", "compare_learning_rate"}
-
-
-def positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse's "invalid int value"
-    return parse
-
-
-def not_negative(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is below 0 or not finite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # without thirty lines of usage in front of it
-
-
-def make_parser() -> argparse.ArgumentParser:
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    parser = Parser(
-        "train_lic.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-
-    add("-m", "--model", default="bmshj2018-hyperprior", metavar="NAME",
-        help=f"one of {', '.join(image_models())} (default: %(default)s)")
-    add("--quality", type=int, metavar="Q", help="the widths of this quality in CompressAI's zoo, with random weights")
-    add("--N", type=positive(int), help=f"channels of the transforms (default: {DEFAULT_N})")
-    add("--M", type=positive(int), help=f"channels of the latent, where the model has them (default: {DEFAULT_M})")
-    add("-d", "--dataset", metavar="DIR",
-        help="train/ and test/ (or eval/) folders of images as CompressAI lays them out, or any folder of images, "
-        "searched recursively, of which a tenth is held out (default: the photos beside this script)")
-    add("--optimizer", choices=OPTIMIZERS, default="soap", help="for the network's weights (default: %(default)s); the "
-        "quantiles of the entropy bottlenecks are always Adam's")
-    add("-lr", "--learning-rate", type=positive(float), metavar="LR", help=f"(default: {rates})")
-    add("--aux-learning-rate", type=positive(float), default=1e-3, metavar="LR",
-        help="of the quantiles (default: %(default)s)")
-    add("--lambda", dest="lmbda", type=positive(float), default=0.013, metavar="L",
-        help="loss = L * 255^2 * MSE + bpp, or L * (1 - MS-SSIM) + bpp (default: %(default)s)")
-    add("--metric", choices=("mse", "ms-ssim"), default="mse", help="distortion in the loss (default: %(default)s)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive(int), help="training steps, one batch each (default: 1500)")
-    length.add_argument("-e", "--epochs", type=positive(int), help="instead of --steps: passes over the images, one "
-                        "crop of each")
-    add("--batch-size", type=positive(int), default=8, help="crops per step (default: %(default)s)")
-    add("--patch-size", type=positive(int), nargs="+", default=[64], metavar="PX",
-        help="side of the crops, or height and width, in pixels (default: 64)")
-    add("--clip-max-norm", "--clip_max_norm", type=not_negative(float), default=1.0, metavar="NORM",
-        help="clip the gradient's norm, 0: never (default: %(default)s)")
-    add("--schedule", choices=("linear", "cosine", "constant"), default="linear",
-        help="of the learning rate after warm-up, over all steps; linear: constant, then down to 0 over the last 30 %% "
-        "(default: %(default)s)")
-    add("--warmup-steps", type=not_negative(int), default=50, metavar="STEPS",
-        help="the learning rate rises linearly for so long (default: %(default)s)")
-    add("--eval-every", type=positive(int), default=100, metavar="STEPS",
-        help="steps between evaluations (default: %(default)s)")
-    add("--eval-crop", type=not_negative(int), nargs=2, default=[256, 384], metavar=("H", "W"),
-        help="evaluate on centre crops of at most this size in pixels, 0 0: on whole images (default: 256 384); the "
-        "bitstreams at the end are always of whole images")
-    add("-n", "--num-workers", type=not_negative(int), default=0,
-        help="processes that prepare batches; images that fit into memory need none (default: %(default)s)")
-    add("--seed", type=not_negative(int), default=0, help="of the weights, the crops and the quantisation noise "
-        "(default: %(default)s)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, .. (default: %(default)s)")
-    add("--amp", action="store_true", help="mixed precision: bfloat16 on a CPU, float16 with loss scaling on CUDA; the "
-        "entropy models stay in float32")
-    add("--save", nargs="?", const="", metavar="DIR",
-        help="folder for the results (default: the first of runs/MODEL-OPTIMIZER, .. -2, .. that is free)")
-    add("--resume", "--checkpoint", metavar="CHECKPOINT",
-        help="continue this run with its own arguments, to the same result as if it had never stopped")
-    add("--compare", choices=OPTIMIZERS, metavar="OPTIMIZER",
-        help="afterwards also train the same initial weights on the same batches with this optimizer (soap, adam or "
-        "sgd), and draw both in one curve")
-    add("--compare-learning-rate", type=positive(float), metavar="LR", help=f"its learning rate (default: {rates})")
-    return parser
-
-
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict, dict | None]:
-    """The run's options, complete, and the checkpoint's contents when it resumes one."""
-    not_given = object()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
-    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given))))
-    given = {name: value for name, value in parsed.items() if value is not not_given}
-    options = {name: parser.get_default(name) for name in names} | given
-    if given.get("dataset"):
-        options["dataset"] = given["dataset"] = str(Path(given["dataset"]).resolve())
-
-    state = None
-    if options["resume"]:
-        state = read_checkpoint(Path(options["resume"]))
-        stored = state["options"]
-        if state["optimizer_name"] != stored["optimizer"]:
-            raise InputError(f"{options['resume']} is the comparison's; resume the {CHECKPOINT} beside it")
-        for name, value in given.items():
-            if name not in MAY_CHANGE and value != stored[name]:
-                flag = "--lambda" if name == "lmbda" else "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {value} differs from the checkpoint's {stored[name]}; leave it out to resume")
-        if {"steps", "epochs"} & given.keys():
-            stored = stored | {"steps": None, "epochs": None}
-        options = stored | {name: value for name, value in given.items() if name in MAY_CHANGE}
-        options["save"] = options["save"] if given.get("save") else str(Path(options["resume"]).parent)
-    if options["model"] not in image_models():
-        raise InputError(f"--model {options['model']}: choose from {', '.join(image_models())}")
-    options["widths"] = model_widths(options["model"], options["quality"], options["N"], options["M"])
-    if len(options["patch_size"]) > 2:
-        raise InputError("--patch-size takes one or two numbers")
-    if options["compare"] == options["optimizer"]:
-        raise InputError(f"--compare {options['compare']}: that is --optimizer itself")
-    check_device(options["device"])
-    return options, state
-
-
-def check_device(name: str) -> None:
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def load_images(options: dict) -> tuple[RandomCrops, list[Tensor], list[Tensor]]:
@@ -184,7 +50,7 @@ def load_images(options: dict) -> tuple[RandomCrops, list[Tensor], list[Tensor]]
             )
     if options["epochs"]:
         options["steps"] = -(-options["epochs"] * len(train_files) // options["batch_size"])
-    options["steps"] = options["steps"] or 1500
+    options["steps"] = options["steps"] or STEPS
     return crops, eval_crops, whole
 
 
@@ -242,9 +108,9 @@ def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tens
 
     rows = []
     for i in pictured:
-        jpeg, bpp, quality = jpeg_at(whole[i], rates[i])
+        jpeg, bpp = jpeg_at(whole[i], rates[i])
         original = to_float(whole[i])
-        caption = f"JPEG (quality {quality}): {bpp:.2f} bpp, {psnr(original, jpeg):.1f} dB"
+        caption = f"JPEG: {bpp:.2f} bpp, {psnr(original, jpeg):.1f} dB"
         rows.append([("original", original), *(column[i] for column in columns), (caption, jpeg)])
     plot_reconstructions(folder / "reconstructions.png", rows)
     labels = {run.optimizer_name: OPTIMIZERS[run.optimizer_name] for run in runs}
@@ -287,6 +153,11 @@ def summarise(run: Run, other: Run) -> str:
     )
 
 
+def how_to_resume(folder: Path) -> str:
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), "--resume", str(folder / CHECKPOINT)])
+    return f"checkpoint saved; to resume:\n  {command}"
+
+
 def train(options: dict, state: dict | None) -> int:
     """Train what the options ask for and write the results. Returns the exit status."""
     crops, eval_crops, whole = load_images(options)
@@ -311,13 +182,14 @@ def train(options: dict, state: dict | None) -> int:
                 run.train(crops, eval_crops, options["steps"], stop, folder / name)
             if stop.signal:
                 write_metrics(folder / "metrics.csv", runs)
-                script = shlex.join([os.path.relpath(sys.argv[0]), "--resume", str(folder / CHECKPOINT)])
-                print(
-                    f"stopped at step {run.step} of {options['steps']} ({OPTIMIZERS[optimizer]}); checkpoint saved. "
-                    f"To resume:\n  python {script}"
-                )
+                print(f"stopped at step {run.step} of {options['steps']} ({OPTIMIZERS[optimizer]})")
+                print(how_to_resume(folder))
                 return 128 + stop.signal
-    write_results(folder, options, runs, whole)
+    try:
+        write_results(folder, options, runs, whole)
+    except KeyboardInterrupt:
+        print(f"stopped after training, before all results were written\n{how_to_resume(folder)}")
+        return 130
     for run in runs:
         row = run.evaluations()[-1]
         print(
@@ -331,7 +203,7 @@ def train(options: dict, state: dict | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = make_parser(__doc__)
     try:
         return train(*parse_options(parser, sys.argv[1:] if argv is None else argv))
     except InputError as error:

@@ -1,0 +1,34 @@
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))  # as `python examples/train_lic.py` does
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    return EXAMPLES
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models here are too small for a second thread, which would only spin beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Some of the photographs in CompressAI's layout: six to train on, two to test on."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, source, count in (("train", "train", 6), ("test", "eval", 2)):
+        (root / split).mkdir()
+        for file in sorted((EXAMPLES / "photos" / source).iterdir())[:count]:
+            shutil.copy(file, root / split)
+    return root

@@ -1,0 +1,272 @@
+"""The parts of examples/train_lic.py: what a step sees, how a model is built, what its bitstreams say."""
+
+import math
+import signal
+import subprocess
+import sys
+
+import lic_data
+import lic_evaluation
+import lic_models
+import lic_training
+import pytest
+import torch
+from compressai.entropy_models import EntropyModel
+from torchvision.transforms.functional import to_pil_image
+
+from soap_opt import SOAP
+
+OPTIONS = {
+    "model": "bmshj2018-hyperprior", "widths": {"N": 8, "M": 12}, "seed": 0, "device": "cpu", "amp": False,
+    "lmbda": 0.013, "metric": "mse", "aux_learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 5, "steps": 24,
+    "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0,
+}  # fmt: skip
+NAMED_MODELS = [
+    "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn",
+    "elic2022-official",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(photos):
+    return lic_data.find_images(photos / "train")
+
+
+@pytest.fixture(scope="module")
+def image(photos):
+    return lic_data.read_image(lic_data.find_images(photos / "test")[0])
+
+
+# ---- data ----
+
+
+def test_a_crop_depends_on_its_number_alone(files):
+    crops = lic_data.RandomCrops(files, (64, 48), seed=3)
+    forwards = [crops[i] for i in range(20)]
+    assert all(crop.shape == (3, 64, 48) and crop.dtype == torch.uint8 for crop in forwards)
+    again = lic_data.RandomCrops(files, (64, 48), seed=3)
+    assert all(again[i].equal(forwards[i]) for i in reversed(range(20)))
+    loaded = [batch for workers in (0, 1) for batch in lic_data.batches(crops, 2, 5, 4, workers, pin_memory=False)]
+    for k, batch in enumerate(loaded):
+        assert batch.equal(torch.stack(forwards[4 * (2 + k % 3) :][:4]))
+    other = lic_data.RandomCrops(files, (64, 48), seed=4)
+    assert not any(other[i].equal(forwards[i]) for i in range(20))
+
+
+def test_loading_draws_nothing_from_the_global_generator(files):
+    crops = lic_data.RandomCrops(files, (64, 64), seed=0)
+    before = torch.get_rng_state()
+    assert len(list(lic_data.batches(crops, 0, 3, 2, 0, pin_memory=False))) == 3
+    assert torch.get_rng_state().equal(before)
+
+
+def test_an_epoch_shows_every_image_once(files, monkeypatch):
+    sizes = [lic_data.read_image(file).shape for file in files]
+    crops = lic_data.RandomCrops(files, (64, 64), seed=0)
+    for epoch in range(3):
+        orders = []
+        for i in range(len(files)):
+            crops[epoch * len(files) + i]
+            orders = crops._order[1].tolist()
+        assert sorted(orders) == list(range(len(files)))
+    assert len(sizes) == len(files)
+    decoded = crops[7]
+    monkeypatch.setattr(lic_data, "CACHE_BYTES", 0)  # too large to keep: read from the files each time, the same
+    assert lic_data.RandomCrops(files, (64, 64), seed=0)[7].equal(decoded)
+
+
+def test_folders(photos, tmp_path, examples):
+    train, held_out = lic_data.find_dataset(photos)
+    assert [len(train), len(held_out)] == [6, 2]
+    train, held_out = lic_data.find_dataset(examples / "photos")
+    assert [len(train), len(held_out)] == [95, 12]
+    train, held_out = lic_data.find_dataset(photos.parent)  # any folder, recursively
+    assert [len(train), len(held_out)] == [7, 1] and not set(train) & set(held_out)
+    (tmp_path / "one.PNG").symlink_to(held_out[0])
+    assert lic_data.find_dataset(tmp_path) == ([tmp_path / "one.PNG"], [tmp_path / "one.PNG"])
+
+
+def test_centre_crop():
+    image = torch.arange(5 * 7).reshape(1, 5, 7)
+    assert lic_data.centre_crop(image, (3, 3)).equal(image[:, 1:4, 2:5])
+    assert lic_data.centre_crop(image, (0, 99)).equal(image)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("name", NAMED_MODELS)
+def test_named_models_train_and_code(name, image):
+    """Every model that the README names takes a step with both optimizers and codes an image."""
+    widths = lic_models.model_widths(name, None, 8, None if name.startswith("cheng") else 20)
+    run = lic_training.Run(OPTIONS | {"model": name, "widths": widths}, "soap", 3e-3)
+    x = lic_evaluation.to_float(lic_data.centre_crop(image, (64, 64)))[None]
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    for _ in range(2):  # SOAP's first step only makes its bases
+        terms = run.train_step(x)
+        assert all(value.isfinite() for value in terms.values())
+    after = run.model.state_dict()
+    assert not after["g_a.0.weight" if "g_a.0.weight" in after else "g_a.0.conv1.weight"].equal(
+        before["g_a.0.weight" if "g_a.0.weight" in after else "g_a.0.conv1.weight"]
+    )
+    assert any(key.endswith("quantiles") and not after[key].equal(before[key]) for key in after)
+    result, x_hat = lic_evaluation.code_image(run.entropy_coding_model(), lic_data.centre_crop(image, (60, 100)))
+    assert x_hat.shape == (3, 60, 100)
+    assert result["bpp"] > 0 and math.isfinite(result["psnr-rgb"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(lic_models.image_models().keys() - set(NAMED_MODELS)))
+def test_the_registrys_other_models_train_and_code(name, image):
+    test_named_models_train_and_code(name, image)
+
+
+def test_widths():
+    assert lic_models.model_widths("bmshj2018-hyperprior", None, None, None) == {"N": 48, "M": 64}
+    assert lic_models.model_widths("bmshj2018-hyperprior", 3, None, None) == {"N": 128, "M": 192}
+    assert lic_models.model_widths("cheng2020-attn", 4, None, None) == {"N": 192}
+    assert lic_models.model_widths("elic2022-official", None, 16, None) == {"N": 16, "M": 64}
+    with pytest.raises(lic_data.InputError, match="elic2022-official cannot be built with N=8, M=1"):
+        lic_models.build_model("elic2022-official", {"N": 8, "M": 1})
+
+
+# ---- a run ----
+
+
+def test_the_optimizers_differ_in_one_name():
+    """SOAP and Adam get the same parameters in the same order from the same call; the quantiles are Adam's in both."""
+    soap, adam = (lic_training.Run(OPTIONS, name, 1e-3) for name in ("soap", "adam"))
+    assert type(soap.optimizer) is SOAP and type(adam.optimizer) is torch.optim.Adam
+    names = []
+    for run in (soap, adam):
+        assert type(run.aux_optimizer) is torch.optim.Adam
+        by_id = {id(p): name for name, p in run.model.named_parameters()}
+        names.append([[by_id[id(p)] for p in o.param_groups[0]["params"]] for o in (run.optimizer, run.aux_optimizer)])
+        assert all(name.endswith(".quantiles") for name in names[-1][1])
+        assert len(names[-1][0]) + len(names[-1][1]) == len(by_id)
+    assert names[0] == names[1]
+    torch.testing.assert_close(soap.model.state_dict(), adam.model.state_dict(), rtol=0, atol=0)
+    x = torch.rand(2, 3, 64, 64)
+    losses = []
+    for name in ("soap", "adam"):  # the same noise too: before a parameter moves, the losses are equal
+        losses.append(lic_training.Run(OPTIONS, name, 1e-3).train_step(x)["loss"])
+    assert losses[0].equal(losses[1])
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "adam", "sgd"])
+def test_resume_is_exact(tmp_path, files, image, optimizer):
+    """24 steps are 12 steps, a checkpoint and 12 more, to the bit: weights, optimizer state and metrics. Two refreshes
+    of SOAP's bases fall into either half."""
+    crops = lic_data.RandomCrops(files, (64, 64), OPTIONS["seed"])
+    evaluation = [lic_data.centre_crop(image, (64, 64))]
+
+    def train(run, until, path):
+        run.train(crops, evaluation, until, lic_training.StopRequest(), path)
+        return run
+
+    whole = train(lic_training.Run(OPTIONS, optimizer, 1e-3), 24, tmp_path / "whole")
+    train(lic_training.Run(OPTIONS, optimizer, 1e-3), 12, tmp_path / "half")
+    resumed = lic_training.Run(OPTIONS, optimizer, 1e-3)
+    torch.rand(17)  # the noise goes on where the checkpoint says, not where this process stands
+    resumed.load(lic_training.read_checkpoint(tmp_path / "half"))
+    train(resumed, 24, tmp_path / "rest")
+    a, b = (lic_training.read_checkpoint(tmp_path / name) for name in ("whole", "rest"))
+    for key in ("state_dict", "optimizer", "aux_optimizer", "lr_scheduler", "rng"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    assert whole.evaluations()[-1]["loss"] == resumed.evaluations()[-1]["loss"]
+    assert not (tmp_path / "rest.tmp").exists()
+
+
+def test_schedules():
+    linear = lic_training.schedule_factor("linear", 50, 1000)
+    assert linear(0) == 1 / 50 and linear(49) == linear(699) == 1.0
+    assert linear(850) == pytest.approx(0.5) and 0 < linear(999) < 0.004 and linear(1000) == 0.0
+    cosine = lic_training.schedule_factor("cosine", 0, 1000)
+    assert cosine(0) == 1.0 and cosine(500) == pytest.approx(0.5) and cosine(1000) == pytest.approx(0.0)
+    assert lic_training.schedule_factor("constant", 4, 10)(1) == 0.5
+    assert lic_training.schedule_factor("constant", 4, 10)(9) == 1.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_step_and_twice_do_not(number):
+    before = signal.getsignal(number)
+    with lic_training.StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.signal == number
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_amp_keeps_likelihoods_in_float32(image):
+    run = lic_training.Run(OPTIONS | {"amp": True}, "soap", 3e-3)
+    seen = {}
+    run.model.g_a[0].register_forward_hook(lambda m, i, output: seen.update(conv=output.dtype))
+    for module in run.model.modules():
+        if isinstance(module, EntropyModel):
+            module.register_forward_hook(lambda m, i, output: seen.update({type(m).__name__: output[1].dtype}))
+    x = lic_evaluation.to_float(lic_data.centre_crop(image, (64, 64)))[None]
+    exact = lic_training.Run(OPTIONS, "soap", 3e-3).train_step(x)
+    run = lic_training.Run(OPTIONS | {"amp": True}, "soap", 3e-3) if not seen else run
+    torch.manual_seed(0)
+    terms = run.train_step(x)
+    assert seen == {"conv": torch.bfloat16, "EntropyBottleneck": torch.float32, "GaussianConditional": torch.float32}
+    # bfloat16 keeps 8 bits: the distortion agrees to about 1 %
+    assert terms["mse"].item() == pytest.approx(exact["mse"].item(), rel=0.02)
+
+
+# ---- evaluation ----
+
+
+def test_the_decoder_reproduces_the_forward_pass(image):
+    """Sizes that are no multiple of 64, quantiles moved by some training: the decoded image is forward's, and its
+    bytes are about as many as the likelihoods promise."""
+    run = lic_training.Run(OPTIONS, "adam", 1e-3)
+    x = lic_evaluation.to_float(lic_data.centre_crop(image, (128, 128)))[None]
+    for _ in range(30):
+        run.train_step(x)
+    odd = lic_data.centre_crop(image, (200, 301))
+    result, x_hat = lic_evaluation.code_image(run.entropy_coding_model(), odd)
+    assert x_hat.shape == odd.shape
+    assert result["psnr-rgb"] == pytest.approx(result["psnr-forward"], abs=1e-3)
+    # Two strings, each rounded up to whole 32-bit words, and tables of 16 bits' precision.
+    assert result["bpp"] == pytest.approx(result["bpp-estimated"], rel=0.05, abs=2 * 64 / (200 * 301))
+    means = lic_evaluation.evaluate(run.model, run.criterion, [odd])
+    assert means["psnr"] == pytest.approx(result["psnr-forward"], abs=0.02)
+    assert means["loss"] == pytest.approx(0.013 * 255**2 * means["mse"] + means["bpp"], rel=1e-5)
+    assert run.model.training
+
+
+def test_psnr():
+    a = torch.zeros(3, 8, 8)
+    assert lic_evaluation.psnr(a, a + 1 / 255) == pytest.approx(20 * math.log10(255))
+    assert lic_evaluation.psnr(a - 5, a + 1 / 255 + 0.4 / 255) == pytest.approx(20 * math.log10(255))  # saved in 8 bits
+
+
+@pytest.mark.parametrize("bpp", [0.01, 0.5, 1.3, 99.0])
+def test_jpeg_is_the_nearest_in_size(image, bpp):
+    pixels = image[0].numel()
+    sizes = [8 * len(lic_evaluation.encode_jpeg(to_pil_image(image), q)) / pixels for q in range(1, 96)]
+    decoded, found = lic_evaluation.jpeg_at(image, bpp)
+    assert decoded.shape == image.shape
+    assert found == min(sizes, key=lambda size: abs(size - bpp))
+
+
+def test_small_images_have_no_ms_ssim(image):
+    run = lic_training.Run(OPTIONS, "adam", 1e-3)
+    model = run.entropy_coding_model()
+    small, large = (lic_evaluation.code_image(model, lic_data.centre_crop(image, (s, s)))[0] for s in (160, 161))
+    assert "ms-ssim-rgb" not in small and 0 <= large["ms-ssim-rgb"] <= 1
+    assert lic_evaluation.mean_results([small, large]).keys() == small.keys()
+
+
+# ---- quickstart ----
+
+
+def test_quickstart(examples):
+    source = (examples / "quickstart.py").read_text()
+    code = [line for line in source.splitlines() if line.strip() and not line.startswith(('"""', "#"))]
+    assert len(code) <= 20
+    done = subprocess.run([sys.executable, examples / "quickstart.py"], capture_output=True, text=True, check=True)
+    first, last = (float(line.split()[-2]) for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]))
+    assert first < 10 and last > 25

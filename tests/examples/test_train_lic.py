@@ -1,0 +1,287 @@
+"""examples/train_lic.py as its user meets it: real photographs, CompressAI's models, a few steps."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lic_training
+import pytest
+import torch
+import train_lic
+from PIL import Image
+
+TINY = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "128", "192"]
+CSV_COLUMNS = "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_no_arguments_but_the_length(tmp_path, examples):
+    """Default model, photographs and folder, as a command in another directory."""
+    done = subprocess.run(
+        [sys.executable, examples / "train_lic.py", "--steps", "12", "--eval-every", "6"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SOAP step    12: evaluation loss" in done.stdout + done.stderr
+    assert all(word in done.stderr for word in ("12/12", "loss", "bpp", "dB"))  # the progress bar
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+    folder = tmp_path / "runs" / "bmshj2018-hyperprior-soap"
+    names = ["checkpoint.pth.tar", "curve.png", "eval-soap.json", "metrics.csv", "reconstructions.png"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert (folder / "metrics.csv").read_text().splitlines()[0] == CSV_COLUMNS
+    rows = metrics(folder)
+    assert [(row["split"], row["step"]) for row in rows] == [
+        ("eval", "6"), ("train", "10"), ("train", "12"), ("eval", "12"), ("bitstream", "12")
+    ]  # fmt: skip
+    layout = json.loads((folder / "eval-soap.json").read_text())
+    assert layout.keys() == {"name", "description", "results"}
+    assert layout["results"].keys() == {"psnr-rgb", "ms-ssim-rgb", "bpp", "encoding_time", "decoding_time"}
+    assert layout["results"]["bpp"] == [float(rows[-1]["bpp"])]
+    assert 0.8 < float(rows[-1]["bpp"]) / float(rows[-1]["bpp_estimated"]) < 1.25
+    assert Image.open(folder / "curve.png").size[0] > 1000
+    assert Image.open(folder / "reconstructions.png").size[0] > 3 * 512
+
+
+@pytest.mark.slow
+def test_compressais_eval_model_agrees(tmp_path, photos):
+    """CompressAI's own evaluation of the checkpoint finds the sizes and PSNRs that the script wrote."""
+    folder = tmp_path / "run"
+    assert train_lic.main([*TINY, "--dataset", str(photos), "--steps", "30", "--save", str(folder)]) == 0
+    command = ["-m", "compressai.utils.eval_model", "checkpoint", photos / "test", "-a", "bmshj2018-hyperprior"]
+    done = subprocess.run(
+        [sys.executable, *command, "-p", folder / "checkpoint.pth.tar"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    theirs = json.loads(done.stdout)["results"]
+    ours = json.loads((folder / "eval-soap.json").read_text())["results"]
+    assert theirs["bpp"] == ours["bpp"]
+    assert theirs["psnr-rgb"] == pytest.approx(ours["psnr-rgb"], abs=1e-3)
+    assert theirs["ms-ssim-rgb"] == pytest.approx(ours["ms-ssim-rgb"], abs=1e-4)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, photos, examples, capsys):
+    """SIGINT ends the run within a step, with a checkpoint and the command to resume; resumed, it ends with the same
+    bits as a run that nobody stopped."""
+    options = [*TINY, "--dataset", str(photos), "--steps", "120", "--eval-every", "60"]
+    stopped, whole = tmp_path / "stopped run", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, examples / "train_lic.py", *options, "--save", stopped],
+        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    shown = ""
+    while "loss" not in shown:  # the first ten steps are done
+        shown += process.stderr.read(1)
+        assert process.poll() is None, shown
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    step = torch.load(stopped / "checkpoint.pth.tar", weights_only=True)["step"]
+    assert 10 <= step < 120
+    assert f"stopped at step {step} of 120 (SOAP)" in stdout
+    command = stdout.strip().splitlines()[-1].strip()
+    assert command.startswith("python ") and command.endswith(f"train_lic.py --resume '{stopped}/checkpoint.pth.tar'")
+    assert metrics(stopped)[-1]["step"] == str(step)
+
+    # The data come from another number of processes: that must not matter either.
+    assert train_lic.main(["--resume", str(stopped / "checkpoint.pth.tar"), "--num-workers", "1"]) == 0
+    assert train_lic.main([*options, "--save", str(whole)]) == 0
+    a, b = (torch.load(folder / "checkpoint.pth.tar", weights_only=True) for folder in (stopped, whole))
+    assert a["step"] == b["step"] == 120
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
+    torch.testing.assert_close(a["aux_optimizer"]["state"], b["aux_optimizer"]["state"], rtol=0, atol=0)
+    evaluations = [[row["loss"] for row in metrics(f) if row["split"] == "eval"] for f in (stopped, whole)]
+    assert evaluations[0] == evaluations[1]
+    assert "Results are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_resume_with_more_steps(tmp_path, photos, schedule):
+    """A finished run goes on when given more --steps; with a constant learning rate it is as if it had always had them."""
+    options = [*TINY, "--dataset", str(photos), "--schedule", schedule, "--warmup-steps", "3"]
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert train_lic.main([*options, "--steps", "5", "--save", str(short)]) == 0
+    assert train_lic.main(["--resume", str(short / "checkpoint.pth.tar"), "--steps", "10"]) == 0
+    assert train_lic.main([*options, "--steps", "10", "--save", str(long)]) == 0
+    a, b = weights(short / "checkpoint.pth.tar"), weights(long / "checkpoint.pth.tar")
+    assert all(a[name].equal(b[name]) for name in a) == (schedule == "constant")
+    steps = [row["step"] for row in metrics(short) if row["split"] == "eval"]
+    assert steps == ["5", "10"]
+    assert [row["split"] for row in metrics(short)].count("bitstream") == 1
+
+
+def test_compare(tmp_path, photos, capsys):
+    folder = tmp_path / "run"
+    options = [*TINY, "--dataset", str(photos), "--steps", "20", "--eval-every", "10", "--save", str(folder)]
+    assert train_lic.main([*options, "--compare", "adam", "--compare-learning-rate", "2e-3"]) == 0
+    rows = metrics(folder)
+    for optimizer, rate in (("soap", 3e-3), ("adam", 2e-3)):
+        own = [row for row in rows if row["optimizer"] == optimizer]
+        assert [row["step"] for row in own if row["split"] == "eval"] == ["10", "20"]
+        assert float(own[0]["learning_rate"]) == pytest.approx(rate * 10 / 50)  # warm-up
+        assert (folder / f"eval-{optimizer}.json").exists()
+    names = {"checkpoint.pth.tar", "checkpoint-adam.pth.tar", "curve.png", "reconstructions.png", "metrics.csv"}
+    assert names <= {file.name for file in folder.iterdir()}
+    assert Image.open(folder / "reconstructions.png").size[0] > 4 * 512  # Adam's column beside SOAP's
+    assert "Adam's final evaluation loss" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        train_lic.main(["--resume", str(folder / "checkpoint-adam.pth.tar")])
+    assert "resume the checkpoint.pth.tar beside it" in capsys.readouterr().err
+
+
+def history(optimizer: str, rows: list[tuple[int, float, float]]) -> lic_training.Run:
+    run = lic_training.Run.__new__(lic_training.Run)
+    run.optimizer_name = optimizer
+    run.history = [{"split": "eval", "step": step, "seconds": seconds, "loss": loss} for step, seconds, loss in rows]
+    return run
+
+
+def test_summary_says_who_was_first():
+    adam = history("adam", [(100, 10.0, 6.0), (200, 20.0, 5.0)])
+    fast, slow = history("soap", [(100, 15.0, 4.9), (200, 30.0, 4.0)]), history("soap", [(100, 15.0, 7.0), (200, 30.0, 5.5)])
+    late = history("soap", [(100, 15.0, 6.0), (200, 30.0, 4.5)])
+    assert train_lic.summarise(fast, adam) == (
+        "SOAP reached Adam's final evaluation loss (5.000) at step 100 of 200 (50 % fewer steps, 25 % less time)"
+    )
+    assert "(0 % fewer steps, 50 % more time)" in train_lic.summarise(late, adam)
+    assert train_lic.summarise(slow, adam) == (
+        "SOAP did not reach Adam's final evaluation loss: 5.500 against 5.000 after 200 steps"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mbt2018", "cheng2020-attn", "elic2022-official", "bmshj2018-hyperprior-vbr"])
+def test_whole_runs_of_other_models(tmp_path, photos, model):
+    """Autoregressive, checkerboard and variable-rate models go all the way to their bitstreams and pictures."""
+    widths = ["--N", "8"] + ([] if model.startswith("cheng") else ["--M", "20"])
+    options = ["--model", model, *widths, "--batch-size", "2", "--steps", "3", "--dataset", str(photos)]
+    assert train_lic.main([*options, "--save", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "reconstructions.png").exists()
+    bitstream = metrics(tmp_path / "run")[-1]
+    assert bitstream["split"] == "bitstream" and float(bitstream["bpp"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--metric", "ms-ssim", "--patch-size", "192"], ["--amp"], ["--optimizer", "sgd"]])
+def test_whole_runs_of_other_options(tmp_path, photos, options):
+    length = ["--epochs", "2", "--dataset", str(photos), "--save", str(tmp_path / "run")]
+    assert train_lic.main([*TINY, "--eval-crop", "0", "0", *options, *length]) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == "6"  # two passes over six images, two at a time
+
+
+# ---- bad input: one line, exit status 2 ----
+
+
+def error_line(capsys, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train_lic.main(arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train_lic.py: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "jpeg"], "--model jpeg: choose from bmshj2018-factorized, "),
+        (["--optimizer", "muon"], "argument --optimizer: invalid choice: 'muon'"),
+        (["--learning-rate", "-1"], "argument -lr/--learning-rate: -1 is not above 0"),
+        (["--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
+        (["--clip-max-norm", "nan"], "argument --clip-max-norm/--clip_max_norm: nan is below 0 or not finite"),
+        (["--steps", "5", "--epochs", "5"], "not allowed with argument --steps"),
+        (["--patch-size", "72"], "--patch-size 72 x 72: bmshj2018-hyperprior needs multiples of 64"),
+        (["--patch-size", "64", "64", "3"], "--patch-size takes one or two numbers"),
+        (["--patch-size", "448", "512"], " pixels, smaller than --patch-size 512 x 448"),
+        (["--metric", "ms-ssim"], "--metric ms-ssim needs a --patch-size above 160, not 64 x 64"),
+        (["--metric", "ms-ssim", "--patch-size", "192", "--eval-crop", "128", "0"], "needs evaluation images above 160"),
+        (["--quality", "3", "--N", "8"], "--quality sets the widths: give it, or --N/--M, not both"),
+        (["--quality", "9"], "--quality 9: bmshj2018-hyperprior has 1 to 8"),
+        (["--model", "elic2022-official", "--quality", "3"], "elic2022-official has no qualities in CompressAI's zoo"),
+        (["--model", "cheng2020-attn", "--M", "8"], "--M: cheng2020-attn has only one width, --N"),
+        (["--compare", "soap"], "--compare soap: that is --optimizer itself"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--dataset", "/nowhere/at/all"], "--dataset /nowhere/at/all is not a folder"),
+        (["--resume", "/nowhere/at/all"], "cannot read the checkpoint /nowhere/at/all: "),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    assert message in error_line(capsys, arguments)
+
+
+def test_bad_images(tmp_path, capsys, examples, monkeypatch):
+    def dataset(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    (dataset("empty") / "notes.txt").write_text("no image")
+    assert f"no images below {tmp_path / 'empty'}" in error_line(capsys, ["--dataset", str(tmp_path / "empty")])
+
+    small = dataset("small") / "thumb.png"
+    Image.new("RGB", (100, 40)).save(small)
+    line = error_line(capsys, ["--dataset", str(small.parent)])
+    assert f"{small} is 100 x 40 pixels, smaller than --patch-size 64 x 64" in line
+
+    fake = dataset("fake") / "photo.jpg"
+    fake.write_bytes(b"not a photograph")
+    assert f"cannot read {fake} as an image" in error_line(capsys, ["--dataset", str(fake.parent)])
+
+    whole = sorted((examples / "photos" / "train").iterdir())[0].read_bytes()
+    cut = dataset("cut") / "photo.jpg"
+    cut.write_bytes(whole[: len(whole) // 2])
+    for other in range(3):
+        (cut.parent / f"{other}.jpg").write_bytes(whole)
+    options = ["--dataset", str(cut.parent), *TINY, "--save", str(tmp_path / "run")]
+    assert f"cannot read {cut} as an image: image file is truncated" in error_line(capsys, options)
+    # A set too large to be decoded at once: the file is met in the middle of training, in a worker process.
+    monkeypatch.setattr("lic_data.CACHE_BYTES", 0)
+    with pytest.raises(SystemExit) as caught:
+        train_lic.main([*options, "--num-workers", "1"])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"train_lic.py: error: cannot read {cut} as an image: image file is truncated")
+
+
+def test_bad_checkpoints_and_folders(tmp_path, photos, capsys):
+    folder = tmp_path / "run"
+    options = [*TINY, "--dataset", str(photos), "--steps", "1", "--save", str(folder)]
+    assert train_lic.main(options) == 0
+    checkpoint = folder / "checkpoint.pth.tar"
+    assert f"--save {folder} already holds a run; --resume {checkpoint}" in error_line(capsys, options)
+    message = "--lambda 0.05 differs from the checkpoint's 0.013; leave it out to resume"
+    assert message in error_line(capsys, ["--resume", str(checkpoint), "--lambda", "0.05"])
+
+    (tmp_path / "broken").write_bytes(checkpoint.read_bytes()[:5000])
+    assert "cannot read the checkpoint" in error_line(capsys, ["--resume", str(tmp_path / "broken")])
+    torch.save(weights(checkpoint), tmp_path / "weights")
+    assert "is not a checkpoint of this script" in error_line(capsys, ["--resume", str(tmp_path / "weights")])
+    (tmp_path / "file").touch()
+    assert "Not a directory" in error_line(capsys, [*options[:-1], str(tmp_path / "file" / "run")])
+
+
+def test_divergence_is_said_in_one_line(tmp_path, photos, capsys):
+    arguments = [*TINY, "--dataset", str(photos), "--steps", "40", "--optimizer", "sgd", "--learning-rate", "1e9"]
+    with pytest.raises(SystemExit) as caught:
+        train_lic.main([*arguments, "--warmup-steps", "0", "--clip-max-norm", "0", "--save", str(tmp_path / "run")])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train_lic.py: error: SGD's loss is ") and "try a smaller learning rate" in last
