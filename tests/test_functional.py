@@ -1,0 +1,500 @@
+"""The chooser; the specification against the oracle, the multi-tensor path against the specification."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import soap_opt
+from soap_opt import functional
+from soap_opt.functional import is_usable, prepare_gradient, step_size
+
+# Every kind of layout: tiny modes (Kronecker products), equal shapes (batches), odd sizes, ones, 0-D and 1-D.
+SHAPES = [
+    (8, 8),
+    (6, 4, 3, 3),
+    (5,),
+    (),
+    (5, 3, 4),
+    (4, 6, 5, 5),
+    (8, 8),
+    (8, 8),
+    (1, 7),
+    (7, 1),
+    (2, 3, 1, 4, 2),
+    (1, 1),
+    (1,),
+]
+
+POLICIES = ["together", "staggered", "adaptive"]
+
+# 24 steps: with a frequency of 3 every basis is refreshed eight times, and the bias correction is far from both its ends.
+STEPS = 24
+
+
+def lockstep(params, gradients, options, tested="multi", before_step=None):
+    reference = SoapRun(params, foreach=False, **options)
+    other = OracleRun(params, **options) if tested == "oracle" else SoapRun(params, foreach=True, **options)
+    return run_lockstep(reference, other, gradients, options, before_step)
+
+
+@pytest.mark.parametrize("refresh", POLICIES)
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+def test_lockstep_of_every_layout(device, tested, refresh):
+    options = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": refresh}
+    gradients = random_gradients(SHAPES, STEPS, missing=0.1, rank_one=0.2, device=device)
+    refreshed = lockstep(random_params(SHAPES, device=device), gradients, options, tested)
+    assert refreshed > 100  # 21 modes, several refreshes of each: the comparison did see refreshed bases
+
+
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_lockstep_of_dtypes(device, tested, dtype):
+    options = {"lr": 0.05, "precondition_frequency": 4, "refresh": "staggered"}
+    gradients = random_gradients(SHAPES, 12, dtype=dtype, device=device)
+    assert lockstep(random_params(SHAPES, dtype=dtype, device=device), gradients, options, tested) > 30
+
+
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.9, 0.999), "shampoo_beta": 0.7},
+        {"shampoo_beta": -1.0},
+        {"max_precond_dim": 4},
+        {"max_precond_dim": 0},
+        {"merge_dims": True, "max_precond_dim": 12},
+        {"merge_dims": True, "max_precond_dim": 20, "data_format": "channels_last"},
+        {"merge_dims": True, "max_precond_dim": 150},
+        {"precondition_1d": True},
+        {"precondition_1d": True, "merge_dims": True, "max_precond_dim": 6},
+        {"normalize_grads": True},
+        {"correct_bias": False, "weight_decay": 0.0},
+        {"maximize": True},
+        {"lr": 0.0},
+        {"eps": 1e-3, "betas": (0.0, 0.5)},
+        {"precondition_frequency": 1},
+        {"refresh": "adaptive", "refresh_tolerance": 0.2},
+        {"data_format": "channels_last"},
+    ],
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_lockstep_of_options(tested, options):
+    options = {"lr": 0.01, "precondition_frequency": 3, "refresh": "together", **options}
+    lockstep(random_params(SHAPES), random_gradients(SHAPES, STEPS // 2, rank_one=0.1), options, tested)
+
+
+@st.composite
+def problems(draw):
+    shape = st.lists(st.integers(0, 7), max_size=5).map(tuple)
+    shapes = draw(st.lists(shape, min_size=1, max_size=4))
+    shapes += draw(st.lists(st.sampled_from(shapes), max_size=3))  # equal shapes, which are batched
+    options = {
+        "lr": draw(st.sampled_from([1e-3, 0.1])),
+        "betas": draw(st.sampled_from([(0.95, 0.95), (0.9, 0.999), (0.0, 0.9)])),
+        "eps": draw(st.sampled_from([1e-8, 1e-5])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.3])),
+        "shampoo_beta": draw(st.sampled_from([None, -1, 0.5, 0.99])),
+        "precondition_frequency": draw(st.integers(1, 6)),
+        "max_precond_dim": 10000,
+        "merge_dims": draw(st.booleans()),
+        "precondition_1d": draw(st.booleans()),
+        "normalize_grads": draw(st.booleans()),
+        "data_format": draw(st.sampled_from(["channels_first", "channels_last"])),
+        "correct_bias": draw(st.booleans()),
+        "refresh": draw(st.sampled_from(POLICIES)),
+        "refresh_tolerance": draw(st.sampled_from([0.0, 0.01, 0.3])),
+        "maximize": draw(st.booleans()),
+    }
+    # merged without a limit, five sizes up to 7 would be one Gram of 16807 x 16807
+    options["max_precond_dim"] = draw(st.sampled_from([0, 1, 3, 6, 30] + ([60] if options["merge_dims"] else [10000])))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    kind = {"missing": draw(st.sampled_from([0.0, 0.2])), "rank_one": draw(st.sampled_from([0.0, 0.5]))}
+    return shapes, options, dtype, kind, draw(st.integers(0, 2**20))
+
+
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@settings(max_examples=40)
+@given(problem=problems())
+def test_lockstep_of_anything(tested, problem):
+    shapes, options, dtype, kind, seed = problem
+    gradients = random_gradients(shapes, STEPS, seed, dtype=dtype, **kind)
+    lockstep(random_params(shapes, seed, dtype=dtype), gradients, options, tested)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@settings(max_examples=250)
+@given(problem=problems())
+def test_lockstep_of_anything_at_length(tested, problem):
+    shapes, options, dtype, kind, seed = problem
+    gradients = random_gradients(shapes, 40, seed, dtype=dtype, **kind)
+    lockstep(random_params(shapes, seed, dtype=dtype), gradients, options, tested)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lockstep_of_sizes_that_are_looped(device, threads):
+    """Beyond the measured sizes: bases above 64 are decomposed one by one, tensors above 4,096 elements are not stacked."""
+    torch.set_num_threads(threads)
+    shapes = [(96, 80), (96, 80), (70, 5), (70, 5), (20, 24, 5, 5), (20, 24, 5, 5), (64, 64), (64, 64)]
+    options = {"lr": 0.01, "precondition_frequency": 3, "refresh": "staggered"}
+    params = random_params(shapes, device=device)
+    assert lockstep(params, random_gradients(shapes, 8, device=device), options) > 20
+
+
+def test_lockstep_over_several_buckets():
+    """More than the 2^19 elements that one bucket of the CPU path holds."""
+    shapes = [(512, 1100), (8, 8), (300, 500), (700, 600), (8, 8)]
+    options = {"lr": 0.01, "max_precond_dim": 16, "refresh": "together", "precondition_frequency": 2}
+    lockstep(random_params(shapes), random_gradients(shapes, 4), options)
+
+
+def test_lockstep_of_a_mixture_in_one_group(device):
+    """Dtypes and devices mixed in one group, which torch's own optimizers allow."""
+    params, gradients = [], [[] for _ in range(10)]
+    for place in {"cpu", device}:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+            shapes = [(6, 5), (3, 3, 3), (4,)]
+            params += random_params(shapes, len(params), dtype=dtype, device=place)
+            for row, new in zip(gradients, random_gradients(shapes, 10, len(params), dtype=dtype, device=place)):
+                row += new
+    lockstep(params, gradients, {"precondition_frequency": 2, "refresh": "staggered", "lr": 0.1})
+
+
+def strided(x, order):
+    """x with its dimensions in memory in the given order."""
+    inverse = [order.index(i) for i in range(x.dim())]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+@pytest.mark.parametrize("tested", ["oracle", "multi"])
+def test_lockstep_of_memory_formats(device, tested):
+    params, gradients = [], [[] for _ in range(12)]
+    cases = [
+        ((6, 4, 3, 3), (0, 2, 3, 1), (0, 2, 3, 1)),  # channels_last
+        ((6, 4, 3, 3), (0, 2, 3, 1), (0, 1, 2, 3)),  # channels_last, its gradient is not
+        ((6, 4, 3, 3), (0, 1, 2, 3), (0, 2, 3, 1)),  # the other way round
+        ((5, 7), (1, 0), (1, 0)),  # a transposed matrix
+        ((5, 7), (0, 1), (1, 0)),
+        ((2, 3, 4), (2, 0, 1), (1, 2, 0)),
+    ]
+    for i, (shape, order, grad_order) in enumerate(cases):
+        params.append(strided(random_params([shape], i, device=device)[0], order))
+        for row, (grad,) in zip(gradients, random_gradients([shape], 12, i, device=device)):
+            row.append(strided(grad, grad_order))
+    options = {"precondition_frequency": 3, "refresh": "together", "lr": 0.01}
+    for merging in ({}, {"merge_dims": True, "max_precond_dim": 12, "data_format": "channels_last"}):
+        lockstep(params, gradients, {**options, **merging}, tested)
+    run = SoapRun(params, **options)
+    run.step(gradients[0])
+    for i, (_, order, _) in enumerate(cases):  # m and v share the parameter's memory format
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert run.state_of(i)[key].stride() == run.params[i].stride(), (order, key)
+
+
+def test_an_expanded_gradient_is_like_its_copy():
+    """sum().backward() gives gradients of stride 0."""
+    param = random_params([(4, 3)])[0]
+    grads = [torch.randn(4, 1, generator=torch.Generator().manual_seed(i)).expand(4, 3) for i in range(5)]
+    expanded, copied = SoapRun([param], refresh="together"), SoapRun([param], refresh="together")
+    for grad in grads:
+        expanded.params[0].grad = grad
+        expanded.optimizer.step()
+        assert expanded.params[0].grad.stride() == grad.stride()
+        copied.step([grad.contiguous()])
+        assert torch.equal(expanded.params[0], copied.params[0])
+
+
+def test_parameters_that_overlap_no_memory_but_are_not_dense():
+    """A slice as parameter: neither contiguous nor a permutation of something contiguous."""
+    base = random_params([(6, 10)])[0]
+    sliced = nn.Parameter(base[:, ::2])
+    assert not sliced.is_contiguous()
+    options = {"precondition_frequency": 2, "refresh": "together", "lr": 0.1}
+    plain = SoapRun([base[:, ::2].contiguous()], **options)
+    optimizer = soap_opt.SOAP([sliced], **options)
+    for grads in random_gradients([(6, 5)], 8):
+        sliced.grad = grads[0].clone()
+        optimizer.step()
+        plain.step(grads)
+        torch.testing.assert_close(sliced.detach(), plain.params[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_hyper_parameters_changed_on_the_way_take_effect(foreach):
+    shapes = [(6, 5), (4, 3, 3, 3), (4,)]
+    options = {"refresh": "together", "precondition_frequency": 3}
+    reference, tested = SoapRun(random_params(shapes), foreach=foreach, **options), OracleRun(random_params(shapes), **options)
+    changes = {
+        2: {"lr": 0.1},
+        4: {"betas": (0.5, 0.8)},
+        6: {"eps": 1e-2},
+        8: {"weight_decay": 0.7},
+        10: {"shampoo_beta": 0.3},
+        12: {"normalize_grads": True},
+        14: {"correct_bias": False},
+        16: {"maximize": True},
+        18: {"precondition_frequency": 1},
+        20: {"refresh": "adaptive", "refresh_tolerance": 0.3},
+        22: {"lr": torch.tensor(0.02)},
+    }
+
+    def change(number):
+        new = changes.get(number, {})
+        reference.optimizer.param_groups[0].update(new)
+        tested.oracle.options.update(new)
+        options.update(new)
+
+    run_lockstep(reference, tested, random_gradients(shapes, 26), options, change)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_never_modified(foreach, dtype):
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), (), (6, 5)]
+    run = SoapRun(random_params(shapes, dtype=dtype), foreach=foreach, maximize=True, normalize_grads=True)
+    run.optimizer.grad_scale = torch.tensor(4.0)
+    for grads in random_gradients(shapes, 4, dtype=dtype):
+        run.step(grads)
+        for param, grad in zip(run.params, grads):
+            assert torch.equal(param.grad, grad)
+    assert all(float(run.state_of(i)["step"]) == 3 for i in range(len(shapes)))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_grad_scale_is_divided_out_before_the_gram(foreach):
+    """A power of two scales without rounding: the result is the same to the bit."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,)]
+    plain, scaled = (SoapRun(random_params(shapes), foreach=foreach, precondition_frequency=2) for _ in range(2))
+    scaled.optimizer.grad_scale = torch.tensor([1024.0])
+    for grads in random_gradients(shapes, 6):
+        plain.step(grads)
+        scaled.step([grad * 1024 for grad in grads])
+    for i in range(len(shapes)):
+        assert torch.equal(plain.params[i], scaled.params[i])
+        for key, value in plain.state_of(i).items():
+            assert torch.equal(value, scaled.state_of(i)[key]), key
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("correct_bias", [True, False])
+def test_identity_bases_reduce_to_adam_one_step_later(foreach, correct_bias):
+    """Without modes (max_precond_dim=0) SOAP is Adam that skips its first gradient.
+
+    Adam adds eps to sqrt(v / (1 - b2^t)), SOAP to sqrt(v): with eps <= 1e-8 and gradients of about 1 that is nothing.
+    """
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), ()]
+    run = SoapRun(random_params(shapes), lr=0.01, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0, max_precond_dim=0,
+                  correct_bias=correct_bias, foreach=foreach)  # fmt: skip
+    twins = [nn.Parameter(p.clone()) for p in random_params(shapes)]
+    adam = torch.optim.Adam(twins, lr=0.01, betas=(0.9, 0.99), eps=1e-10)
+    for number, grads in enumerate(random_gradients(shapes, 40)):
+        run.step(grads)
+        if number == 0:
+            assert all(torch.equal(p, q) for p, q in zip(run.params, twins))
+            continue
+        if not correct_bias:  # Adam has no such switch: its correction undone by its learning rate
+            adam.param_groups[0]["lr"] = 0.01 * (1 - 0.9**number) / (1 - 0.99**number) ** 0.5
+        for twin, grad in zip(twins, grads):
+            twin.grad = grad
+        adam.step()
+        for i, (param, twin) in enumerate(zip(run.params, twins)):
+            torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(run.state_of(i)["exp_avg"], adam.state[twin]["exp_avg"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(run.state_of(i)["exp_avg_sq"], adam.state[twin]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+            assert run.state_of(i)["step"] == adam.state[twin]["step"]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_identity_bases_in_the_state_reduce_to_adam_too(foreach):
+    """The mode products do nothing with Q = I; a frequency beyond the run keeps the bases as they are."""
+    shapes = [(6, 5), (4, 3, 3, 3), (16, 16)]
+    run = SoapRun(random_params(shapes), lr=0.01, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0, foreach=foreach,
+                  precondition_frequency=10**9, refresh="together")  # fmt: skip
+    twins = [nn.Parameter(p.clone()) for p in random_params(shapes)]
+    adam = torch.optim.Adam(twins, lr=0.01, betas=(0.9, 0.99), eps=1e-10)
+    for number, grads in enumerate(random_gradients(shapes, 20)):
+        run.step(grads)
+        if number == 0:
+            for i in range(len(shapes)):
+                for key, value in run.state_of(i).items():
+                    if key.startswith("basis_"):
+                        value.copy_(torch.eye(value.shape[0]))
+            continue
+        for twin, grad in zip(twins, grads):
+            twin.grad = grad
+        adam.step()
+        for param, twin in zip(run.params, twins):
+            torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+def steady_run(foreach, shapes, **options):
+    run = SoapRun(random_params(shapes), foreach=foreach, **options)
+    for grads in random_gradients(shapes, 3):
+        run.step(grads)
+    return run
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_matrix_flops_of_a_steady_step(foreach):
+    """One pass into the basis, one back, one Gram: 3 U, U = 2 numel sum(d_i), and nothing for m.
+
+    (2.5 U counts the Gram as a triangle, for which PyTorch has no product.) The 5 x 5 of the convolution is one 25-wide
+    product instead of two 5-wide ones: 2 numel (d_1 + d_2 + 25), plus its Kronecker product, which is not a matrix product.
+    """
+    shapes = [(32, 24), (24, 16), (24, 16), (12, 16, 5, 5)]
+    run = steady_run(foreach, shapes, precondition_frequency=10**6, refresh="together")
+    steady = 2 * 32 * 24 * (32 + 24) + 2 * 2 * 24 * 16 * (24 + 16) + 2 * 12 * 16 * 25 * (12 + 16 + 25)
+    with FlopCounterMode(display=False) as counter:
+        run.step(random_gradients(shapes, 1)[0])
+    assert 2.5 * steady <= counter.get_total_flops() <= 3 * steady
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_matrix_flops_of_a_refresh(foreach):
+    """G Q once and Q^T Q' once (2 d^3 each) and one pass for m; QR and the eigenvalues are no matrix products here."""
+    shapes = [(32, 24), (24, 16), (24, 16)]
+    run = steady_run(foreach, shapes, precondition_frequency=4, refresh="together")
+    grads = random_gradients(shapes, 1)[0]
+    counts = []
+    for _ in range(2):  # the steps to t = 3 (steady) and t = 4 (refresh)
+        with FlopCounterMode(display=False) as counter:
+            run.step(grads)
+        counts.append(counter.get_total_flops())
+    extra = sum(4 * d**3 + 2 * m * n * d for m, n in shapes for d in (m, n))
+    assert 0 < counts[1] - counts[0] <= extra
+
+
+def test_equal_shapes_are_batched_and_large_ones_are_not():
+    """The multi-tensor path multiplies eight equal 8 x 8 parameters as one batch."""
+    calls = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+                calls.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    counts = {}
+    for shapes in ([(8, 8)] * 8, [(80, 70)] * 8):
+        for foreach in (False, True):
+            run = steady_run(foreach, shapes, precondition_frequency=10**6)
+            calls.clear()
+            with Spy():
+                run.step(random_gradients(shapes, 1)[0])
+            counts[shapes[0], foreach] = len(calls)
+    assert counts[(8, 8), True] * 8 == counts[(8, 8), False]
+    assert counts[(80, 70), True] == counts[(80, 70), False]
+
+
+def test_the_multi_tensor_path_uses_foreach_ops_for_everything_elementwise():
+    """The number of operators per step hardly grows with the number of equal parameters."""
+    counts = []
+    for number in (4, 32):
+        shapes = [(6, 6)] * number
+        run = steady_run(True, shapes, precondition_frequency=10**6)
+        names = []
+
+        class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(func.name())  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        for param, grad in zip(run.params, random_gradients(shapes, 1)[0]):
+            param.grad = grad
+        with Spy():
+            run.optimizer.step()
+        elementwise = ("aten::lerp_", "aten::addcmul_", "aten::sqrt", "aten::sqrt_", "aten::mm", "aten::bmm", "aten::div")
+        counts.append(sum(name.split(".")[0] in elementwise for name in names))
+        assert any(name.startswith("aten::_foreach_lerp_") for name in names)
+    assert counts[0] == counts[1]
+
+
+@contextlib.contextmanager
+def recorded(monkeypatch):
+    ran = []
+    with monkeypatch.context() as patch:
+        for name in ("_single_tensor_soap", "_multi_tensor_soap", "_fused_soap"):
+            original = getattr(functional, name)
+            patch.setattr(functional, name, lambda *a, _f=original, _n=name, **k: ran.append(_n) or _f(*a, **k))
+        yield ran
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"foreach": False}, "_single_tensor_soap"),
+        ({"foreach": True}, "_multi_tensor_soap"),
+        ({"foreach": False, "fused": False}, "_single_tensor_soap"),
+        ({"foreach": True, "fused": False}, "_multi_tensor_soap"),
+        ({"fused": False}, "_multi_tensor_soap"),
+        ({}, {"fused": "_fused_soap", "multi tensor": "_multi_tensor_soap"}[soap_opt._ext.active("cpu")]),
+    ],
+)
+def test_the_chooser(monkeypatch, flags, expected):
+    run = SoapRun(random_params([(4, 3)]), **flags)
+    gradients = random_gradients([(4, 3)], 2)
+    with recorded(monkeypatch) as ran:
+        run.step(gradients[0])
+        assert ran == []  # the first gradient is not an update
+        run.step(gradients[1])
+    assert ran == [expected]
+
+
+@pytest.mark.skipif(soap_opt._ext.unavailable("cpu") is None, reason="fused=True works here")
+def test_fused_raises_with_the_reason():
+    reason = re.escape(soap_opt._ext.unavailable("cpu"))
+    with pytest.raises(RuntimeError, match=reason):
+        soap_opt.SOAP([nn.Parameter(torch.ones(2, 2))], fused=True)
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = soap_opt.SOAP([param])
+    param.grad = torch.ones(2, 2)
+    optimizer.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match=reason):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_prepare_gradient():
+    grad = torch.tensor([2.0, -4.0])
+    assert prepare_gradient(grad, torch.float32, None, False) is grad
+    wide = prepare_gradient(grad.bfloat16(), torch.float32, torch.tensor(2.0), True)
+    assert wide.dtype == torch.float32 and wide.tolist() == [-1.0, 2.0]
+    assert grad.tolist() == [2.0, -4.0]
+
+
+@pytest.mark.parametrize(
+    ("norm", "usable"), [(0.0, True), (1e18, True), (1e20, False), (float("inf"), False), (float("nan"), False)]
+)
+def test_is_usable(norm, usable):
+    """||G||^2 must be finite: 1e20 squared is beyond float32."""
+    assert bool(is_usable(torch.tensor(norm))) is usable
+
+
+@pytest.mark.parametrize("t", [1, 2, 1000])
+def test_step_size(t):
+    assert step_size(0.1, t, 0.9, 0.99, True) == pytest.approx(0.1 * (1 - 0.99**t) ** 0.5 / (1 - 0.9**t), rel=1e-12)
+    assert step_size(0.1, t, 0.9, 0.99, False) == 0.1
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("refresh", POLICIES)
+def test_bases_stay_orthogonal_over_hundreds_of_steps(foreach, refresh):
+    """Each refresh makes its basis anew by QR, so errors must not add up: after 300 refreshes as good as after one."""
+    shapes = [(12, 9), (6, 4, 3, 3), (20, 4)]
+    run = SoapRun(random_params(shapes), foreach=foreach, precondition_frequency=1, refresh=refresh)
+    for grads in random_gradients(shapes, 300, rank_one=0.5):
+        run.step(grads)
+    for i in range(len(shapes)):
+        for key, basis in run.state_of(i).items():
+            if key.startswith("basis_"):
+                size = basis.shape[0]
+                error = (basis.T.double() @ basis.double() - torch.eye(size).double()).norm()
+                assert error < 10 * size * torch.finfo(torch.float32).eps
+                assert run.state_of(i)["gram" + key[5:]].isfinite().all()
