@@ -19,6 +19,9 @@ from .plan import Layout
 # (14 matrices of 128: 3.6 ms in a loop, 4.7 ms as one batch, 2 cores), and stacking would copy them.
 BATCH_MAX_DIM = 64
 
+# Blocks of a Gram narrower than this lose more in gemm efficiency than the triangle saves
+TRIANGLE_MIN_BLOCK = 48
+
 
 @contextmanager
 def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
@@ -86,10 +89,28 @@ def outer_products(x: Tensor, layout: Layout) -> list[Tensor]:
         if not group.modes:
             continue
         columns = y.movedim(batch + position, -1).reshape(*y.shape[:batch], -1, group.width)  # [*, rest, D]
-        outer = columns.mT @ columns  # [*, D, D]
+        outer = _self_product(columns)  # [*, D, D]
         for place, mode in enumerate(group.modes):
             by_mode[mode] = _partial_trace(outer, group.sizes, place)
     return [by_mode[mode] for mode in layout.modes]
+
+
+def _self_product(x: Tensor) -> Tensor:
+    """x^T x, [*, rest, d] -> [*, d, d]. ATen has no syrk: large ones are a triangle of gemm blocks, mirrored.
+
+    At d = 128 and 192 the triangle takes 0.80 of the full product's time (3,200 rows, one core).
+    """
+    width = x.shape[-1]
+    if x.dim() > 2 or width < 2 * TRIANGLE_MIN_BLOCK:
+        return x.mT @ x
+    half = width // 2
+    left, right = x[:, :half], x[:, half:]
+    product = x.new_empty(width, width)
+    product[:half, :half] = _self_product(left)
+    product[half:, half:] = _self_product(right)
+    torch.mm(right.mT, left, out=product[half:, :half])
+    product[:half, half:] = product[half:, :half].mT
+    return product
 
 
 def _partial_trace(outer: Tensor, sizes: tuple[int, ...], keep: int) -> Tensor:

@@ -254,16 +254,14 @@ def _multi_tensor_soap(
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, turned, turned, 1 - beta2)
         del projected, turned
-        updates = torch._foreach_sqrt(v)
-        torch._foreach_add_(updates, eps)
-        torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, m)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, eps)
+        updates = list(torch._foreach_div(m, denominators))
+        del denominators
 
-        # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and its factor joins the step size.
-        scales = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
+        # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and needs no pass after the products.
         if normalize_grads:
             torch._foreach_div_(updates, [u.square().mean().sqrt_().add_(1e-30) for u in updates])
-        torch._foreach_mul_(updates, scales)
         update = dict(zip(bucket, updates))
         del updates
         for batch in alike:
@@ -273,7 +271,11 @@ def _multi_tensor_soap(
         # 4 apply
         ps = [params[i] for i in bucket]
         moved = [p if p.dtype == dtype else p.to(dtype) for p in ps]
-        torch._foreach_add_(moved, list(update.values()))
+        sizes = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
+        if len(set(sizes)) == 1:
+            torch._foreach_add_(moved, list(update.values()), alpha=sizes[0])
+        else:  # some parameter missed a gradient
+            torch._foreach_add_(moved, torch._foreach_mul(list(update.values()), sizes))
         del update
         if weight_decay != 0:
             torch._foreach_mul_(moved, 1 - lr * weight_decay)

@@ -1,0 +1,1 @@
+"""Benchmarks of soap_opt; see README.md beside this file."""
