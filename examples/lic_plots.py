@@ -43,7 +43,7 @@ def limit_axis(axis, quantity: str, histories: dict[str, list[dict]]) -> None:
     """Show where learning happens: the first steps of a random model are tens of times off the scale of the rest."""
     rows = [row for history in histories.values() for row in history if row["split"] in ("train", "eval")]
     last = max(row["step"] for row in rows)
-    values = [row[quantity] for row in rows if row["step"] > 0.03 * last or row["split"] == "eval"]
+    values = [row[quantity] for row in rows if row["step"] > 0.1 * last or row["split"] == "eval"]
     low, high = min(values), max(values)
     if quantity == "loss" and low > 0:
         axis.set_yscale("log")

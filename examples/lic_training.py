@@ -144,40 +144,38 @@ class Run:
         first, batch_size = self.step, self.options["batch_size"]
         loader = batches(crops, first, until, batch_size, self.options["num_workers"], pin_memory=self.device.type == "cuda")
         label = OPTIMIZERS[self.optimizer_name]
-        progress = tqdm(total=self.options["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
         window: list[dict[str, Tensor]] = []
         saved_at = self.seconds
         started = time.perf_counter() - self.seconds
-        for batch in loader:
-            lr = self.optimizer.param_groups[0]["lr"]
-            window.append(self.train_step(to_float(batch, self.device)))
-            progress.update()
-            last = self.step == until
-            if self.step % LOG_EVERY == 0 or last or stop.signal:
-                means = {key: torch.stack([w[key] for w in window]).mean().item() for key in window[0]}
-                window.clear()
-                self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
-                if not math.isfinite(means["loss"]):
-                    progress.close()
-                    raise InputError(f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate")
-                row = means | {"psnr": -10 * math.log10(means["mse"])}
-                self.record("train", lr, row)
-                progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB")
-            if self.step % self.options["eval_every"] == 0 or last:
-                self.seconds = time.perf_counter() - started
-                row = evaluate(self.model, self.criterion, eval_images)
-                self.record("eval", lr, row)
-                progress.write(
-                    f"{label} step {self.step:>5}: evaluation loss {row['loss']:.3f}, "
-                    f"{row['bpp']:.3f} bpp, {row['psnr']:.2f} dB"
-                )
-                if self.seconds - saved_at > SAVE_EVERY and not last:
-                    self.save(save)
-                    saved_at = self.seconds
-                started = time.perf_counter() - self.seconds
-            if stop.signal:
-                break
-        progress.close()
+        with tqdm(total=self.options["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True) as progress:
+            for batch in loader:
+                lr = self.optimizer.param_groups[0]["lr"]
+                window.append(self.train_step(to_float(batch, self.device)))
+                progress.update()
+                last = self.step == until
+                if self.step % LOG_EVERY == 0 or last or stop.signal:
+                    means = {key: torch.stack([w[key] for w in window]).mean().item() for key in window[0]}
+                    window.clear()
+                    self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
+                    if not math.isfinite(means["loss"]):
+                        raise InputError(f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate")
+                    row = means | {"psnr": -10 * math.log10(means["mse"])}
+                    self.record("train", lr, row)
+                    progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB")
+                if self.step % self.options["eval_every"] == 0 or last:
+                    self.seconds = time.perf_counter() - started
+                    row = evaluate(self.model, self.criterion, eval_images)
+                    self.record("eval", lr, row)
+                    progress.write(
+                        f"{label} step {self.step:>5}: evaluation loss {row['loss']:.3f}, "
+                        f"{row['bpp']:.3f} bpp, {row['psnr']:.2f} dB"
+                    )
+                    if self.seconds - saved_at > SAVE_EVERY and not last:
+                        self.save(save)
+                        saved_at = self.seconds
+                    started = time.perf_counter() - self.seconds
+                if stop.signal:
+                    break
         self.save(save)
 
     def record(self, split: str, lr: float, row: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """The parts of examples/train_lic.py: what a step sees, how a model is built, what its bitstreams say."""
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -171,8 +172,11 @@ def test_resume_is_exact(tmp_path, files, image, optimizer):
     resumed.load(lic_training.read_checkpoint(tmp_path / "half"))
     train(resumed, 24, tmp_path / "rest")
     a, b = (lic_training.read_checkpoint(tmp_path / name) for name in ("whole", "rest"))
-    for key in ("state_dict", "optimizer", "aux_optimizer", "lr_scheduler", "rng"):
+    for key in ("state_dict", "lr_scheduler", "rng"):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    for key in ("optimizer", "aux_optimizer"):
+        torch.testing.assert_close(a[key]["state"], b[key]["state"], rtol=0, atol=0)
+        assert a[key]["param_groups"][0]["lr"] == b[key]["param_groups"][0]["lr"]
     assert whole.evaluations()[-1]["loss"] == resumed.evaluations()[-1]["loss"]
     assert not (tmp_path / "rest.tmp").exists()
 
@@ -199,16 +203,13 @@ def test_signals_wait_for_the_step_and_twice_do_not(number):
 
 
 def test_amp_keeps_likelihoods_in_float32(image):
-    run = lic_training.Run(OPTIONS | {"amp": True}, "soap", 3e-3)
-    seen = {}
+    x = lic_evaluation.to_float(lic_data.centre_crop(image, (64, 64)))[None]
+    exact = lic_training.Run(OPTIONS, "soap", 3e-3).train_step(x)
+    run, seen = lic_training.Run(OPTIONS | {"amp": True}, "soap", 3e-3), {}  # the same weights and noise
     run.model.g_a[0].register_forward_hook(lambda m, i, output: seen.update(conv=output.dtype))
     for module in run.model.modules():
         if isinstance(module, EntropyModel):
             module.register_forward_hook(lambda m, i, output: seen.update({type(m).__name__: output[1].dtype}))
-    x = lic_evaluation.to_float(lic_data.centre_crop(image, (64, 64)))[None]
-    exact = lic_training.Run(OPTIONS, "soap", 3e-3).train_step(x)
-    run = lic_training.Run(OPTIONS | {"amp": True}, "soap", 3e-3) if not seen else run
-    torch.manual_seed(0)
     terms = run.train_step(x)
     assert seen == {"conv": torch.bfloat16, "EntropyBottleneck": torch.float32, "GaussianConditional": torch.float32}
     # bfloat16 keeps 8 bits: the distortion agrees to about 1 %
@@ -220,21 +221,27 @@ def test_amp_keeps_likelihoods_in_float32(image):
 
 def test_the_decoder_reproduces_the_forward_pass(image):
     """Sizes that are no multiple of 64, quantiles moved by some training: the decoded image is forward's, and its
-    bytes are about as many as the likelihoods promise."""
+    bytes are as many as the likelihoods promise."""
     run = lic_training.Run(OPTIONS, "adam", 1e-3)
     x = lic_evaluation.to_float(lic_data.centre_crop(image, (128, 128)))[None]
     for _ in range(30):
         run.train_step(x)
     odd = lic_data.centre_crop(image, (200, 301))
-    result, x_hat = lic_evaluation.code_image(run.entropy_coding_model(), odd)
+    model = run.entropy_coding_model()
+    result, x_hat = lic_evaluation.code_image(model, odd)
     assert x_hat.shape == odd.shape
     assert result["psnr-rgb"] == pytest.approx(result["psnr-forward"], abs=1e-3)
-    # Two strings, each rounded up to whole 32-bit words, and tables of 16 bits' precision.
-    assert result["bpp"] == pytest.approx(result["bpp-estimated"], rel=0.05, abs=2 * 64 / (200 * 301))
     means = lic_evaluation.evaluate(run.model, run.criterion, [odd])
     assert means["psnr"] == pytest.approx(result["psnr-forward"], abs=0.02)
     assert means["loss"] == pytest.approx(0.013 * 255**2 * means["mse"] + means["bpp"], rel=1e-5)
     assert run.model.training
+
+    # The coder's tables end at 2^-16, the likelihoods at 1e-9: what the model is badly surprised by costs fewer bits
+    # than promised. Beyond that, two strings are rounded up to 32-bit words, and tables to 16 bits.
+    with torch.no_grad():
+        likelihoods = lic_evaluation.forward_padded(model, lic_evaluation.to_float(odd)[None])["likelihoods"].values()
+    floored = sum(-t.clamp(min=2**-16).log2().sum().item() for t in likelihoods) / (200 * 301)
+    assert 0.98 * floored < result["bpp"] < 1.02 * result["bpp-estimated"] + 2 * 64 / (200 * 301)
 
 
 def test_psnr():
@@ -267,6 +274,8 @@ def test_quickstart(examples):
     source = (examples / "quickstart.py").read_text()
     code = [line for line in source.splitlines() if line.strip() and not line.startswith(('"""', "#"))]
     assert len(code) <= 20
-    done = subprocess.run([sys.executable, examples / "quickstart.py"], capture_output=True, text=True, check=True)
+    command = [sys.executable, examples / "quickstart.py"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True)
     first, last = (float(line.split()[-2]) for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]))
     assert first < 10 and last > 25
