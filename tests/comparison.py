@@ -91,9 +91,11 @@ def run_lockstep(
         reference.step(grads)
         tested.step(grads)
         for i, (param, state) in enumerate(before):
-            if isinstance(tested, OracleRun) and not state:  # offsets are an input of the oracle, not its result
-                offsets = {k: v.clone() for k, v in reference.state_of(i).items() if k.startswith("refresh_offset")}
-                tested.state_of(i).update(offsets)
+            if not state:  # offsets are an input of the oracle, not its result
+                for run, other in ((reference, tested), (tested, reference)):
+                    if isinstance(run, OracleRun):
+                        offsets = {k: v.clone() for k, v in other.state_of(i).items() if k.startswith("refresh_offset")}
+                        run.state_of(i).update(offsets)
             where = f"step {number}, parameter {i} of shape {tuple(param.shape)}"
             after = (reference.params[i].detach(), reference.state_of(i))
             got = (tested.params[i].detach(), tested.state_of(i))

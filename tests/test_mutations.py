@@ -1,0 +1,311 @@
+"""Tests of the tests: each fault is built into the package, and the comparisons must then fail.
+
+Every mutation has to fail both the comparison with the original's trajectories and the lockstep with the oracle.
+"""
+
+import pytest
+import torch
+from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
+from test_parity import CASES, TOLERANCE, follow, run_of
+
+from soap_opt import eigenbasis, functional, soap
+from soap_opt.eigenbasis import Refresh
+
+BOTH = [False, True]
+
+
+def worst_parity(case, foreach):
+    return follow(run_of(case, foreach=foreach), case)
+
+
+def assert_lockstep_fails(foreach, shapes=((8, 8), (6, 4, 3, 3), (5, 3, 4)), **options):
+    options = {"refresh": "together", "precondition_frequency": 3, "weight_decay": 0.1, "lr": 0.01, **options}
+    params = random_params(shapes)
+    with pytest.raises(AssertionError):
+        run_lockstep(
+            OracleRun(params, **options), SoapRun(params, foreach=foreach, **options), random_gradients(shapes, 24), options
+        )
+
+
+def assert_caught(foreach, cases=("square", "conv"), **lockstep):
+    for case in cases:
+        assert worst_parity(case, foreach) > 2 * TOLERANCE, case
+    assert_lockstep_fails(foreach, **lockstep)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_nothing_mutated_passes(foreach):
+    """The scaffolding of this file finds no fault where there is none."""
+    assert all(worst_parity(case, foreach) <= TOLERANCE for case in CASES)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        assert_lockstep_fails(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_refresh_one_step_early_or_late(monkeypatch, foreach, shift):
+    original = functional.is_due
+    monkeypatch.setattr(functional, "is_due", lambda step, *rest: original(step + shift, *rest))
+    # "three_d" has a frequency of 10 and "frequency_3_decay" of 3
+    assert_caught(foreach, ("square", "conv", "three_d", "frequency_3_decay"))
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_never_refreshed(monkeypatch, foreach):
+    monkeypatch.setattr(functional, "is_due", lambda *_: False)
+    assert_caught(foreach)
+
+
+def mutate_step(monkeypatch, change):
+    """``change(v=..., **hyper_parameters)`` before each steady step."""
+    original = soap.soap
+
+    def mutated(params, grads, exp_avgs, exp_avg_sqs, *args, **kwargs):
+        change(v=exp_avg_sqs, **kwargs)
+        return original(params, grads, exp_avgs, exp_avg_sqs, *args, **kwargs)
+
+    monkeypatch.setattr(soap, "soap", mutated)
+
+
+def mutate_refresh(monkeypatch, change):
+    original = eigenbasis.refresh_basis
+
+    def mutated(basis, product, eigenvalues):
+        return change(original, basis, product, eigenvalues)
+
+    monkeypatch.setattr(functional, "refresh_basis", mutated)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_no_sort(monkeypatch, foreach):
+    """Columns and v left in their old order; the new basis and the rotation agree with each other."""
+
+    def change(original, basis, product, eigenvalues):
+        falling = torch.arange(eigenvalues.shape[-1], 0, -1.0).expand_as(eigenvalues)
+        return original(basis, product, falling)
+
+    mutate_refresh(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_sorted_ascending(monkeypatch, foreach):
+    mutate_refresh(monkeypatch, lambda original, q, p, e: original(q, p, -e))
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_v_not_permuted(monkeypatch, foreach):
+    def change(original, basis, product, eigenvalues):
+        result = original(basis, product, eigenvalues)
+        unmoved = torch.arange(result.order.shape[-1]).expand_as(result.order)
+        return Refresh(unmoved, result.basis, result.rotation)
+
+    mutate_refresh(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_v_permuted_by_the_inverse(monkeypatch, foreach):
+    def change(original, basis, product, eigenvalues):
+        result = original(basis, product, eigenvalues)
+        return Refresh(result.order.argsort(-1), result.basis, result.rotation)
+
+    mutate_refresh(monkeypatch, change)
+    # "conv" only ever swaps pairs, and a swap is its own inverse
+    assert_caught(foreach, ("square", "deconv_and_bias"))
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_m_reexpressed_with_the_permuted_basis(monkeypatch, foreach):
+    def change(original, basis, product, eigenvalues):
+        result = original(basis, product, eigenvalues)
+        permuted = basis.gather(-1, result.order.unsqueeze(-2).expand_as(basis))
+        return Refresh(result.order, result.basis, permuted.mT @ result.basis)
+
+    mutate_refresh(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_m_not_reexpressed(monkeypatch, foreach):
+    def change(original, basis, product, eigenvalues):
+        result = original(basis, product, eigenvalues)
+        return Refresh(result.order, result.basis, torch.eye(basis.shape[-1]).expand_as(basis))
+
+    mutate_refresh(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_m_reexpressed_by_the_transpose(monkeypatch, foreach):
+    def change(original, basis, product, eigenvalues):
+        result = original(basis, product, eigenvalues)
+        return Refresh(result.order, result.basis, result.rotation.mT)
+
+    mutate_refresh(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_basis_not_replaced(monkeypatch, foreach):
+    mutate_refresh(monkeypatch, lambda original, q, p, e: original(q, p, e)._replace(basis=q.clone()))
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_decay_before_the_update(monkeypatch, foreach):
+    """p (1 - lr w) - lr c U instead of (p - lr c U)(1 - lr w): they differ by lr^2 w c U, so a large decay shows it."""
+    original = soap.soap
+
+    def mutated(params, *args, weight_decay, lr, **kwargs):
+        for param in params:
+            param.mul_(1 - lr * weight_decay)
+        return original(params, *args, weight_decay=0.0, lr=lr, **kwargs)
+
+    monkeypatch.setattr(soap, "soap", mutated)
+    assert_caught(foreach, ("frequency_3_decay",), weight_decay=5.0)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_coupled_decay(monkeypatch, foreach):
+    """The decay as a part of the gradient, as in torch.optim.Adam."""
+    original = soap.soap
+
+    def mutated(params, grads, *args, weight_decay, **kwargs):
+        grads = [g + weight_decay * p for g, p in zip(grads, params)]
+        return original(params, grads, *args, weight_decay=0.0, **kwargs)
+
+    monkeypatch.setattr(soap, "soap", mutated)
+    assert_caught(foreach, ("square", "frequency_3_decay"))
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_data_format_ignored(monkeypatch, foreach):
+    original = soap.layout_of
+    monkeypatch.setattr(
+        soap, "layout_of", lambda *a, data_format, **kwargs: original(*a, data_format="channels_first", **kwargs)
+    )
+    assert worst_parity("merge_channels_last", foreach) > 2 * TOLERANCE
+    assert worst_parity("merge_dims", foreach) <= TOLERANCE
+    assert_lockstep_fails(foreach, ((3, 2, 2, 4),), merge_dims=True, max_precond_dim=6, data_format="channels_last")
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_data_format_obeyed_without_merging(monkeypatch, foreach):
+    """It matters only when dimensions are merged: modes in another order would carry other names."""
+    original = soap.layout_of
+
+    def mutated(shape, order, **kwargs):
+        return original(shape, order, **{**kwargs, "merge_dims": True, "max_precond_dim": max(shape, default=1)})
+
+    monkeypatch.setattr(soap, "layout_of", mutated)
+    assert_lockstep_fails(foreach, ((3, 2, 2, 4),), data_format="channels_last")
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
+    """A basis that is refreshed at a step must not project the gradient of the same step."""
+    original = soap.soap
+
+    def mutated(params, grads, m, v, grams, bases, offsets, steps, layouts, *args, **kwargs):
+        for k, layout in enumerate(layouts):
+            due = functional.is_due(int(steps[k]) + 1, 0, kwargs["precondition_frequency"], "together")
+            for i, outer in enumerate(eigenbasis.outer_products(grads[k], layout)):
+                beta = kwargs["shampoo_beta"]
+                grams[k][i].lerp_(outer, 1 - beta)
+            if due:
+                refreshed = {
+                    i: eigenbasis.refresh_basis(q, *eigenbasis.gram_times_basis(g, q))
+                    for i, (g, q) in enumerate(zip(grams[k], bases[k]))
+                }
+                eigenbasis.reexpress_(m[k], v[k], bases[k], layout, refreshed)
+        kept = [[g.clone() for g in row] for row in grams]
+        skipped = original(
+            params, grads, m, v, kept, bases, offsets, steps, layouts, *args, **{**kwargs, "precondition_frequency": 10**9}
+        )
+        return skipped
+
+    monkeypatch.setattr(soap, "soap", mutated)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_gram_with_bias_correction(monkeypatch, foreach):
+    """Scaling a Gram leaves its eigenvectors alone, so only a comparison of state can see it."""
+    original = soap.outer_products
+    monkeypatch.setattr(soap, "outer_products", lambda *a: [20 * outer for outer in original(*a)])
+    assert_lockstep_fails(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_first_gradient_is_used_twice(monkeypatch, foreach):
+    original = soap.SOAP._initialize
+
+    def mutated(self, pending, grad_scale):
+        original(self, pending, grad_scale)
+        for group in self.param_groups:
+            self._steady_step(group, [p for g, p in pending if g is group], grad_scale)
+
+    monkeypatch.setattr(soap.SOAP, "_initialize", mutated)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda lr, t, b1, b2, correct: lr,
+        lambda lr, t, b1, b2, correct: lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)),
+        lambda lr, t, b1, b2, correct: lr * (1 - b2**t) / (1 - b1**t),
+    ],
+    ids=["none", "t + 1", "without the root"],
+)
+@pytest.mark.parametrize("foreach", BOTH)
+def test_wrong_bias_correction(monkeypatch, foreach, wrong):
+    monkeypatch.setattr(functional, "step_size", wrong)
+    assert_caught(foreach, betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_projected_back_with_the_wrong_side(monkeypatch, foreach):
+    monkeypatch.setattr(functional, "project_back", functional.project)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_beta_of_the_gram_is_beta1(monkeypatch, foreach):
+    monkeypatch.setattr(soap, "_shampoo_beta", lambda group: group["betas"][0])
+    assert worst_parity("shampoo_beta", foreach) > 2 * TOLERANCE
+    assert_lockstep_fails(foreach, betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_v_not_decayed(monkeypatch, foreach):
+    """v <- v + (1 - b2) G'^2."""
+
+    def change(v, beta2, **_):
+        for tensor in v:
+            tensor.div_(beta2)
+
+    mutate_step(monkeypatch, change)
+    assert_caught(foreach)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_eps_forgotten(monkeypatch, foreach):
+    original = soap.soap
+    monkeypatch.setattr(soap, "soap", lambda *args, eps, **kwargs: original(*args, eps=0.0, **kwargs))
+    assert_lockstep_fails(foreach, eps=1e-3)
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_staggered_offset_ignored(monkeypatch, foreach):
+    original = functional.is_due
+    monkeypatch.setattr(functional, "is_due", lambda step, offset, *rest: original(step, 0, *rest))
+    assert_lockstep_fails(foreach, refresh="staggered")
+
+
+@pytest.mark.parametrize("foreach", BOTH)
+def test_adaptive_never_passes_over(monkeypatch, foreach):
+    monkeypatch.setattr(functional, "off_diagonal_share", lambda q, p, e: torch.ones(e.shape[:-1]))
+    assert_lockstep_fails(foreach, refresh="adaptive", refresh_tolerance=0.4)
