@@ -26,14 +26,18 @@ TRIANGLE_MIN_BLOCK = 48
 @contextmanager
 def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
     """No autocast and no TF32/bfloat16 inside matrix products: reduced precision there is known to ruin the basis."""
-    precision = torch.get_float32_matmul_precision()
+    # Settings of each backend, not torch.set_float32_matmul_precision: that one raises once somebody has set a backend, and
+    # would on the way back overwrite what was set. "none" inherits; where nothing is set it means full precision.
+    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     with ExitStack() as stack:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
+        for product in products:
+            precision = product.fp32_precision
+            if precision not in ("ieee", "none"):
+                product.fp32_precision = "ieee"
+                stack.callback(setattr, product, "fp32_precision", precision)
         yield
 
 
