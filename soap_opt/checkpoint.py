@@ -102,7 +102,8 @@ def _restore_param(
     if "initialized" not in result:
         # a basis of zeros is what a parameter holds whose first gradient has not come yet
         bases = [result[f"basis_{mode}"] for mode in layout.modes]
-        result["initialized"] = torch.tensor(bool(result["step"] > 0) or any(bool(basis.any()) for basis in bases))
+        started = bool(result["step"] > 0) or any(bool(basis.any()) for basis in bases)
+        result["initialized"] = torch.tensor(started, device="cpu")
     return result
 
 
@@ -190,8 +191,8 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
     dtype = state_dtype(param)
     convert = {"dtype": dtype, "device": param.device}
     result: dict[str, Any] = {
-        "step": torch.tensor(float(raw["step"]), dtype=torch.float32),
-        "initialized": torch.tensor(True),
+        "step": torch.tensor(float(raw["step"]), dtype=torch.float32, device="cpu"),
+        "initialized": torch.tensor(True, device="cpu"),
         "exp_avg": torch.empty_like(param, dtype=dtype).copy_(raw["exp_avg"]),
         "exp_avg_sq": torch.empty_like(param, dtype=dtype).copy_(raw["exp_avg_sq"]),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -343,13 +344,13 @@ class SOAP(Optimizer):
             dtype = state_dtype(param)
             state = self.state[param]
             state["step"] = _step_tensor(0.0, param, group)
-            state["initialized"] = torch.tensor(False)
+            state["initialized"] = torch.tensor(False, device="cpu")
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             for mode, size, offset in zip(layout.modes, layout.sizes, offsets[param]):
                 state[f"gram_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
                 state[f"basis_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
-                state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64)
+                state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64, device="cpu")
 
     def _add_missing_offsets(self) -> None:
         """Offsets for state that came without them: a checkpoint of the original implementation."""
@@ -360,7 +361,7 @@ class SOAP(Optimizer):
                 for place, mode in enumerate(self._layout(param, group).modes if state else ()):
                     if f"refresh_offset_{mode}" not in state:
                         offsets = offsets or self._refresh_offsets()
-                        state[f"refresh_offset_{mode}"] = torch.tensor(offsets[param][place], dtype=torch.int64)
+                        state[f"refresh_offset_{mode}"] = torch.tensor(offsets[param][place], dtype=torch.int64, device="cpu")
 
     def _refresh_offsets(self) -> dict[Tensor, list[int]]:
         """Refresh offsets of every parameter's modes: those in the state, and balanced ones where there are none."""
@@ -516,7 +517,7 @@ def check_options(options: dict[str, Any]) -> None:
     if beta is not None and not beta < 1.0:
         raise ValueError(f"Invalid shampoo_beta value: {beta}")
     for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0)):
-        if isinstance(options[name], bool) or int(options[name]) != options[name] or options[name] < least:
+        if isinstance(options[name], bool) or not isinstance(options[name], Integral) or options[name] < least:
             raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
     if options["data_format"] not in ("channels_first", "channels_last"):
         raise ValueError(f"Invalid data_format: {options['data_format']!r} (channels_first or channels_last)")
