@@ -176,7 +176,7 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
     for key in ("exp_avg", "exp_avg_sq"):
         if tuple(raw[key].shape) != tuple(param.shape):
             raise ValueError(f"the checkpoint's {key} for {description} has shape {tuple(raw[key].shape)}")
-    grams, bases = list(raw["GG"]), list(raw["Q"])
+    grams, bases = list(raw["GG"]), list(raw["Q"] or ())
     # a 1-D parameter that is not preconditioned has one empty entry, a 0-D one none
     sizes = tuple(gram.shape[0] if isinstance(gram, Tensor) else None for gram in grams)
     expected = tuple(size if i in layout.modes else None for i, size in enumerate(layout.view_shape))
@@ -187,6 +187,8 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
             f"the checkpoint preconditions {description} with Grams of sizes {sizes}, this optimizer with {expected}: "
             "max_precond_dim, merge_dims, precondition_1d and data_format must be those of the run"
         )
+    if [getattr(gram, "shape", None) for gram in grams] != [getattr(basis, "shape", None) for basis in bases]:
+        raise ValueError(f"the checkpoint's Q for {description} does not have the shapes of its GG")
 
     dtype = state_dtype(param)
     convert = {"dtype": dtype, "device": param.device}
