@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral
@@ -179,7 +180,7 @@ class SOAP(Optimizer):
                     f"SOAP will decompose a {max(large)} x {max(large)} matrix for {self._describe(param)}, which takes much "
                     f"time and {sum(8 * size * size for size in large) >> 20} MiB of state; max_precond_dim below "
                     f"{max(large)} leaves that mode alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
-                    stacklevel=2,
+                    stacklevel=_users_stacklevel(),
                 )
 
     @torch.compiler.disable
@@ -458,7 +459,7 @@ class SOAP(Optimizer):
             warnings.warn(
                 f"SOAP: the gradient of {self._describe(param)} is not finite, or its squared norm overflows; the parameter "
                 "and its state stay as they are. Later cases are counted by skipped_steps() without a warning.",
-                stacklevel=4,
+                stacklevel=_users_stacklevel(),
             )
         self._skipped[param] = self._skipped.get(param, 0) + 1
 
@@ -485,6 +486,14 @@ def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
     # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
     device = param.device if group["capturable"] or group["fused"] else "cpu"
     return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _users_stacklevel() -> int:
+    """The first frame outside of torch and soap_opt, counted from the function that warns: torch's wrappers vary in number."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _require_fused(group: dict[str, Any], device_type: str) -> None:
