@@ -269,8 +269,9 @@ def test_tied_parameters_count_once():
 def test_a_warning_for_a_mode_above_4096():
     """merge_dims=True can do that: a (64, 65) weight gets a 4160 x 4160 Gram."""
     weight = nn.Parameter(torch.zeros(64, 65))
-    with pytest.warns(UserWarning, match=r"4160 x 4160 matrix for parameter 0 of shape \(64, 65\).*merge_dims=False"):
+    with pytest.warns(UserWarning, match=r"4160 x 4160 matrix for parameter 0 of shape \(64, 65\).*merge_dims=False") as caught:
         SOAP([weight], merge_dims=True)
+    assert caught[0].filename == __file__  # it points at the caller's line
     with pytest.warns(UserWarning, match=r"parameter 1 \(wide\) of shape \(5000, 2\)"):
         SOAP([("small", nn.Parameter(torch.zeros(2, 2))), ("wide", nn.Parameter(torch.zeros(5000, 2)))])
     with warnings.catch_warnings():
@@ -747,7 +748,7 @@ def test_one_warning_for_each_parameter():
             params[1].grad = torch.full((3,), float("nan")) if number > 2 else torch.ones(3)
             optimizer.step()
     texts = [str(w.message) for w in caught]
-    assert len(texts) == 2
+    assert len(texts) == 2 and {w.filename for w in caught} == {__file__}
     assert "parameter 0 (weight) of shape (4, 3)" in texts[0] and "parameter 1 (bias) of shape (3,)" in texts[1]
     assert optimizer.skipped_steps() == 4 + 2
     assert optimizer.skipped_steps(per_parameter=True) == [4, 2]
