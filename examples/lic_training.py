@@ -78,6 +78,10 @@ class StopRequest:
         self.signal = number
 
 
+def describe(row: dict) -> str:
+    return f"{row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB"
+
+
 class Run:
     """A model in training with one optimizer. `history` holds the rows of metrics.csv.
 
@@ -159,17 +163,12 @@ class Run:
                     self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
                     if not math.isfinite(means["loss"]):
                         raise InputError(f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate")
-                    row = means | {"psnr": -10 * math.log10(means["mse"])}
-                    self.record("train", lr, row)
-                    progress.set_postfix_str(f"loss {row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB")
+                    row = self.record("train", lr, means | {"psnr": -10 * math.log10(means["mse"])})
+                    progress.set_postfix_str(f"loss {describe(row)}")
                 if self.step % self.options["eval_every"] == 0 or last:
                     self.seconds = time.perf_counter() - started
-                    row = evaluate(self.model, self.criterion, eval_images)
-                    self.record("eval", lr, row)
-                    progress.write(
-                        f"{label} step {self.step:>5}: evaluation loss {row['loss']:.3f}, "
-                        f"{row['bpp']:.3f} bpp, {row['psnr']:.2f} dB"
-                    )
+                    row = self.record("eval", lr, evaluate(self.model, self.criterion, eval_images))
+                    progress.write(f"{label} step {self.step:>5}: evaluation loss {describe(row)}")
                     if self.seconds - saved_at > SAVE_EVERY and not last:
                         self.save(save)
                         saved_at = self.seconds
@@ -178,9 +177,11 @@ class Run:
                     break
         self.save(save)
 
-    def record(self, split: str, lr: float, row: dict[str, float]) -> None:
+    def record(self, split: str, lr: float | None, values: dict[str, float]) -> dict:
+        """A row of metrics.csv for where the run stands now."""
         head = {"optimizer": self.optimizer_name, "split": split, "step": self.step, "seconds": self.seconds}
-        self.history.append(head | {"learning_rate": lr} | row)
+        self.history.append(head | {"learning_rate": lr} | values)
+        return self.history[-1]
 
     def evaluations(self) -> list[dict]:
         return [row for row in self.history if row["split"] == "eval"]

@@ -22,7 +22,7 @@ from lic_data import InputError, RandomCrops, centre_crop, find_dataset, read_im
 from lic_evaluation import MS_SSIM_SIDE, code_image, jpeg_at, mean_results, psnr, to_float, write_eval_json
 from lic_models import build_model, downsampling_factor
 from lic_plots import plot_curves, plot_reconstructions
-from lic_training import OPTIMIZERS, Run, StopRequest, read_checkpoint
+from lic_training import OPTIMIZERS, Run, StopRequest, describe, read_checkpoint
 from torch import Tensor
 from tqdm import tqdm
 
@@ -129,9 +129,7 @@ def report_bitstreams(run: Run, results: list[dict[str, float]]) -> None:
     worst = max(abs(result["psnr-rgb"] - result["psnr-forward"]) for result in results)
     if worst > 0.5:
         print(f"{label}: warning: the decoder's PSNR is up to {worst:.2f} dB off the forward pass's", file=sys.stderr)
-    head = {"optimizer": run.optimizer_name, "split": "bitstream", "step": run.step, "seconds": run.seconds}
-    rates = {"bpp": mean["bpp"], "bpp_estimated": mean["bpp-estimated"], "psnr": mean["psnr-rgb"]}
-    run.history.append(head | rates)
+    run.record("bitstream", None, {"bpp": mean["bpp"], "bpp_estimated": mean["bpp-estimated"], "psnr": mean["psnr-rgb"]})
 
 
 def summarise(run: Run, other: Run) -> str:
@@ -169,8 +167,8 @@ def train(options: dict, state: dict | None) -> int:
     if other := options["compare"]:
         name = f"checkpoint-{other}.pth.tar"
         beside = Path(options["resume"]).with_name(name) if state else None
-        plan.append((other, options["compare_learning_rate"], name, read_checkpoint(beside)
-                     if beside and beside.exists() else None))  # fmt: skip
+        other_state = read_checkpoint(beside) if beside and beside.exists() else None
+        plan.append((other, options["compare_learning_rate"], name, other_state))
     runs = []
     for optimizer, learning_rate, name, start in plan:
         run = Run(options, optimizer, learning_rate or LEARNING_RATES[optimizer])
@@ -191,10 +189,9 @@ def train(options: dict, state: dict | None) -> int:
         print(f"stopped after training, before all results were written\n{how_to_resume(folder)}")
         return 130
     for run in runs:
-        row = run.evaluations()[-1]
+        row = describe(run.evaluations()[-1])
         print(
-            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {row['loss']:.3f}, {row['bpp']:.3f} bpp, "
-            f"{row['psnr']:.2f} dB after {run.step} steps, {run.seconds:.0f} s of training"
+            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {row} after {run.step} steps, {run.seconds:.0f} s of training"
         )
     if len(runs) == 2:
         print(summarise(*runs))
