@@ -144,6 +144,12 @@ def test_compare(tmp_path, photos, capsys):
     assert Image.open(folder / "reconstructions.png").size[0] > 4 * 512  # Adam's column beside SOAP's
     assert "Adam's final evaluation loss" in capsys.readouterr().out
 
+    # Both go on from their own checkpoints.
+    assert train_lic.main(["--resume", str(folder / "checkpoint.pth.tar"), "--steps", "30"]) == 0
+    rows = [(row["optimizer"], row["step"]) for row in metrics(folder) if row["split"] == "eval"]
+    assert rows == [(optimizer, step) for optimizer in ("soap", "adam") for step in ("10", "20", "30")]
+    capsys.readouterr()
+
     with pytest.raises(SystemExit):
         train_lic.main(["--resume", str(folder / "checkpoint-adam.pth.tar")])
     assert "resume the checkpoint.pth.tar beside it" in capsys.readouterr().err
