@@ -1,12 +1,55 @@
-"""The one place that knows which compiled implementations there are, and why the others are not."""
+"""The one place that loads the compiled extension, and remembers why it could not."""
 
 from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+
+
+def _load() -> str | None:
+    """Load soap_opt._C, which registers torch.ops.soap_opt.*; the reason when that fails."""
+    try:
+        _C = importlib.import_module("soap_opt._C")
+    except ModuleNotFoundError:
+        note = Path(__file__).with_name("_build_failure.txt")
+        if note.exists():
+            return f"building soap_opt._C failed when soap_opt was installed: {note.read_text().strip()}"
+        return "soap_opt was installed without its compiled part (see Install in the README)"
+    except ImportError as error:
+        return f"soap_opt._C does not load with torch {torch.__version__}: {error}"
+    built_with, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (_C.torch_version, torch.__version__))
+    if built_with != running:
+        return f"soap_opt._C was built with torch {_C.torch_version}, this is {torch.__version__}; reinstall soap_opt"
+    _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """What the operators return for tensors without data: for torch.compile, export and torch.library.opcheck."""
+
+    @torch.library.register_fake("soap_opt::step_")
+    def _(params, *args, **kwargs):
+        return torch.empty(len(params), dtype=torch.bool, device="cpu")
+
+    @torch.library.register_fake("soap_opt::refresh_basis_")
+    def _(grams, bases, tolerance=-1.0):
+        orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
+        return orders, [torch.empty_like(gram) for gram in grams]
+
+    @torch.library.register_fake("soap_opt::init_basis")
+    def _(grams):
+        return [torch.empty_like(gram) for gram in grams]
+
+
+_load_error = _load()
 
 
 def unavailable(device_type: str) -> str | None:
     """Why ``fused=True`` cannot run on a device of this type; None where it can."""
     if device_type == "cpu":
-        return "this version of soap_opt has no C++ engine for the CPU yet"
+        return _load_error
     if device_type == "cuda":
         return "this version of soap_opt has no Triton kernels yet"
     return f"soap_opt has no kernels of its own for device type {device_type!r}"

@@ -21,7 +21,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from .plan import Layout, batches, buckets
+from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 
 
@@ -349,6 +349,40 @@ def _refresh_units(
     return result
 
 
-def _fused_soap(params: list[Tensor], *args, **kwargs) -> list[int]:
-    """The package's own kernels: C++ on a CPU, Triton and CUDA on a GPU. Arguments and result as in :func:`soap`."""
-    raise RuntimeError(f"fused=True: {next(filter(None, (_ext.unavailable(p.device.type) for p in params)), '')}")
+def _fused_soap(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    grad_scale: Tensor | None,
+    **options: float | bool | str,
+) -> list[int]:
+    """The package's own operators: on a CPU one call for each dtype of state. Arguments and result as in :func:`soap`."""
+    skipped: list[int] = []
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, exp_avg in enumerate(exp_avgs):
+        by_dtype.setdefault(exp_avg.dtype, []).append(i)
+    for dtype, indices in by_dtype.items():
+        table = layout_table(tuple(layouts[i] for i in indices))
+        usable = torch.ops.soap_opt.step_(
+            [params[i] for i in indices],
+            [grads[i] for i in indices],
+            [exp_avgs[i] for i in indices],
+            [exp_avg_sqs[i] for i in indices],
+            [gram for i in indices for gram in grams[i]],
+            [basis for i in indices for basis in bases[i]],
+            [offset for i in indices for offset in refresh_offsets[i]],
+            [state_steps[i] for i in indices],
+            table,
+            scratch(dtype, table),
+            grad_scale,
+            **options,
+        )
+        if not usable.all():
+            skipped += [i for i, ok in zip(indices, usable.tolist()) if not ok]
+    return skipped

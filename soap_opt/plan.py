@@ -6,6 +6,7 @@ Nothing here is state. A plan may be thrown away at any time and is rebuilt from
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -35,7 +36,7 @@ class Group(NamedTuple):
     sizes: tuple[int, ...]  # their sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # layout_of makes equal ones once: identity compares, and hashes, in no time
 class Layout:
     """How a parameter of shape ``shape`` is seen by the mode products.
 
@@ -83,6 +84,14 @@ class Layout:
         """The inverse of :meth:`arrange`; x may have any shape of the right size behind its ``batch`` dimensions."""
         x = x.reshape([*x.shape[:batch], *self._memory_shape])
         return x.permute([*range(batch), *(batch + i for i in self._memory_inverse)])
+
+    @cached_property
+    def encoded(self) -> tuple[int, ...]:
+        """What csrc/cpu/layout.h decodes: ndim, order.., numel, groups, then for each group width, modes, positions.., sizes.."""
+        code = [len(self.memory_order), *self.memory_order, self.numel, len(self.groups)]
+        for group in self.groups:
+            code += [group.width, len(group.modes), *(self.modes.index(mode) for mode in group.modes), *group.sizes]
+        return tuple(code)
 
     def merged(self, x: Tensor) -> Tensor:
         """[*shape] -> [*view_shape]."""
@@ -221,3 +230,28 @@ def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
         else:
             result.append([i])
     return result + list(small.values())
+
+
+@lru_cache(maxsize=64)
+def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
+    """The layouts as the int64 table that the compiled operators take, [*] on the CPU."""
+    return torch.tensor([len(layouts), *(code for layout in layouts for code in layout.encoded)], dtype=torch.int64)
+
+
+_memory = threading.local()
+
+
+def scratch(dtype: torch.dtype, table: Tensor) -> Tensor:
+    """The compiled CPU step's scratch for a table of layouts: [*] of dtype, kept between steps and shared by all optimizers
+    of a thread. A step that allocated it anew would spend as long on page faults as on the elementwise work."""
+    kept: dict[torch.dtype, Tensor] = _memory.__dict__
+    needed = scratch_numel(table)
+    if dtype not in kept or kept[dtype].numel() < needed:
+        kept.pop(dtype, None)
+        kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
+    return kept[dtype]
+
+
+def scratch_numel(table: Tensor) -> int:
+    """Elements of scratch: three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
+    return torch.ops.soap_opt.scratch_numel(table, torch.get_num_threads())

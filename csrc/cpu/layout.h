@@ -1,0 +1,78 @@
+// How a parameter's modes lie: soap_opt.plan.Layout, as the int64 table that Layout.encode() writes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace soap_opt {
+
+// Neighbouring dimensions, in memory order, that one matrix multiplies.
+struct Group {
+  int64_t width;                          // product of the sizes
+  c10::SmallVector<int64_t, 3> positions; // which of the parameter's preconditioned modes; empty: not preconditioned
+  c10::SmallVector<int64_t, 3> sizes;
+};
+
+struct Layout {
+  c10::SmallVector<int64_t, 6> order; // parameter dimensions from the outermost in memory to the innermost
+  c10::SmallVector<Group, 4> groups;
+  int64_t numel = 1;
+  int64_t modes = 0;
+  bool rotating = true; // every group is preconditioned: products may rotate the dimensions
+
+  // Flops of one pass over all modes, U = 2 numel sum(d_i), Kronecker factors counted as executed.
+  double flops() const {
+    double width = 0;
+    for (const auto& group : groups) width += group.positions.empty() ? 0 : group.width;
+    return 2.0 * numel * width;
+  }
+};
+
+// [n, then for each parameter: ndim, order.., numel, groups, then for each group: width, modes, positions.., sizes..]
+inline std::vector<Layout> decode(const at::Tensor& table) {
+  TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous(), "layouts must be a contiguous int64 tensor");
+  const int64_t* next = table.const_data_ptr<int64_t>();
+  std::vector<Layout> layouts(*next++);
+  for (auto& layout : layouts) {
+    layout.order.resize(*next++);
+    for (auto& dim : layout.order) dim = *next++;
+    layout.numel = *next++;
+    layout.groups.resize(*next++);
+    for (auto& group : layout.groups) {
+      group.width = *next++;
+      const int64_t modes = *next++;
+      group.positions.assign(next, next + modes);
+      group.sizes.assign(next + modes, next + 2 * modes);
+      next += 2 * modes;
+      layout.modes += modes;
+      layout.rotating &= modes > 0;
+    }
+  }
+  return layouts;
+}
+
+// Larger parameters are stepped one at a time with all threads; smaller ones one a thread, several at once: a gemm on one
+// core runs at a higher rate than its share of one that two cores split, and needs no barrier.
+constexpr int64_t kParallelNumel = int64_t(1) << 21;
+
+// Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
+constexpr int64_t kKroneckerWidth = 64;
+
+// Per worker: the gradient where it has to be converted, two buffers that products go between, and a Kronecker product
+// with its Gram.
+inline int64_t worker_scratch(int64_t largest) { return 3 * largest + 2 * kKroneckerWidth * kKroneckerWidth; }
+
+inline int64_t scratch_numel(const std::vector<Layout>& layouts, int64_t threads) {
+  int64_t small = 0, large = 0;
+  for (const auto& layout : layouts) {
+    auto& largest = layout.numel > kParallelNumel ? large : small;
+    largest = std::max(largest, layout.numel);
+  }
+  return std::max(worker_scratch(large), threads * worker_scratch(small));
+}
+
+} // namespace soap_opt

@@ -1,0 +1,49 @@
+// Every operator of soap_opt, on one page. Importing soap_opt._C registers them as torch.ops.soap_opt.*;
+// csrc/cpu and csrc/cuda implement them, soap_opt/_ext.py adds the fake kernels.
+//
+// Lists run over parameters p; a parameter's Grams and bases are flattened into one list, parameter after parameter, in the
+// order of its preconditioned modes. d = size of a mode. State is float32, or float64 for float64 parameters.
+
+#include <Python.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+TORCH_LIBRARY(soap_opt, m) {
+  // Steps 1 to 6 of SOAP for parameters that are initialised; returns usable [n] bool: false where a gradient was not
+  // finite or its squared norm overflowed, and nothing of its parameter changed.
+  //   params[p], grads[p], exp_avgs[p], exp_avg_sqs[p]  [*shape]
+  //   grams[], bases[]                                  [d, d] contiguous
+  //   refresh_offsets[]                                 0-d int64
+  //   state_steps[p]                                    0-d float32
+  //   layouts                                           [*] int64, csrc/cpu/layout.h
+  //   scratch                                           [>= scratch_numel(layouts, threads)] of the state's dtype
+  m.def(
+      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] grams, "
+      "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
+      "Tensor? grad_scale, *, float lr, float beta1, float beta2, float shampoo_beta, float eps, float weight_decay, "
+      "int precondition_frequency, bool normalize_grads, bool correct_bias, str refresh, float refresh_tolerance, "
+      "bool maximize) -> Tensor");
+
+  // Elements of scratch that step_ needs for these layouts with this many threads.
+  m.def("scratch_numel(Tensor layouts, int threads) -> int");
+
+  // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
+  // e).Q. Writes the bases, returns for each matrix the permutation [d] int64 and the rotation Q^T Q' [d, d].
+  // tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and the identities come back.
+  m.def("refresh_basis_(Tensor[] grams, Tensor(a!)[] bases, float tolerance=-1.0) -> (Tensor[] orders, Tensor[] rotations)");
+
+  // Q = flip(eigh(G + 1e-30 I)) of every G, largest eigenvalue first; float64 where float32 does not converge.
+  m.def("init_basis(Tensor[] grams) -> Tensor[]");
+}
+
+// An importable module without Python functions: loading it is what registers the operators. It knows the torch that it was
+// built with, whose binary interface it depends on.
+extern "C" PyObject* PyInit__C(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
