@@ -16,6 +16,7 @@ from .results import Row, save, table
 STEP_COLUMNS = (
     "optimizer",
     "median_ms",
+    "mean_ms",
     "p95_ms",
     "slowest_ms",
     "first_ms",
@@ -106,17 +107,14 @@ def run_stage(arguments: argparse.Namespace) -> None:
     report(arguments, "stage", stages.measure(arguments.quick))
 
 
-GROWTH_COLUMNS = ("model", "parameters", "optimizer", "median_ms", "ns_per_parameter", "us_per_tensor", "over_first")
-
-
 def run_growth(arguments: argparse.Namespace) -> None:
     fused, _, multi, _ = OURS
     adam_fused = OTHERS[1]
     print("\n### Growth at a layer width of 256\n")
-    report(arguments, "growth_parameters", growth.by_parameters([fused, adam_fused], arguments.quick), GROWTH_COLUMNS)
+    report(arguments, "growth_parameters", growth.by_parameters([fused, adam_fused], arguments.quick), growth.COLUMNS)
     print("\n### Growth in the number of tensors\n")
     rows = growth.by_tensors([fused, multi, *INSTALLED, adam_fused], arguments.quick)
-    report(arguments, "growth_tensors", rows, GROWTH_COLUMNS)
+    report(arguments, "growth_tensors", rows, growth.COLUMNS)
 
 
 def run_memory(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from .results import Row, significant
 WIDTH = 256
 MILLIONS = (1, 3, 10, 30, 100)
 TENSORS = (1, 10, 100, 1000, 5000)
+COLUMNS = ("model", "parameters", "optimizer", "median_ms", "ns_per_parameter", "us_per_tensor", "over_first")
 
 
 def by_parameters(contestants: Sequence[Contestant], quick: bool = False) -> list[Row]:

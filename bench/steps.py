@@ -34,7 +34,7 @@ PLANS = {
     "gpt2-block": Plan(6, 20, LARGE),
     "512-table": Plan(10, 40),
     "resnet50": Plan(6, 20, LARGE),
-    "2000-tensors-4x4": Plan(10, 80),
+    "2000-tensors-4x4": Plan(20, 80),
 }
 QUICK = Plan(3, 10)
 
