@@ -144,7 +144,7 @@ def drawn(name: str, shapes: Iterable[tuple[int, ...]], batches: int = 4) -> Pro
 MODELS: dict[str, Callable[[], Problem]] = {
     **{model: partial(lic_problem, model) for model in LIC_MODELS},
     "gpt2-block": gpt2_block,
-    "512-table": partial(drawn, "4 x 512^2 + 512 x 2048 + 2048 x 512", [(512, 512)] * 4 + [(512, 2048), (2048, 512)]),
+    "512-table": partial(drawn, "512^2 table", [(512, 512)] * 4 + [(512, 2048), (2048, 512)]),
     "resnet50": resnet50,
     "2000-tensors-4x4": partial(drawn, "2,000 tensors of 4 x 4", [(4, 4)] * 2000),
 }

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .models import LIC_MODELS
-from .results import Row, read
+from .results import Row, read, table
+
+README = Path(__file__).with_name("README.md")
+START, END = "<!-- must-reach -->\n", "<!-- /must-reach -->"
 
 SHARE = "share_of_floor_128x128x3200"
 
@@ -116,3 +120,11 @@ def rows() -> list[Row]:
                 }
             )
     return result
+
+
+def write_into_readme() -> str:
+    """Put the table between README.md's markers; returns it."""
+    text = table(rows())
+    before, rest = README.read_text().split(START)
+    README.write_text(f"{before}{START}{text}\n{END}{rest.split(END)[1]}")
+    return text

@@ -32,15 +32,18 @@ def steps() -> Figure:
     """Median step of everybody, one panel for each model."""
     data = {model: read(f"step_{model}") for model in MODELS}
     data = {model: rows for model, rows in data.items() if rows}
+    measured = {row["optimizer"] for rows in data.values() for row in rows}
+    shown = [name for name in LABELS if name in measured]
     columns = 3
     lines = -(-len(data) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(11, 2.0 * lines + 0.4), squeeze=False, layout="constrained")
     for axis in axes.flat[len(data) :]:
         axis.remove()
-    for axis, rows in zip(axes.flat, data.values()):
-        found = {row["optimizer"]: row for row in rows}
-        shown = [name for name in LABELS if name in found]
-        _bars(axis, shown, [found[name]["median_ms"] for name in shown], _milliseconds)
+    for place, (axis, rows) in enumerate(zip(axes.flat, data.values())):
+        medians = {row["optimizer"]: row["median_ms"] for row in rows}
+        _bars(axis, shown, [medians.get(name, 0.0) for name in shown])
+        if place % columns:
+            axis.set_yticklabels([])
         axis.set_title(f"{rows[0]['model']}\n{_millions(rows[0]['parameters'])}", fontsize=10)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
@@ -48,9 +51,9 @@ def steps() -> Figure:
     return figure
 
 
-def _bars(axis: Axes, names: list[str], values: list[float], text) -> None:
+def _bars(axis: Axes, names: list[str], values: list[float]) -> None:
     bars = axis.barh([LABELS[name] for name in names], values, color=[COLORS.get(name, SOAPS) for name in names], height=0.72)
-    labels = axis.bar_label(bars, labels=[text(value) for value in values], padding=3, fontsize=9)
+    labels = axis.bar_label(bars, labels=[_milliseconds(value) for value in values], padding=3, fontsize=9)
     labels[0].set_fontweight("bold")
     axis.invert_yaxis()
     axis.set_xlim(0, 1.22 * max(values))
@@ -59,6 +62,8 @@ def _bars(axis: Axes, names: list[str], values: list[float], text) -> None:
 
 
 def _milliseconds(value: float) -> str:
+    if value == 0:
+        return "not run"
     return f"{value / 1e3:.2f} s" if value >= 1000 else f"{value:.3g} ms"
 
 
