@@ -16,7 +16,7 @@ TORCH_LIBRARY(soap_opt, m) {
   //   refresh_offsets[]                                 0-d int64
   //   state_steps[p]                                    0-d float32
   //   layouts                                           [*] int64, csrc/cpu/layout.h
-  //   scratch                                           [>= scratch_numel(layouts, threads)] of the state's dtype
+  //   scratch                                           [>= scratch_numel(layouts, threads, dtype)] of the state's dtype
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] grams, "
       "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
@@ -24,8 +24,8 @@ TORCH_LIBRARY(soap_opt, m) {
       "int precondition_frequency, bool normalize_grads, bool correct_bias, str refresh, float refresh_tolerance, "
       "bool maximize) -> Tensor");
 
-  // Elements of scratch that step_ needs for these layouts with this many threads.
-  m.def("scratch_numel(Tensor layouts, int threads) -> int");
+  // Elements of scratch that step_ needs for these layouts with this many threads and state of this dtype.
+  m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
   // e).Q. Writes the bases, returns for each matrix the permutation [d] int64 and the rotation Q^T Q' [d, d].

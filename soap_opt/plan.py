@@ -245,13 +245,13 @@ def scratch(dtype: torch.dtype, table: Tensor) -> Tensor:
     """The compiled CPU step's scratch for a table of layouts: [*] of dtype, kept between steps and shared by all optimizers
     of a thread. A step that allocated it anew would spend as long on page faults as on the elementwise work."""
     kept: dict[torch.dtype, Tensor] = _memory.__dict__
-    needed = scratch_numel(table)
+    needed = scratch_numel(table, dtype)
     if dtype not in kept or kept[dtype].numel() < needed:
         kept.pop(dtype, None)
         kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
     return kept[dtype]
 
 
-def scratch_numel(table: Tensor) -> int:
-    """Elements of scratch: three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
-    return torch.ops.soap_opt.scratch_numel(table, torch.get_num_threads())
+def scratch_numel(table: Tensor, dtype: torch.dtype) -> int:
+    """Elements of scratch: about three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
+    return torch.ops.soap_opt.scratch_numel(table, torch.get_num_threads(), dtype)

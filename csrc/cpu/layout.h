@@ -55,24 +55,10 @@ inline std::vector<Layout> decode(const at::Tensor& table) {
   return layouts;
 }
 
-// Larger parameters are stepped one at a time with all threads; smaller ones one a thread, several at once: a gemm on one
-// core runs at a higher rate than its share of one that two cores split, and needs no barrier.
+// Larger parameters are stepped one at a time, with all threads in BLAS; smaller ones one a core (blocked.h), several at once.
 constexpr int64_t kParallelNumel = int64_t(1) << 21;
 
 // Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
 constexpr int64_t kKroneckerWidth = 64;
-
-// Per worker: the gradient where it has to be converted, two buffers that products go between, and a Kronecker product
-// with its Gram.
-inline int64_t worker_scratch(int64_t largest) { return 3 * largest + 2 * kKroneckerWidth * kKroneckerWidth; }
-
-inline int64_t scratch_numel(const std::vector<Layout>& layouts, int64_t threads) {
-  int64_t small = 0, large = 0;
-  for (const auto& layout : layouts) {
-    auto& largest = layout.numel > kParallelNumel ? large : small;
-    largest = std::max(largest, layout.numel);
-  }
-  return std::max(worker_scratch(large), threads * worker_scratch(small));
-}
 
 } // namespace soap_opt

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <numeric>
 
+#include "blocked.h"
 #include "layout.h"
 #include "loops.h"
 #include "products.h"
@@ -45,34 +46,85 @@ T parallel_sum_squares(const T* x, int64_t n) {
                              std::plus<T>());
 }
 
-// The tensor with its dimensions in memory order, contiguous; the tensor's own memory wherever that is so already.
-at::Tensor arranged(const at::Tensor& x, const Layout& layout) { return x.permute(layout.order).contiguous(); }
-
-template <typename T, typename P>
-void apply_update(P* p, const T* u, int64_t n, double size, double keep) {
-  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(p + b, u + b, e - b, size, keep); });
+// Whether the tensor lies in memory as its layout says, without holes.
+bool in_order(const at::Tensor& x, const Layout& layout) {
+  int64_t expected = 1;
+  for (size_t i = layout.order.size(); i-- > 0;) {
+    const int64_t size = x.size(layout.order[i]);
+    if (size != 1 && x.stride(layout.order[i]) != expected) return false;
+    expected *= size;
+  }
+  return true;
 }
 
+// A tensor's memory in the layout's order: its own, or a copy that is written back.
 template <typename T>
-void apply_update(const at::Tensor& param, const T* u, const Layout& layout, double size, double keep) {
-  const at::Tensor view = param.permute(layout.order);
-  const at::Tensor memory = view.contiguous();
-  switch (param.scalar_type()) {
-    case at::kBFloat16:
-      if constexpr (std::is_same_v<T, float>) apply_update(memory.data_ptr<at::BFloat16>(), u, layout.numel, size, keep);
-      break;
-    case at::kHalf:
-      if constexpr (std::is_same_v<T, float>) apply_update(memory.data_ptr<at::Half>(), u, layout.numel, size, keep);
-      break;
-    default:
-      apply_update(memory.data_ptr<T>(), u, layout.numel, size, keep);
+class Arranged {
+ public:
+  Arranged(const at::Tensor& x, const Layout& layout) : x_(x), layout_(layout) {
+    if (!in_order(x, layout)) copy_ = x.permute(layout.order).contiguous();
   }
-  if (memory.data_ptr() != view.data_ptr()) view.copy_(memory); // strides with holes or of another order
+  T* data() const { return copy_.defined() ? copy_.template mutable_data_ptr<T>() : x_.template mutable_data_ptr<T>(); }
+  void write_back() const {
+    if (copy_.defined()) x_.permute(layout_.order).copy_(copy_);
+  }
+
+ private:
+  const at::Tensor& x_;
+  const Layout& layout_;
+  at::Tensor copy_;
+};
+
+// The gradient of what is minimised, in the layout's order; converted [numel] is used only where something is to be changed.
+template <typename T>
+const T* arranged_gradient(const Task& task, T* converted, const Options& options) {
+  const Layout& layout = *task.layout;
+  const bool same = task.grad.scalar_type() == c10::CppTypeToScalarType<T>::value;
+  if (same && options.scale == 1 && !options.maximize && in_order(task.grad, layout)) return task.grad.const_data_ptr<T>();
+  const at::Tensor view = task.grad.permute(layout.order);
+  at::Tensor copy = at::from_blob(converted, view.sizes(), task.exp_avg.options());
+  copy.copy_(view);
+  if (options.scale != 1) copy.div_(options.scale);
+  if (options.maximize) copy.neg_();
+  return converted;
+}
+
+// The matrices of a parameter, as pointers to row-major memory. State that is stored otherwise (a user may have put in the
+// column-major result of a LAPACK call) is copied, and the Grams are written back.
+template <typename T>
+struct Matrices {
+  c10::SmallVector<const T*, 6> bases;
+  c10::SmallVector<T*, 6> grams;
+  c10::SmallVector<at::Tensor, 0> copies;
+
+  explicit Matrices(const Task& task) {
+    for (int64_t k = 0; k < task.layout->modes; ++k) {
+      bases.push_back(row_major(task.bases[k]).template const_data_ptr<T>());
+      grams.push_back(row_major(task.grams[k]).template mutable_data_ptr<T>());
+    }
+  }
+  const at::Tensor& row_major(const at::Tensor& matrix) {
+    if (matrix.is_contiguous()) return matrix;
+    copies.push_back(matrix.contiguous());
+    return copies.back();
+  }
+  void write_back(const Task& task) const {
+    for (int64_t k = 0; k < task.layout->modes && !copies.empty(); ++k)
+      if (!task.grams[k].is_contiguous())
+        task.grams[k].copy_(at::from_blob(grams[k], task.grams[k].sizes(), task.grams[k].options()));
+  }
+};
+
+// lr c / rms(U)
+double update_size(double t, double mean_square, const Options& options) {
+  double size = options.lr;
+  if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
+  return options.normalize ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
 template <typename T>
-void refresh_modes(const Task& task, T* m, T* v, T* buffer, T* room, const Options& options) {
+void refresh_modes(const Task& task, T* m, T* v, T* buffer, const Options& options) {
   const Layout& layout = *task.layout;
   std::vector<std::optional<Refresh>> refreshed(layout.modes);
   bool any = false;
@@ -118,43 +170,26 @@ void refresh_modes(const Task& task, T* m, T* v, T* buffer, T* room, const Optio
     if (refreshed[position]) task.bases[position].copy_(refreshed[position]->basis);
 }
 
-template <typename T>
-void run(const Task& task, T* scratch, int64_t largest, const Options& options) {
+// A parameter that has all threads: whole-tensor stages, products in BLAS.
+template <typename T, typename P>
+void step_large(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
-  if (n == 0) return;
-  T* converted = scratch;
-  T* ping = scratch + largest;
-  T* pong = scratch + 2 * largest;
-  T* room = scratch + 3 * largest;
-
-  // The gradient of what is minimised, arranged; a copy only where something is to be changed
-  at::Tensor grad = arranged(task.grad, layout);
-  if (grad.scalar_type() != task.exp_avg.scalar_type() || options.scale != 1 || options.maximize) {
-    at::Tensor copy = at::from_blob(converted, {n}, task.exp_avg.options());
-    copy.copy_(grad.reshape({n}));
-    if (options.scale != 1) copy.div_(options.scale);
-    if (options.maximize) copy.neg_();
-    grad = copy;
-  }
-  const T* g = grad.const_data_ptr<T>();
+  T* ping = scratch + n;
+  T* pong = scratch + 2 * n;
+  T* room = scratch + 3 * n;
+  const T* g = arranged_gradient(task, scratch, options);
   *task.usable = std::isfinite(parallel_sum_squares(g, n));
   if (!*task.usable) return;
 
-  const at::Tensor exp_avg = arranged(task.exp_avg, layout), exp_avg_sq = arranged(task.exp_avg_sq, layout);
-  T* m = exp_avg.data_ptr<T>();
-  T* v = exp_avg_sq.data_ptr<T>();
-  c10::SmallVector<const T*, 6> bases;
-  c10::SmallVector<T*, 6> grams;
-  for (int64_t k = 0; k < layout.modes; ++k) {
-    bases.push_back(task.bases[k].const_data_ptr<T>());
-    grams.push_back(task.grams[k].mutable_data_ptr<T>());
-  }
-  float* step = task.step.mutable_data_ptr<float>();
+  Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(task.exp_avg, layout), exp_avg_sq(task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  T* v = exp_avg_sq.data();
 
   // 1 project
-  T* update = project(layout, g, bases.data(), ping, pong, room, /*back=*/false);
-  const double t = *step += 1;
+  T* update = project(layout, g, matrices.bases.data(), ping, pong, room, /*back=*/false);
+  const double t = *task.step.mutable_data_ptr<float>() += 1;
 
   // 2 adam
   at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
@@ -162,24 +197,207 @@ void run(const Task& task, T* scratch, int64_t largest, const Options& options) 
   });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
-  double size = options.lr;
-  if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
-  if (options.normalize) size /= 1e-30 + std::sqrt(double(parallel_sum_squares(update, n)) / n);
-  update = project(layout, static_cast<const T*>(update), bases.data(), ping, pong, room, /*back=*/true);
+  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(update, n)) / n : 1, options);
+  update = project(layout, static_cast<const T*>(update), matrices.bases.data(), ping, pong, room, /*back=*/true);
 
   // 4 apply
-  apply_update(task.param, update, layout, size, 1 - options.lr * options.weight_decay);
+  const double keep = 1 - options.lr * options.weight_decay;
+  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, update + b, e - b, size, keep); });
 
   // 5 gram EMA
-  gram_ema(layout, g, grams.data(), ping, room, options.shampoo_beta);
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    if (!group.positions.empty())
+      gram_ema_group<T>(group, g, before, n / (before * group.width), matrices.grams.data(), ping, room, options.shampoo_beta);
+    before *= group.width;
+  }
+  matrices.write_back(task);
 
   // 6 refresh
-  if (!task.due.empty()) refresh_modes(task, m, v, ping, room, options);
+  if (!task.due.empty()) refresh_modes(task, m, v, ping, options);
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
+}
+constexpr int64_t large_scratch(int64_t numel) { return 3 * numel + 2 * kKroneckerWidth * kKroneckerWidth; }
 
-  if (m != task.exp_avg.const_data_ptr<T>()) { // state that is not dense in the layout's order
-    task.exp_avg.permute(layout.order).copy_(exp_avg);
-    task.exp_avg_sq.permute(layout.order).copy_(exp_avg_sq);
+// What step_blocked works in.
+template <typename T>
+struct Workspace {
+  T *converted, *whole, *spare, *chunk, *other, *gram;
+  c10::SmallVector<T*, 4> matrix, forward, back; // for each group: its Kronecker product, the panels of M and of M^T
+  T *kronecker, *product;
+  int64_t numel = 0;
+
+  Workspace(const Layout& layout, const Cut& cut, T* memory) {
+    const auto take = [&](int64_t n) {
+      T* place = memory == nullptr ? nullptr : memory + numel;
+      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      return place;
+    };
+    int64_t widest_product = 0, widest_gram = 0;
+    for (const Group& group : layout.groups) {
+      const int64_t width = group.width, modes = group.positions.size();
+      const int64_t packed = modes > 0 && width <= kTileWidth ? packed_numel<T>(width, width) : 0;
+      matrix.push_back(take(modes > 1 ? width * width : 0));
+      forward.push_back(take(packed));
+      back.push_back(take(packed));
+      if (modes > 0) widest_product = std::max(widest_product, product_room<T>(width));
+      if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
+    }
+    converted = take(layout.numel);
+    whole = take(layout.numel);
+    spare = take(cut.outer_modes ? layout.numel : 0);
+    chunk = take(cut.chunk());
+    other = take(cut.chunk());
+    kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
+    gram = take(widest_gram);
+    product = take(widest_product);
   }
+};
+
+// A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
+// Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
+template <typename T, typename P>
+void step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
+  const Layout& layout = *task.layout;
+  const Cut cut(layout);
+  const Workspace<T> work(layout, cut, scratch);
+  const int64_t n = layout.numel;
+  const T* g = arranged_gradient(task, work.converted, options);
+  *task.usable = std::isfinite(sum_squares(g, n));
+  if (!*task.usable) return;
+
+  Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(task.exp_avg, layout), exp_avg_sq(task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  T* v = exp_avg_sq.data();
+  const double t = *task.step.mutable_data_ptr<float>() += 1;
+  const double keep = 1 - options.lr * options.weight_decay;
+
+  // The matrices of the groups, [A, D, B] seen from each
+  const int64_t groups = layout.groups.size();
+  c10::SmallVector<Factor<T>, 4> forward(groups), back(groups);
+  c10::SmallVector<int64_t, 4> before(groups), after(groups);
+  for (int64_t i = 0, outside = 1; i < groups; ++i) {
+    const Group& group = layout.groups[i];
+    before[i] = outside;
+    after[i] = n / (outside * group.width);
+    outside *= group.width;
+    if (group.positions.empty()) continue;
+    const T* data = group_matrix(group, matrices.bases.data(), work.kronecker);
+    if (group.positions.size() > 1) {
+      std::copy_n(data, group.width * group.width, work.matrix[i]);
+      data = work.matrix[i];
+    }
+    forward[i] = {data, group.width, false};
+    back[i] = {data, group.width, true};
+    if (group.width <= kTileWidth && n * group.width > kLoopProduct) {
+      forward[i].pack(work.forward[i]);
+      back[i].pack(work.back[i]);
+    }
+  }
+
+  // 1 project: outer groups
+  const T* from = g;
+  T* whole = work.whole;
+  T* spare = work.spare;
+  for (size_t i = 0; i < cut.outer; ++i)
+    if (forward[i].data != nullptr) {
+      product<T>(from, whole, before[i], after[i], forward[i], work.product);
+      from = whole;
+      std::swap(whole, spare);
+    }
+  if (cut.outer_modes) std::swap(whole, spare); // `whole` holds the result
+
+  // 1 to 3 in chunks: inner groups, adam, inner groups back
+  const bool finish = !cut.outer_modes && (!options.normalize || cut.chunk() >= n);
+  double sum = 0;
+  for (int64_t start = 0; start < n; start += cut.chunk()) {
+    const int64_t size = std::min(cut.chunk(), n - start), slabs = size / cut.slab;
+    const T* x = from + start;
+    T* room[2] = {work.chunk, work.other};
+    int used = 0; // the next product goes to room[used]
+    const auto inner = [&](int64_t i, const Factor<T>& factor) {
+      product<T>(x, room[used], slabs * (before[i] / before[cut.outer]), after[i], factor, work.product);
+      x = room[used];
+      used ^= 1;
+    };
+    for (int64_t i = cut.outer; i < groups; ++i)
+      if (forward[i].data != nullptr) inner(i, forward[i]);
+    if (x == from + start) { // no inner group is preconditioned
+      std::copy_n(x, size, room[used]);
+      used ^= 1;
+    }
+    T* update = room[used ^ 1];
+    adam(m + start, v + start, update, size, options.beta1, options.beta2, options.eps);
+    if (options.normalize) sum += double(sum_squares(update, size));
+    x = update;
+    for (int64_t i = groups; i-- > int64_t(cut.outer);)
+      if (back[i].data != nullptr) inner(i, back[i]);
+    // 4 apply, where nothing is left to be done
+    if (finish)
+      apply(param + start, x, size, update_size(t, sum / n, options), keep);
+    else
+      std::copy_n(x, size, whole + start);
+  }
+
+  // 3 project back: outer groups, and 4 apply
+  const double size = update_size(t, sum / n, options);
+  bool applied = finish;
+  for (int64_t i = cut.outer; i-- > 0;) {
+    if (back[i].data == nullptr) continue;
+    if (i == 0 && back[0].packed != nullptr) {
+      product<T>(whole, static_cast<T*>(nullptr), 1, after[0], back[0], work.product,
+                 [&](int64_t place, const T* values, int64_t count) { apply(param + place, values, count, size, keep); });
+      applied = true;
+    } else {
+      product<T>(whole, spare, before[i], after[i], back[i], work.product);
+      std::swap(whole, spare);
+    }
+  }
+  if (!applied) apply(param, whole, n, size, keep);
+
+  // 5 gram EMA
+  gram_ema_blocked<T>(layout, g, matrices.grams.data(), whole, work.gram, options.shampoo_beta);
+  matrices.write_back(task);
+
+  // 6 refresh
+  if (!task.due.empty()) refresh_modes(task, m, v, whole, options);
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
+}
+
+template <typename T>
+void step_one(const Task& task, T* scratch, const Options& options) {
+  const Layout& layout = *task.layout;
+  if (layout.numel == 0) return;
+  const auto run = [&](auto tag) {
+    using P = decltype(tag);
+    const Arranged<P> param(task.param, layout);
+    if (layout.numel > kParallelNumel)
+      step_large<T, P>(task, param.data(), scratch, options);
+    else
+      step_blocked<T, P>(task, param.data(), scratch, options);
+    if (*task.usable) param.write_back();
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (task.param.scalar_type() == at::kBFloat16) return run(at::BFloat16());
+    if (task.param.scalar_type() == at::kHalf) return run(at::Half());
+  }
+  run(T());
+}
+
+// Elements of scratch: what the largest parameter that has all threads needs, or the largest of the others for each thread.
+template <typename T>
+std::pair<int64_t, int64_t> scratch_sizes(const std::vector<Layout>& layouts) {
+  int64_t large = 0, worker = 0;
+  for (const Layout& layout : layouts) {
+    if (layout.numel > kParallelNumel)
+      large = std::max(large, large_scratch(layout.numel));
+    else
+      worker = std::max(worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
+  }
+  return {large, worker};
 }
 
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -212,12 +430,13 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                         grad_scale ? grad_scale->item<double>() : 1.0};
   const at::ScalarType dtype = exp_avgs[0].scalar_type();
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == dtype && scratch.numel() >= scratch_numel(layouts, threads),
-              "step_: scratch must be contiguous, ", dtype, ", of at least ", scratch_numel(layouts, threads), " elements, not ",
-              scratch.numel());
+  const auto [large_numel, worker_numel] = dtype == at::kDouble ? scratch_sizes<double>(layouts) : scratch_sizes<float>(layouts);
+  const int64_t needed = std::max(large_numel, threads * worker_numel);
+  TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == dtype && scratch.numel() >= needed,
+              "step_: scratch must be contiguous, ", dtype, ", of at least ", needed, " elements, not ", scratch.numel());
 
   std::vector<Task> tasks(n);
-  int64_t first = 0, small_largest = 0, large_largest = 0;
+  int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
     Task& task = tasks[i];
@@ -245,8 +464,6 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       }
     }
     first += layout.modes;
-    auto& largest = layout.numel > kParallelNumel ? large_largest : small_largest;
-    largest = std::max(largest, layout.numel);
   }
 
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
@@ -256,7 +473,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     for (Task& task : tasks) {
       if (task.layout->numel > kParallelNumel) {
         at::AutoDispatchBelowADInplaceOrView guard;
-        run<scalar_t>(task, memory, large_largest, options);
+        step_one<scalar_t>(task, memory, options);
       } else {
         small.push_back(&task);
         total += task.cost;
@@ -276,24 +493,29 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       }
     }
     std::atomic<size_t> next{0};
+    const int64_t worker_size = worker_numel; // a structured binding cannot be captured
     at::parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
       at::AutoDispatchBelowADInplaceOrView guard;
       for (int64_t worker = begin; worker < end; ++worker)
         for (size_t c; (c = next++) + 1 < chunks.size();)
           for (size_t i = chunks[c]; i < chunks[c + 1]; ++i)
-            run<scalar_t>(*small[i], memory + worker * worker_scratch(small_largest), small_largest, options);
+            step_one<scalar_t>(*small[i], memory + worker * worker_size, options);
     });
   });
   return usable;
 }
 
-int64_t scratch_numel_op(const at::Tensor& layouts, int64_t threads) { return scratch_numel(decode(layouts), threads); }
+int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
+  const std::vector<Layout> layouts = decode(table);
+  const auto [large, worker] = dtype == at::kDouble ? scratch_sizes<double>(layouts) : scratch_sizes<float>(layouts);
+  return std::max(large, threads * worker);
+}
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(soap_opt, CPU, m) {
   m.impl("step_", &step_);
-  m.impl("scratch_numel", &scratch_numel_op);
+  m.impl("scratch_numel", &scratch_numel);
 }
 
 } // namespace soap_opt
