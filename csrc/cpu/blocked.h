@@ -92,10 +92,10 @@ struct Factor {
 // Elements of room that product() needs for a group of this width.
 template <typename T>
 int64_t product_room(int64_t width) {
-  return width > kTileWidth ? 0 : 3 * packed_numel<T>(width, kColumns);
+  return width > kTileWidth ? 0 : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
 }
 
-// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers. sink(offset, values, n), where given, gets the
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare. sink(offset, values, n), where given, gets the
 // result in runs instead of `to`: for a packed M, and A = 1 < B.
 struct NoSink {
   template <typename T>
@@ -121,30 +121,30 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
       multiply_panels<T>(to + a * width, width, rows, width, room, m.packed, width);
     }
   } else if (before == 1 || after >= kColumns / 2) {
-    T* result = room + packed_numel<T>(width, kColumns);
+    T* result = room + packed_numel<T>(width, kColumns); // [D, kColumns]
     for (int64_t a = 0; a < before; ++a)
-      for (int64_t b = 0; b < after; b += kColumns) {
+      for (int64_t b = (after - 1) / kColumns * kColumns; b >= 0; b -= kColumns) { // downwards: see multiply_panels
         const int64_t columns = std::min(kColumns, after - b), place = a * width * after + b;
         pack_rows<T>(room, width, 0, from + place, after, width, columns);
         if (!to_sink) {
           multiply_panels<T>(to + place, after, width, columns, m.packed, room, width);
         } else {
-          multiply_panels<T>(result, columns, width, columns, m.packed, room, width);
-          for (int64_t j = 0; j < width; ++j) sink(place + j * after, result + j * columns, columns);
+          multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
+          for (int64_t j = 0; j < width; ++j) sink(place + j * after, result + j * kColumns, columns);
         }
       }
   } else { // [A, D, B] with a short B: columns of several a side by side
     const int64_t most = std::max<int64_t>(1, kColumns / after);
     T* gathered = room + packed_numel<T>(width, kColumns);
-    T* result = gathered + packed_numel<T>(width, kColumns);
+    T* result = gathered + packed_numel<T>(width, kColumns); // [D, kColumns]
     for (int64_t a = 0; a < before; a += most) {
       const int64_t count = std::min(most, before - a), columns = count * after;
       for (int64_t i = 0; i < width; ++i)
         copy_runs<T>(gathered + i * columns, after, from + (a * width + i) * after, width * after, count, after);
       pack_rows<T>(room, width, 0, gathered, columns, width, columns);
-      multiply_panels<T>(result, columns, width, columns, m.packed, room, width);
+      multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
       for (int64_t j = 0; j < width; ++j)
-        copy_runs<T>(to + (a * width + j) * after, width * after, result + j * columns, after, count, after);
+        copy_runs<T>(to + (a * width + j) * after, width * after, result + j * kColumns, after, count, after);
     }
   }
 }

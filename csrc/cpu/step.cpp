@@ -122,11 +122,25 @@ double update_size(double t, double mean_square, const Options& options) {
   return options.normalize ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
 
-// Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
+// v [A, D, B] <- its D permuted, in place; buffer [D, B].
 template <typename T>
-void refresh_modes(const Task& task, T* m, T* v, T* buffer, const Options& options) {
+void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t after, T* buffer) {
+  const int64_t width = order.size(), slab = width * after;
+  for (int64_t a = 0; a < before; ++a, v += slab) {
+    std::copy_n(v, slab, buffer);
+    if (after == 1)
+      for (int64_t j = 0; j < width; ++j) v[j] = buffer[order[j]];
+    else
+      for (int64_t j = 0; j < width; ++j) copy_runs<T>(v + j * after, 0, buffer + order[j] * after, 0, 1, after);
+  }
+}
+
+// Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
+// turn(group index, rotation [D, D], A, B): m <- m x_g rotation. buffer [numel].
+template <typename T, typename Turn>
+void refresh_modes(const Task& task, T* v, T* buffer, const Options& options, const Turn& turn) {
   const Layout& layout = *task.layout;
-  std::vector<std::optional<Refresh>> refreshed(layout.modes);
+  c10::SmallVector<std::optional<Refresh>, 6> refreshed(layout.modes);
   bool any = false;
   for (int64_t position : task.due) {
     refreshed[position] = refresh_basis(task.grams[position], task.bases[position], options.adaptive ? options.tolerance : -1);
@@ -134,12 +148,13 @@ void refresh_modes(const Task& task, T* m, T* v, T* buffer, const Options& optio
   }
   if (!any) return;
   int64_t before = 1;
-  for (const Group& group : layout.groups) {
+  for (size_t g = 0; g < layout.groups.size(); ++g) {
+    const Group& group = layout.groups[g];
     const int64_t width = group.width, after = layout.numel / (before * width);
     if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t p) { return refreshed[p].has_value(); })) {
       // The group's permutation and rotation: those of its modes, the identity for modes that are not due
       std::vector<int64_t> order(1, 0);
-      at::Tensor rotation = at::ones({1, 1}, task.exp_avg.options());
+      at::Tensor rotation;
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const auto& mode = refreshed[group.positions[f]];
         std::vector<int64_t> next;
@@ -147,22 +162,11 @@ void refresh_modes(const Task& task, T* m, T* v, T* buffer, const Options& optio
         for (int64_t i : order)
           for (int64_t j = 0; j < group.sizes[f]; ++j) next.push_back(i * group.sizes[f] + (ranks ? ranks[j] : j));
         order = std::move(next);
-        rotation = at::kron(rotation, mode ? mode->rotation : at::eye(group.sizes[f], rotation.options()));
+        const at::Tensor factor = mode ? mode->rotation : at::eye(group.sizes[f], task.exp_avg.options());
+        rotation = rotation.defined() ? at::kron(rotation, factor) : factor;
       }
-      at::parallel_for(0, before, std::max<int64_t>(1, kGrain / (width * after)), [&](int64_t b, int64_t e) {
-        for (int64_t a = b; a < e; ++a)
-          for (int64_t j = 0; j < width; ++j) {
-            const T* from = v + (a * width + order[j]) * after;
-            T* to = buffer + (a * width + j) * after;
-            if (after == 1)
-              *to = *from;
-            else
-              std::copy_n(from, after, to);
-          }
-      });
-      std::copy_n(buffer, layout.numel, v);
-      multiply<T>(m, buffer, before, width, after, {rotation.template const_data_ptr<T>(), width, width});
-      std::copy_n(buffer, layout.numel, m);
+      permute(v, order, before, after, buffer);
+      turn(g, rotation.template const_data_ptr<T>(), before, after);
     }
     before *= width;
   }
@@ -214,7 +218,12 @@ void step_large(const Task& task, P* param, T* scratch, const Options& options) 
   matrices.write_back(task);
 
   // 6 refresh
-  if (!task.due.empty()) refresh_modes(task, m, v, ping, options);
+  if (!task.due.empty())
+    refresh_modes(task, v, ping, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+      const int64_t width = layout.groups[g].width;
+      multiply<T>(m, ping, outside, width, inside, {rotation, width, width});
+      std::copy_n(ping, n, m);
+    });
   exp_avg.write_back();
   exp_avg_sq.write_back();
 }
@@ -245,10 +254,10 @@ struct Workspace {
       if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
     }
     converted = take(layout.numel);
-    whole = take(layout.numel);
-    spare = take(cut.outer_modes ? layout.numel : 0);
-    chunk = take(cut.chunk());
-    other = take(cut.chunk());
+    whole = take(layout.numel + kPanel<T>);
+    spare = take(cut.outer_modes ? layout.numel + kPanel<T> : 0);
+    chunk = take(cut.chunk() + kPanel<T>);
+    other = take(cut.chunk() + kPanel<T>);
     kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
     gram = take(widest_gram);
     product = take(widest_product);
@@ -362,7 +371,13 @@ void step_blocked(const Task& task, P* param, T* scratch, const Options& options
   matrices.write_back(task);
 
   // 6 refresh
-  if (!task.due.empty()) refresh_modes(task, m, v, whole, options);
+  if (!task.due.empty())
+    refresh_modes(task, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+      Factor<T> factor{rotation, layout.groups[g].width};
+      if (forward[g].packed != nullptr) factor.pack(work.forward[g]);
+      product<T>(m, whole, outside, inside, factor, work.product);
+      std::copy_n(whole, n, m);
+    });
   exp_avg.write_back();
   exp_avg_sq.write_back();
 }

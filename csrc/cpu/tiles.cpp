@@ -7,15 +7,15 @@
 namespace soap_opt {
 namespace {
 
-// to [W, W] (row stride ld) <- or += a^T b for panels a, b [k, W]
+// to [W, W] (row stride ld) <- or += a^T b for panels a, b [k, W]; only the first `valid` rows are written
 template <typename I, bool kAccumulate, typename T>
 SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
-                          int64_t k) {
+                          int64_t k, int valid = kPanel<T>) {
   using V = Vector<T, I>;
   constexpr int width = kPanel<T>, columns = width / V::lanes;
   // Half of the registers hold sums; the rest is for b's row and what the compiler keeps in flight.
   constexpr int rows = std::min(width, I::registers / 2 / columns);
-  for (int first = 0; first < width; first += rows) {
+  for (int first = 0; first < valid; first += rows) {
     V sums[rows][columns];
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < columns; ++c) sums[r][c].zero();
@@ -25,7 +25,7 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < columns; ++c) sums[r][c].fma(a[l * width + first + r], line[c]);
     }
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows && first + r < valid; ++r)
       for (int c = 0; c < columns; ++c) {
         T* place = to + (first + r) * ld + c * V::lanes;
         if (kAccumulate) {
@@ -41,18 +41,10 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
 template <typename I, typename T>
 SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   constexpr int64_t width = kPanel<T>;
-  for (int64_t i = 0; i < m; i += width)
-    for (int64_t j = 0; j < n; j += width) {
-      if (i + width <= m && j + width <= n) {
-        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k);
-      } else {
-        alignas(64) T edge[width * width];
-        tile<I, false>(edge, width, a + i * k, b + j * k, k);
-        const int64_t rows = std::min(width, m - i), columns = std::min(width, n - j);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t q = 0; q < columns; ++q) c[(i + r) * ld + j + q] = edge[r * width + q];
-      }
-    }
+  // From the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes later.
+  for (int64_t j = (panels_of<T>(n) - 1) * width; j >= 0; j -= width)
+    for (int64_t i = 0; i < m; i += width)
+      tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
 }
 
 template <typename I, typename T>
