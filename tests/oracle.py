@@ -59,7 +59,7 @@ class View:
         self.shape = tuple(shape)
         self.permutation = list(range(len(shape)))
         self.merged = list(shape)
-        if options["merge_dims"]:
+        if options["merge_dims"] and math.prod(shape) > 0:
             if options["data_format"] == "channels_last" and len(shape) == 4:
                 self.permutation = [0, 3, 1, 2]
             self.merged = merged_shape([shape[i] for i in self.permutation], options["max_precond_dim"])

@@ -104,7 +104,7 @@ def theirs_of(params, **options):
 PYTORCH_OPTIMIZER_CASES = {
     "plain": ([(8, 8), (6, 4, 3, 3), (5, 3, 4), (6,)], {}),
     "frequency 1": ([(8, 8), (6, 4, 3, 3)], {"precondition_frequency": 1}),
-    "betas": ([(7, 7), (6, 8)], {"betas": (0.9, 0.99), "shampoo_beta": 0.8, "precondition_frequency": 2}),
+    "betas": ([(7, 7), (8, 8)], {"betas": (0.9, 0.99), "shampoo_beta": 0.8, "precondition_frequency": 2}),
     "decay": ([(8, 8)], {"weight_decay": 0.3, "lr": 0.01}),
     "no bias correction": ([(8, 8)], {"correct_bias": False, "precondition_frequency": 3}),
     "normalised": ([(8, 8), (6, 6)], {"normalize_grads": True, "precondition_frequency": 5}),

@@ -217,4 +217,39 @@ void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* buff
   }
 }
 
+// What one core works in: for a step, or (which needs less) for the Grams alone.
+template <typename T>
+struct Workspace {
+  T *converted, *whole, *spare, *chunk, *other, *gram;
+  c10::SmallVector<T*, 4> matrix, forward, back; // for each group: its Kronecker product, the panels of M and of M^T
+  T *kronecker, *product;
+  int64_t numel = 0;
+
+  Workspace(const Layout& layout, const Cut& cut, T* memory) {
+    const auto take = [&](int64_t n) {
+      T* place = memory == nullptr ? nullptr : memory + numel;
+      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      return place;
+    };
+    int64_t widest_product = 0, widest_gram = 0;
+    for (const Group& group : layout.groups) {
+      const int64_t width = group.width, modes = group.positions.size();
+      const int64_t packed = modes > 0 && width <= kTileWidth ? packed_numel<T>(width, width) : 0;
+      matrix.push_back(take(modes > 1 ? width * width : 0));
+      forward.push_back(take(packed));
+      back.push_back(take(packed));
+      if (modes > 0) widest_product = std::max(widest_product, product_room<T>(width));
+      if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
+    }
+    converted = take(layout.numel);
+    whole = take(layout.numel + kPanel<T>);
+    spare = take(cut.outer_modes ? layout.numel + kPanel<T> : 0);
+    chunk = take(cut.chunk() + kPanel<T>);
+    other = take(cut.chunk() + kPanel<T>);
+    kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
+    gram = take(widest_gram);
+    product = take(widest_product);
+  }
+};
+
 } // namespace soap_opt

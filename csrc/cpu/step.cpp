@@ -2,17 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <numeric>
-
 #include "blocked.h"
-#include "layout.h"
-#include "loops.h"
 #include "products.h"
 #include "refresh_basis.h"
+#include "task.h"
 
 namespace soap_opt {
 namespace {
@@ -23,96 +18,6 @@ struct Options {
   bool normalize, correct_bias, together, adaptive, maximize;
   double tolerance;
   double scale; // the gradients are divided by it
-};
-
-// One parameter's share of the lists.
-struct Task {
-  const Layout* layout;
-  at::Tensor param, grad, exp_avg, exp_avg_sq;
-  at::Tensor step;
-  at::TensorList grams, bases;
-  std::vector<int64_t> due; // positions of the modes to refresh in this step
-  double cost;
-  bool* usable;
-};
-
-// Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
-constexpr int64_t kGrain = 1 << 15;
-
-template <typename T>
-T parallel_sum_squares(const T* x, int64_t n) {
-  if (n <= kGrain) return sum_squares(x, n);
-  return at::parallel_reduce(0, n, kGrain, T(0), [&](int64_t b, int64_t e, T sum) { return sum + sum_squares(x + b, e - b); },
-                             std::plus<T>());
-}
-
-// Whether the tensor lies in memory as its layout says, without holes.
-bool in_order(const at::Tensor& x, const Layout& layout) {
-  int64_t expected = 1;
-  for (size_t i = layout.order.size(); i-- > 0;) {
-    const int64_t size = x.size(layout.order[i]);
-    if (size != 1 && x.stride(layout.order[i]) != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// A tensor's memory in the layout's order: its own, or a copy that is written back.
-template <typename T>
-class Arranged {
- public:
-  Arranged(const at::Tensor& x, const Layout& layout) : x_(x), layout_(layout) {
-    if (!in_order(x, layout)) copy_ = x.permute(layout.order).contiguous();
-  }
-  T* data() const { return copy_.defined() ? copy_.template mutable_data_ptr<T>() : x_.template mutable_data_ptr<T>(); }
-  void write_back() const {
-    if (copy_.defined()) x_.permute(layout_.order).copy_(copy_);
-  }
-
- private:
-  const at::Tensor& x_;
-  const Layout& layout_;
-  at::Tensor copy_;
-};
-
-// The gradient of what is minimised, in the layout's order; converted [numel] is used only where something is to be changed.
-template <typename T>
-const T* arranged_gradient(const Task& task, T* converted, const Options& options) {
-  const Layout& layout = *task.layout;
-  const bool same = task.grad.scalar_type() == c10::CppTypeToScalarType<T>::value;
-  if (same && options.scale == 1 && !options.maximize && in_order(task.grad, layout)) return task.grad.const_data_ptr<T>();
-  const at::Tensor view = task.grad.permute(layout.order);
-  at::Tensor copy = at::from_blob(converted, view.sizes(), task.exp_avg.options());
-  copy.copy_(view);
-  if (options.scale != 1) copy.div_(options.scale);
-  if (options.maximize) copy.neg_();
-  return converted;
-}
-
-// The matrices of a parameter, as pointers to row-major memory. State that is stored otherwise (a user may have put in the
-// column-major result of a LAPACK call) is copied, and the Grams are written back.
-template <typename T>
-struct Matrices {
-  c10::SmallVector<const T*, 6> bases;
-  c10::SmallVector<T*, 6> grams;
-  c10::SmallVector<at::Tensor, 0> copies;
-
-  explicit Matrices(const Task& task) {
-    for (int64_t k = 0; k < task.layout->modes; ++k) {
-      bases.push_back(row_major(task.bases[k]).template const_data_ptr<T>());
-      grams.push_back(row_major(task.grams[k]).template mutable_data_ptr<T>());
-    }
-  }
-  const at::Tensor& row_major(const at::Tensor& matrix) {
-    if (matrix.is_contiguous()) return matrix;
-    copies.push_back(matrix.contiguous());
-    return copies.back();
-  }
-  void write_back(const Task& task) const {
-    for (int64_t k = 0; k < task.layout->modes && !copies.empty(); ++k)
-      if (!task.grams[k].is_contiguous())
-        task.grams[k].copy_(at::from_blob(grams[k], task.grams[k].sizes(), task.grams[k].options()));
-  }
 };
 
 // lr c / rms(U)
@@ -162,7 +67,7 @@ void refresh_modes(const Task& task, T* v, T* buffer, const Options& options, co
         for (int64_t i : order)
           for (int64_t j = 0; j < group.sizes[f]; ++j) next.push_back(i * group.sizes[f] + (ranks ? ranks[j] : j));
         order = std::move(next);
-        const at::Tensor factor = mode ? mode->rotation : at::eye(group.sizes[f], task.exp_avg.options());
+        const at::Tensor factor = mode ? mode->rotation : at::eye(group.sizes[f], task.exp_avg->options());
         rotation = rotation.defined() ? at::kron(rotation, factor) : factor;
       }
       permute(v, order, before, after, buffer);
@@ -174,26 +79,27 @@ void refresh_modes(const Task& task, T* v, T* buffer, const Options& options, co
     if (refreshed[position]) task.bases[position].copy_(refreshed[position]->basis);
 }
 
+// step_large, step_blocked: false where the gradient is not usable, and nothing has changed.
+
 // A parameter that has all threads: whole-tensor stages, products in BLAS.
 template <typename T, typename P>
-void step_large(const Task& task, P* param, T* scratch, const Options& options) {
+bool step_large(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
   T* ping = scratch + n;
   T* pong = scratch + 2 * n;
   T* room = scratch + 3 * n;
-  const T* g = arranged_gradient(task, scratch, options);
-  *task.usable = std::isfinite(parallel_sum_squares(g, n));
-  if (!*task.usable) return;
+  const T* g = arranged_gradient(task, scratch, options.scale, options.maximize);
+  if (!std::isfinite(parallel_sum_squares(g, n))) return false;
 
   Matrices<T> matrices(task);
-  const Arranged<T> exp_avg(task.exp_avg, layout), exp_avg_sq(task.exp_avg_sq, layout);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
   T* v = exp_avg_sq.data();
 
   // 1 project
   T* update = project(layout, g, matrices.bases.data(), ping, pong, room, /*back=*/false);
-  const double t = *task.step.mutable_data_ptr<float>() += 1;
+  const double t = *task.step->mutable_data_ptr<float>() += 1;
 
   // 2 adam
   at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
@@ -226,61 +132,24 @@ void step_large(const Task& task, P* param, T* scratch, const Options& options) 
     });
   exp_avg.write_back();
   exp_avg_sq.write_back();
+  return true;
 }
-constexpr int64_t large_scratch(int64_t numel) { return 3 * numel + 2 * kKroneckerWidth * kKroneckerWidth; }
-
-// What step_blocked works in.
-template <typename T>
-struct Workspace {
-  T *converted, *whole, *spare, *chunk, *other, *gram;
-  c10::SmallVector<T*, 4> matrix, forward, back; // for each group: its Kronecker product, the panels of M and of M^T
-  T *kronecker, *product;
-  int64_t numel = 0;
-
-  Workspace(const Layout& layout, const Cut& cut, T* memory) {
-    const auto take = [&](int64_t n) {
-      T* place = memory == nullptr ? nullptr : memory + numel;
-      numel += panels_of<T>(n) * kPanel<T>; // cache lines
-      return place;
-    };
-    int64_t widest_product = 0, widest_gram = 0;
-    for (const Group& group : layout.groups) {
-      const int64_t width = group.width, modes = group.positions.size();
-      const int64_t packed = modes > 0 && width <= kTileWidth ? packed_numel<T>(width, width) : 0;
-      matrix.push_back(take(modes > 1 ? width * width : 0));
-      forward.push_back(take(packed));
-      back.push_back(take(packed));
-      if (modes > 0) widest_product = std::max(widest_product, product_room<T>(width));
-      if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
-    }
-    converted = take(layout.numel);
-    whole = take(layout.numel + kPanel<T>);
-    spare = take(cut.outer_modes ? layout.numel + kPanel<T> : 0);
-    chunk = take(cut.chunk() + kPanel<T>);
-    other = take(cut.chunk() + kPanel<T>);
-    kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
-    gram = take(widest_gram);
-    product = take(widest_product);
-  }
-};
-
 // A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
 // Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
 template <typename T, typename P>
-void step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
+bool step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const Cut cut(layout);
   const Workspace<T> work(layout, cut, scratch);
   const int64_t n = layout.numel;
-  const T* g = arranged_gradient(task, work.converted, options);
-  *task.usable = std::isfinite(sum_squares(g, n));
-  if (!*task.usable) return;
+  const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
+  if (!std::isfinite(sum_squares(g, n))) return false;
 
   Matrices<T> matrices(task);
-  const Arranged<T> exp_avg(task.exp_avg, layout), exp_avg_sq(task.exp_avg_sq, layout);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
   T* v = exp_avg_sq.data();
-  const double t = *task.step.mutable_data_ptr<float>() += 1;
+  const double t = *task.step->mutable_data_ptr<float>() += 1;
   const double keep = 1 - options.lr * options.weight_decay;
 
   // The matrices of the groups, [A, D, B] seen from each
@@ -380,39 +249,26 @@ void step_blocked(const Task& task, P* param, T* scratch, const Options& options
     });
   exp_avg.write_back();
   exp_avg_sq.write_back();
+  return true;
 }
 
 template <typename T>
-void step_one(const Task& task, T* scratch, const Options& options) {
+bool step_one(const Task& task, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
-  if (layout.numel == 0) return;
-  const auto run = [&](auto tag) {
-    using P = decltype(tag);
-    const Arranged<P> param(task.param, layout);
-    if (layout.numel > kParallelNumel)
-      step_large<T, P>(task, param.data(), scratch, options);
-    else
-      step_blocked<T, P>(task, param.data(), scratch, options);
-    if (*task.usable) param.write_back();
+  if (layout.numel == 0) return true;
+  const auto run = [&](auto zero) {
+    using P = decltype(zero);
+    const Arranged<P> param(*task.param, layout);
+    const bool usable = layout.numel > kParallelNumel ? step_large<T, P>(task, param.data(), scratch, options)
+                                                      : step_blocked<T, P>(task, param.data(), scratch, options);
+    if (usable) param.write_back();
+    return usable;
   };
   if constexpr (std::is_same_v<T, float>) {
-    if (task.param.scalar_type() == at::kBFloat16) return run(at::BFloat16());
-    if (task.param.scalar_type() == at::kHalf) return run(at::Half());
+    if (task.param->scalar_type() == at::kBFloat16) return run(at::BFloat16());
+    if (task.param->scalar_type() == at::kHalf) return run(at::Half());
   }
-  run(T());
-}
-
-// Elements of scratch: what the largest parameter that has all threads needs, or the largest of the others for each thread.
-template <typename T>
-std::pair<int64_t, int64_t> scratch_sizes(const std::vector<Layout>& layouts) {
-  int64_t large = 0, worker = 0;
-  for (const Layout& layout : layouts) {
-    if (layout.numel > kParallelNumel)
-      large = std::max(large, large_scratch(layout.numel));
-    else
-      worker = std::max(worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
-  }
-  return {large, worker};
+  return run(T());
 }
 
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -421,13 +277,13 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                  double beta1, double beta2, double shampoo_beta, double eps, double weight_decay,
                  int64_t precondition_frequency, bool normalize_grads, bool correct_bias, c10::string_view refresh,
                  double refresh_tolerance, bool maximize) {
-  const std::vector<Layout> layouts = decode(table);
+  const Layouts layouts(table);
   const int64_t n = params.size();
-  TORCH_CHECK(int64_t(layouts.size()) == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
+  TORCH_CHECK(layouts.size == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
                   int64_t(exp_avg_sqs.size()) == n && int64_t(state_steps.size()) == n,
-              "step_: lists of ", n, " parameters, ", layouts.size(), " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
+              "step_: lists of ", n, " parameters, ", layouts.size, " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
               ", ", exp_avg_sqs.size(), " moments and ", state_steps.size(), " steps");
-  at::Tensor usable = at::ones({n}, at::kBool);
+  at::Tensor usable = at::ones({n}, at::TensorOptions(at::kCPU).dtype(at::kBool));
   if (n == 0) return usable;
   const Options options{lr,
                         beta1,
@@ -444,86 +300,50 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                         refresh_tolerance,
                         grad_scale ? grad_scale->item<double>() : 1.0};
   const at::ScalarType dtype = exp_avgs[0].scalar_type();
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const auto [large_numel, worker_numel] = dtype == at::kDouble ? scratch_sizes<double>(layouts) : scratch_sizes<float>(layouts);
-  const int64_t needed = std::max(large_numel, threads * worker_numel);
-  TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == dtype && scratch.numel() >= needed,
-              "step_: scratch must be contiguous, ", dtype, ", of at least ", needed, " elements, not ", scratch.numel());
 
   std::vector<Task> tasks(n);
   int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
-    Task& task = tasks[i];
     TORCH_CHECK(params[i].numel() == layout.numel && grads[i].sizes() == params[i].sizes() &&
                     exp_avgs[i].sizes() == params[i].sizes() && exp_avg_sqs[i].sizes() == params[i].sizes() &&
-                    exp_avgs[i].scalar_type() == dtype && first + layout.modes <= int64_t(grams.size()),
+                    exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype &&
+                    first + layout.modes <= int64_t(std::min(grams.size(), bases.size())),
                 "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");
-    task.layout = &layout;
-    task.param = params[i];
-    task.grad = grads[i];
-    task.exp_avg = exp_avgs[i];
-    task.exp_avg_sq = exp_avg_sqs[i];
-    task.step = state_steps[i];
-    task.grams = grams.slice(first, layout.modes);
-    task.bases = bases.slice(first, layout.modes);
-    task.usable = usable.data_ptr<bool>() + i;
-    task.cost = 3 * layout.flops() + 50.0 * layout.numel; // 50: elementwise passes, in flops of a gemm
-    const int64_t t = int64_t(*task.step.const_data_ptr<float>()) + 1;
-    for (int64_t k = 0; k < layout.modes; ++k) {
-      const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
-      if ((t + offset) % precondition_frequency == 0) {
-        task.due.push_back(k);
-        const double d = task.bases[k].size(0);
-        task.cost += 20 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+    TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1,
+                "step_: step of parameter ", i, " must be one float32, not ", state_steps[i].scalar_type());
+    Task& task = tasks[i];
+    task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
+            &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
+            {},              3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+    const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
+    for (const Group& group : layout.groups)
+      for (size_t f = 0; f < group.positions.size(); ++f) {
+        const int64_t k = group.positions[f], d = group.sizes[f];
+        TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype &&
+                        task.grams[k].numel() == d * d && task.bases[k].numel() == d * d,
+                    "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ", dtype,
+                    ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
+        const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
+        if ((t + offset) % precondition_frequency == 0) {
+          task.due.push_back(k);
+          task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+        }
       }
-    }
     first += layout.modes;
   }
 
+  bool* flags = usable.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
-    scalar_t* memory = scratch.data_ptr<scalar_t>();
-    std::vector<Task*> small;
-    double total = 0;
-    for (Task& task : tasks) {
-      if (task.layout->numel > kParallelNumel) {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        step_one<scalar_t>(task, memory, options);
-      } else {
-        small.push_back(&task);
-        total += task.cost;
-      }
-    }
-    // Longest first: the last to finish is then a short one. Tiny ones are handed out in chunks. Which thread takes which
-    // parameter does not change a bit of the result.
-    std::stable_sort(small.begin(), small.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
-    const double share = std::min(total / (8.0 * threads), 1e6);
-    std::vector<size_t> chunks{0};
-    double chunk = 0;
-    for (size_t i = 0; i < small.size(); ++i) {
-      chunk += small[i]->cost;
-      if (chunk >= share || i + 1 == small.size()) {
-        chunks.push_back(i + 1);
-        chunk = 0;
-      }
-    }
-    std::atomic<size_t> next{0};
-    const int64_t worker_size = worker_numel; // a structured binding cannot be captured
-    at::parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      for (int64_t worker = begin; worker < end; ++worker)
-        for (size_t c; (c = next++) + 1 < chunks.size();)
-          for (size_t i = chunks[c]; i < chunks[c + 1]; ++i)
-            step_one<scalar_t>(*small[i], memory + worker * worker_size, options);
+    for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {
+      flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
   });
   return usable;
 }
 
 int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
-  const std::vector<Layout> layouts = decode(table);
-  const auto [large, worker] = dtype == at::kDouble ? scratch_sizes<double>(layouts) : scratch_sizes<float>(layouts);
-  return std::max(large, threads * worker);
+  return ScratchSizes::of(Layouts(table), dtype).numel(threads);
 }
 
 } // namespace
