@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .contest import Contest, spike_bound
+from .contest import Contest, GemmRate, quiet, spike_bound
 from .models import LIC_MODELS, MODELS, Problem
 from .peers import Contestant
 from .results import Row, significant
@@ -61,7 +61,9 @@ def first_steps(problem: Problem, contestants: Sequence[Contestant], repeats: in
     """The first step of fresh optimizers, in turn; the first round warms up and is not counted. Ratios as in a contest."""
     entries = [c for c in contestants if c.applies_to(problem) and c.python is None]
     times: dict[str, list[float]] = {contestant.name: [] for contestant in entries}
+    gemm, rates = GemmRate(), []
     for repeat in range(repeats + 1):
+        rates.append(gemm.measure())
         for contestant in entries:
             milliseconds = contestant.stepper(problem).step(0)
             if repeat > 0:
@@ -75,6 +77,7 @@ def first_steps(problem: Problem, contestants: Sequence[Contestant], repeats: in
             "median_ms": significant(statistics.median(times[contestant.name])),
             "over_first": significant(statistics.median(a / b for a, b in zip(times[contestant.name], base)), 3),
             "repeats": repeats,
+            "quiet": quiet(rates),
         }
         for contestant in entries
     ]
