@@ -355,9 +355,9 @@ class SOAP(Optimizer):
             _require_fused(group, device_type)
         return work
 
-    def _allocate(self, pending: list[tuple[dict[str, Any], Tensor]]) -> None:
-        """State of zeros, in which initialized is False, for each of the parameters that has none."""
-        new = [(group, p) for group, p in pending if not self.state.get(p)]
+    def _allocate(self, params: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """State without Grams and bases, in which initialized is False, for each of the parameters that has none."""
+        new = [(group, p) for group, p in params if not self.state.get(p)]
         offsets = self._refresh_offsets() if new else {}
         for group, param in new:
             layout = self._layout(param, group)
@@ -367,10 +367,8 @@ class SOAP(Optimizer):
             state["initialized"] = torch.tensor(False, device="cpu")
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            for mode, size, offset in zip(layout.modes, layout.sizes, offsets[param]):
-                state[f"gram_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
-                state[f"basis_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
-                state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64, device="cpu")
+            for key, offset in zip(layout.offset_keys, offsets[param]):
+                state[key] = torch.tensor(offset, dtype=torch.int64, device="cpu")
 
     def _add_missing_offsets(self) -> None:
         """Offsets for state that came without them: a checkpoint of the original implementation."""
@@ -406,7 +404,11 @@ class SOAP(Optimizer):
 
     def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
         """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
-        allocate, ready, grams, owners = [], [], [], []
+        usable: list[tuple[dict[str, Any], Tensor]] = []
+        unusable: list[Tensor] = []
+        grams: list[Tensor] = []
+        owners: list[tuple[Tensor, str, str]] = []  # of each Gram: the parameter, the keys of the Gram and of its basis
+        zeros: set[Tensor] = set()
         kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor]]] = {}
         for group, param in pending:
             kinds.setdefault((id(group), state_dtype(param)), (group, []))[1].append(param)
@@ -415,35 +417,39 @@ class SOAP(Optimizer):
             gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
             how = group["foreach"], group["fused"]
             engine = engine and use_fused(gradients, *how)
-            outers = first_grams(gradients, layouts, dtype, *how, grad_scale, _shampoo_beta(group))
-            for param, layout, outer in zip(params, layouts, outers):
-                if outer is None:
-                    self._skip(param)
+            made = first_grams(gradients, layouts, dtype, *how, grad_scale, _shampoo_beta(group))
+            for param, layout, outers in zip(params, layouts, made):
+                if outers is None:
+                    unusable.append(param)
                     continue
-                allocate.append((group, param))
+                usable.append((group, param))
                 if not param.grad.any():
-                    continue
-                ready.append((param, layout, len(grams)))
-                grams += outer
-                owners += [(param, mode) for mode in layout.modes]
+                    zeros.add(param)
+                grams += outers
+                owners += [(param, *keys) for keys in zip(layout.gram_keys, layout.basis_keys)]
+        wanted = [i for i, (param, _, _) in enumerate(owners) if param not in zeros]
         try:
-            bases = init_bases(grams, fused=engine)
+            bases = dict(zip(wanted, init_bases([grams[i] for i in wanted], fused=engine)))
         except EigenDecompositionError as error:
-            param, mode = owners[error.index]
+            param, key, _ = owners[wanted[error.index]]
             state = self.state.get(param)
             raise RuntimeError(
-                f"SOAP: eigh failed on the Gram of mode {mode} of {self._describe(param)} at step "
-                f"{int(state['step']) if state else 0}, in {grams[error.index].dtype} and in float64 ({error}); "
+                f"SOAP: eigh failed on the Gram of mode {key[5:]} of {self._describe(param)} at step "
+                f"{int(state['step']) if state else 0}, in {state_dtype(param)} and in float64 ({error}); "
                 "nothing has changed"
             ) from error
 
-        self._allocate(allocate)
-        for param, layout, first in ready:
+        for param in unusable:
+            self._skip(param)
+        self._allocate(usable)
+        for i, (param, gram_key, basis_key) in enumerate(owners):
             state = self.state[param]
-            for place, mode in enumerate(layout.modes, start=first):
-                state[f"gram_{mode}"].copy_(grams[place])
-                state[f"basis_{mode}"].copy_(bases[place])
-            state["initialized"].fill_(True)
+            if param not in zeros or gram_key not in state:  # (a second gradient of zeros finds them in place)
+                state[gram_key] = grams[i]
+                state[basis_key] = bases[i] if i in bases else torch.zeros_like(grams[i])
+        for _, param in usable:
+            if param not in zeros:
+                self.state[param]["initialized"].fill_(True)
 
     def _steady_step(self, work: _Work, grad_scale: Tensor | None) -> None:
         group, params, grads, states, layouts = work

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <map>
 #include <numeric>
 
 #include "products.h"
@@ -102,22 +103,32 @@ template Refresh<double> refresh_basis(const double*, const double*, int64_t, do
 
 namespace {
 
-// Small matrices are spread over the threads, one each; LAPACK has all threads for a large one.
+// Small matrices are spread over the threads; LAPACK has all threads for a large one.
 constexpr int64_t kThreadedSize = 512;
 
+// function(indices) for all matrices: large ones alone, with all threads; the others one thread each call, those of up to
+// `together` rows in batches of one size.
 template <typename Function>
-void for_each_matrix(at::TensorList matrices, const Function& function) {
-  std::vector<int64_t> small;
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    if (matrices[i].size(0) > kThreadedSize)
-      function(i);
-    else
-      small.push_back(i);
+void for_each_batch(at::TensorList matrices, int64_t together, const Function& function) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  std::map<std::pair<int64_t, at::ScalarType>, std::vector<int64_t>> by_size;
+  for (size_t i = 0; i < matrices.size(); ++i) by_size[{matrices[i].size(0), matrices[i].scalar_type()}].push_back(i);
+  std::vector<std::vector<int64_t>> batches; // from the largest matrices to the smallest: the last to finish is a short one
+  for (auto kind = by_size.rbegin(); kind != by_size.rend(); ++kind) {
+    const auto& [size, indices] = std::pair(kind->first.first, kind->second);
+    if (size > kThreadedSize) {
+      for (int64_t i : indices) function(std::vector<int64_t>{i});
+      continue;
+    }
+    const int64_t count = indices.size(), most = size <= together ? std::clamp<int64_t>(count / (4 * threads), 1, 256) : 1;
+    for (int64_t first = 0; first < count; first += most)
+      batches.emplace_back(indices.begin() + first, indices.begin() + std::min(count, first + most));
   }
   std::atomic<size_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), small.size()), 1, [&](int64_t, int64_t) {
+  at::parallel_for(0, std::min<int64_t>(threads, batches.size()), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    for (size_t k; (k = next++) < small.size();) function(small[k]);
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (size_t k; (k = next++) < batches.size();) function(batches[k]);
   });
 }
 
@@ -130,7 +141,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> refresh_basis_(at::
                     grams[i].scalar_type() == bases[i].scalar_type(),
                 "refresh_basis_: gram ", i, " is ", grams[i].sizes(), ", ", grams[i].scalar_type(), ", its basis ",
                 bases[i].sizes(), ", ", bases[i].scalar_type());
-  for_each_matrix(grams, [&](size_t i) {
+  for_each_batch(grams, 0, [&](const std::vector<int64_t>& batch) {
+    const int64_t i = batch[0]; // each alone
     const int64_t d = grams[i].size(0);
     AT_DISPATCH_FLOATING_TYPES(grams[i].scalar_type(), "soap_opt::refresh_basis_", [&] {
       const at::Tensor gram = grams[i].contiguous(), basis = bases[i].contiguous();
@@ -147,28 +159,36 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> refresh_basis_(at::
   return {orders, rotations};
 }
 
+// [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up.
 at::Tensor eigenvectors(const at::Tensor& gram) {
-  const at::Tensor damped = gram + 1e-30 * at::eye(gram.size(0), gram.options());
-  at::Tensor vectors;
   try {
-    vectors = std::get<1>(at::linalg_eigh(damped));
-    if (!at::isfinite(vectors).all().item<bool>()) vectors.reset();
+    const at::Tensor vectors = std::get<1>(at::linalg_eigh(gram + 1e-30 * at::eye(gram.size(-1), gram.options())));
+    if (at::isfinite(vectors).all().item<bool>()) return vectors.flip(-1).contiguous();
   } catch (const c10::LinAlgError&) {
   }
-  // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
-  if (!vectors.defined()) {
-    try {
-      vectors = std::get<1>(at::linalg_eigh(damped.to(at::kDouble))).to(gram.scalar_type());
-    } catch (const c10::LinAlgError&) {
-      return at::empty({0, 0}, gram.options());
-    }
-  }
-  return vectors.flip(-1).contiguous();
+  return {};
 }
 
 std::vector<at::Tensor> init_basis(at::TensorList grams) {
   std::vector<at::Tensor> bases(grams.size());
-  for_each_matrix(grams, [&](size_t i) { bases[i] = eigenvectors(grams[i]); });
+  constexpr int64_t together = 64; // an ATen call for each of 4,000 4 x 4 matrices would take longer than LAPACK
+  for_each_batch(grams, together, [&](const std::vector<int64_t>& batch) {
+    if (batch.size() > 1) {
+      std::vector<at::Tensor> members;
+      for (int64_t i : batch) members.push_back(grams[i]);
+      const at::Tensor vectors = eigenvectors(at::stack(members));
+      if (vectors.defined()) {
+        for (size_t k = 0; k < batch.size(); ++k) bases[batch[k]] = vectors[k].clone(); // not views of one storage
+        return;
+      }
+    }
+    for (int64_t i : batch) {
+      bases[i] = eigenvectors(grams[i]);
+      // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
+      if (!bases[i].defined()) bases[i] = eigenvectors(grams[i].to(at::kDouble));
+      bases[i] = bases[i].defined() ? bases[i].to(grams[i].scalar_type()) : at::empty({0, 0}, grams[i].options());
+    }
+  });
   return bases;
 }
 
