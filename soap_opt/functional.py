@@ -120,9 +120,9 @@ def first_grams(
     fused: bool | None,
     grad_scale: Tensor | None,
     shampoo_beta: float,
-) -> list[list[Tensor] | None]:
-    """Grams of first gradients: for each gradient (1 - shampoo_beta) times it contracted with itself, [d_i, d_i] for every
-    mode; [] (or zeros) for a gradient of zeros; None where it is not usable (:func:`is_usable`).
+) -> list[tuple[list[Tensor] | None, bool]]:
+    """Of each first gradient the Grams, (1 - shampoo_beta) times it contracted with itself, [d_i, d_i] for every mode (None
+    where the gradient is not usable, see :func:`is_usable`), and whether anything in it is not zero.
 
     Args:
         grads: of any dtype; never written.
@@ -140,14 +140,15 @@ def first_grams(
             grads, [g for gram in grams for g in gram], layout_table(kinds), scratch(kinds, dtype), grad_scale, shampoo_beta
         ).tolist()
         limit = torch.finfo(dtype).max
-        return [gram if norm <= limit else None for gram, norm in zip(grams, squared_norms)]
-    result: list[list[Tensor] | None] = []
+        return [(gram if norm <= limit else None, norm > 0) for gram, norm in zip(grams, squared_norms)]
+    result: list[tuple[list[Tensor] | None, bool]] = []
     for grad, layout in zip(grads, layouts):
         grad = prepare_gradient(grad, dtype, grad_scale, maximize=False)
         if is_usable(torch.linalg.vector_norm(grad)):
-            result.append([(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)])
+            outers = [(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)]
+            result.append((outers, bool(grad.any())))
         else:
-            result.append(None)
+            result.append((None, True))
     return result
 
 

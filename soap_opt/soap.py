@@ -418,12 +418,12 @@ class SOAP(Optimizer):
             how = group["foreach"], group["fused"]
             engine = engine and use_fused(gradients, *how)
             made = first_grams(gradients, layouts, dtype, *how, grad_scale, _shampoo_beta(group))
-            for param, layout, outers in zip(params, layouts, made):
+            for param, layout, (outers, says_something) in zip(params, layouts, made):
                 if outers is None:
                     unusable.append(param)
                     continue
                 usable.append((group, param))
-                if not param.grad.any():
+                if not says_something:
                     zeros.add(param)
                 grams += outers
                 owners += [(param, *keys) for keys in zip(layout.gram_keys, layout.basis_keys)]

@@ -235,7 +235,7 @@ def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
 def test_gram_with_bias_correction(monkeypatch, foreach):
     """Scaling a Gram leaves its eigenvectors alone, so only a comparison of state can see it."""
     original = soap.first_grams
-    monkeypatch.setattr(soap, "first_grams", lambda *a: [[20 * gram for gram in grams] for grams in original(*a)])
+    monkeypatch.setattr(soap, "first_grams", lambda *a: [([20 * g for g in grams], some) for grams, some in original(*a)])
     assert_lockstep_fails(foreach)
 
 
