@@ -40,7 +40,8 @@ def without_engine(tmp_path: Path, code: str, note: str | None = None) -> str:
     if note is not None:
         (copy / "_build_failure.txt").write_text(note)
     # (an editable install's finder would find its soap_opt._C for any soap_opt)
-    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]"
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    start += "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
     command = [sys.executable, "-c", f"{start}\n{code}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
