@@ -18,33 +18,34 @@ import sys
 import time
 from pathlib import Path
 
-POISON = """
-#include <sanitizer/asan_interface.h>
+# Unpoisons at its end what lies between the pieces of one workspace.
+RED_ZONES = """namespace soap_opt {
+struct RedZones {
+  const char *first = nullptr, *last = nullptr;
+  RedZones() = default;
+  RedZones(const RedZones&) = delete;
+  void add(const void* begin, const void* end) {
+    last = static_cast<const char*>(end);
+    if (first == nullptr) first = static_cast<const char*>(begin);
+    ASAN_POISON_MEMORY_REGION(begin, last - static_cast<const char*>(begin));
+  }
+  ~RedZones() {
+    if (first != nullptr) ASAN_UNPOISON_MEMORY_REGION(first, last - first);
+  }
+};
 """
 
-# (file, old, new): each must be found exactly once, so that a change of csrc cannot leave the checks out unnoticed
+# (file, old, new): each must be found, so that a change of csrc cannot leave the checks out unnoticed
 EDITS = [
-    (
-        "cpu/blocked.h",
-        "#include <algorithm>\n",
-        "#include <algorithm>\n#include <sanitizer/asan_interface.h>\n",
-    ),
+    ("cpu/blocked.h", "#include <algorithm>\n", "#include <algorithm>\n#include <sanitizer/asan_interface.h>\n"),
+    ("cpu/blocked.h", "namespace soap_opt {\n", RED_ZONES),
+    ("cpu/blocked.h", "  int64_t numel = 0;\n\n", "  int64_t numel = 0;\n  RedZones red_zones;\n\n"),
     (
         "cpu/blocked.h",
         "numel += panels_of<T>(n) * kPanel<T>; // cache lines\n",
         "const int64_t padded = (panels_of<T>(n) + 1) * kPanel<T>; // one cache line that nobody may touch\n"
-        "      if (memory != nullptr) ASAN_POISON_MEMORY_REGION(place + n, (padded - n) * sizeof(T));\n"
+        "      if (memory != nullptr) red_zones.add(place + n, place + padded);\n"
         "      numel += padded;\n",
-    ),
-    (
-        "cpu/blocked.h",
-        "  Workspace(const Layout& layout, const Cut& cut, T* memory) {\n",
-        "  T* start;\n"
-        "  Workspace(const Workspace&) = delete;\n"
-        "  ~Workspace() {\n"
-        "    if (start != nullptr) ASAN_UNPOISON_MEMORY_REGION(start, numel * sizeof(T));\n"
-        "  }\n"
-        "  Workspace(const Layout& layout, const Cut& cut, T* memory) : start(memory) {\n",
     ),
     (
         "cpu/simd.h",
@@ -53,7 +54,11 @@ EDITS = [
         "inline int isa_level() { return isa_available() < soap_opt_isa_limit ? isa_available() : soap_opt_isa_limit; }\n"
         "inline int isa_available() {\n",
     ),
-    ("library.cpp", "TORCH_LIBRARY(soap_opt, m) {", 'extern "C" int soap_opt_isa_limit = 2;\nTORCH_LIBRARY(soap_opt, m) {'),
+    (
+        "library.cpp",
+        "TORCH_LIBRARY(soap_opt, m) {",
+        'extern "C" {\nint soap_opt_isa_limit = 2;\n}\nTORCH_LIBRARY(soap_opt, m) {',
+    ),
 ]
 
 # What each self-test does: one element behind a Gram, one behind a piece of the workspace, a signed overflow
@@ -84,8 +89,8 @@ def prepare(folder: Path, self_test: bool) -> None:
     for name, old, new in EDITS + (SELF_TEST_EDITS if self_test else []):
         path = folder / name
         text = path.read_text()
-        if text.count(old) != 1:
-            sys.exit(f"tests/csrc/sanitize.py: csrc/{name} has {text.count(old)} lines like {old.strip()!r}: adapt EDITS")
+        if old not in text:
+            sys.exit(f"tests/csrc/sanitize.py: csrc/{name} has nothing like {old.strip()!r} any more: adapt EDITS")
         path.write_text(text.replace(old, new))
 
 
