@@ -5,15 +5,14 @@
 
 #include <algorithm>
 
+#include "factor.h"
 #include "layout.h"
 #include "loops.h"
 #include "products.h"
 #include "tiles.h"
+#include "wide.h"
 
 namespace soap_opt {
-
-// Wider modes are left to BLAS: there one product's operands no longer fit a cache, which is BLAS's own trade.
-constexpr int64_t kTileWidth = 512;
 
 // Elements of the chunks in which the inner groups are handled: 64 KiB of floats, so that a chunk, its result and the packed
 // pieces of both are in L2 together.
@@ -69,30 +68,10 @@ struct Cut {
   int64_t chunk() const { return slab * count; }
 };
 
-// A group's matrix M [D, D], by which x_g M multiplies, or M^T.
-template <typename T>
-struct Factor {
-  const T* data = nullptr;
-  int64_t width = 0;
-  bool transposed = false;
-  const T* packed = nullptr; // the panels of M (or M^T), once pack() was called
-
-  int64_t row_stride() const { return transposed ? 1 : width; }
-  int64_t column_stride() const { return transposed ? width : 1; }
-  Matrix<const T> matrix() const { return {data, width, width, row_stride(), column_stride()}; }
-  void pack(T* room) {
-    if (transposed)
-      pack_transposed<T>(room, width, 0, data, width, width, width);
-    else
-      pack_rows<T>(room, width, 0, data, width, width, width);
-    packed = room;
-  }
-};
-
 // Elements of room that product() needs for a group of this width.
 template <typename T>
 int64_t product_room(int64_t width) {
-  return width > kTileWidth ? 0 : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
+  return width > kTileWidth ? wide_room<T>(width) : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
 }
 
 // to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare. sink(offset, values, n), where given, gets the
@@ -105,8 +84,10 @@ template <typename T, typename Sink = NoSink>
 void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, T* room, const Sink& sink = {}) {
   constexpr bool to_sink = !std::is_same_v<Sink, NoSink>;
   const int64_t width = m.width;
-  if (m.packed == nullptr) { // too small, or too wide, for panels
-    if (before * after * width * width > kLoopProduct)
+  if (m.packed == nullptr) { // too small, or too wide, to be packed whole
+    if (is_wide(width, before, after))
+      product_wide<T>(from, to, before, after, m, /*threads=*/1, room, 0);
+    else if (before * after * width * width > kLoopProduct)
       multiply<T>(from, to, before, width, after, m.matrix());
     else if (after == 1)
       small_gemm(to, width, from, width, 1, m.data, m.row_stride(), m.column_stride(), before, width, width, 1, 0);
@@ -152,68 +133,74 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
 // Elements of room that gram_ema_blocked needs for a group of this width.
 template <typename T>
 int64_t gram_room(int64_t width) {
-  if (width > kTileWidth) return 0;
+  if (width > kTileWidth) return wide_gram_room<T>(width);
   const int64_t padded = panels_of<T>(width) * kPanel<T>;
   return 2 * padded * padded + padded * kGramRows;
 }
 
-// G_i <- beta G_i + (1 - beta) (x contracted with itself over all modes but i), for every preconditioned mode.
-// buffer [numel]: scratch for groups that are left to BLAS.
+// G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group; on one
+// core, but for a wide group in wide.h's way.
 template <typename T>
-void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* buffer, T* room, double beta) {
-  int64_t before = 1;
-  for (const Group& group : layout.groups) {
-    const int64_t width = group.width, after = layout.numel / (before * width);
-    if (group.positions.empty()) {
-    } else if (width > kTileWidth) {
-      gram_ema_group<T>(group, x, before, after, grams, buffer, room, beta);
-    } else {
-      int64_t ld = panels_of<T>(width) * kPanel<T>;
-      T* sum = room;
-      T* trace = room + ld * ld;
-      T* panels = trace + ld * ld;
-      if (layout.numel * width <= kLoopProduct) {
-        ld = width;
-        for (int64_t a = 0; a < before; ++a) {
-          const T* piece = x + a * width * after;
-          small_gemm(sum, ld, piece, after, 1, piece, 1, after, width, width, after, 1, a == 0 ? 0 : 1);
-        }
-      } else {
-        std::fill_n(sum, ld * ld, T(0));
-        if (after == 1) {
-          for (int64_t a = 0; a < before; a += kGramRows) {
-            const int64_t rows = std::min(kGramRows, before - a);
-            pack_rows<T>(panels, rows, 0, x + a * width, width, rows, width);
-            accumulate_gram<T>(sum, width, panels, rows);
-          }
-        } else if (before == 1 || after > kGramRows) {
-          for (int64_t a = 0; a < before; ++a)
-            for (int64_t b = 0; b < after; b += kGramRows) {
-              const int64_t rows = std::min(kGramRows, after - b);
-              pack_transposed<T>(panels, rows, 0, x + a * width * after + b, after, rows, width);
-              accumulate_gram<T>(sum, width, panels, rows);
-            }
-        } else {
-          const int64_t most = kGramRows / after;
-          for (int64_t a = 0; a < before; a += most) {
-            const int64_t count = std::min(most, before - a);
-            for (int64_t k = 0; k < count; ++k)
-              pack_transposed<T>(panels, count * after, k * after, x + (a + k) * width * after, after, after, width);
-            accumulate_gram<T>(sum, width, panels, count * after);
-          }
-        }
+void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t after, T* const* grams, T* room, double beta) {
+  const int64_t width = group.width;
+  if (width > kTileWidth) {
+    gram_wide<T>(grams[group.positions[0]], x, before, width, after, room, beta);
+    return;
+  }
+  int64_t ld = panels_of<T>(width) * kPanel<T>;
+  T* sum = room;
+  T* trace = room + ld * ld;
+  T* panels = trace + ld * ld;
+  if (before * width * after * width <= kLoopProduct) {
+    ld = width;
+    for (int64_t a = 0; a < before; ++a) {
+      const T* piece = x + a * width * after;
+      small_gemm(sum, ld, piece, after, 1, piece, 1, after, width, width, after, 1, a == 0 ? 0 : 1);
+    }
+  } else {
+    std::fill_n(sum, ld * ld, T(0));
+    if (after == 1) {
+      for (int64_t a = 0; a < before; a += kGramRows) {
+        const int64_t rows = std::min(kGramRows, before - a);
+        pack_rows<T>(panels, rows, 0, x + a * width, width, rows, width);
+        accumulate_gram<T>(sum, width, panels, rows);
       }
-      for (size_t f = 0; f < group.positions.size(); ++f) {
-        const int64_t d = group.sizes[f];
-        if (d == width) {
-          gram_from_triangle(grams[group.positions[f]], sum, ld, d, beta);
-        } else {
-          partial_trace(sum, ld, group, f, trace);
-          gram_from_triangle(grams[group.positions[f]], trace, d, d, beta);
+    } else if (before == 1 || after > kGramRows) {
+      for (int64_t a = 0; a < before; ++a)
+        for (int64_t b = 0; b < after; b += kGramRows) {
+          const int64_t rows = std::min(kGramRows, after - b);
+          pack_transposed<T>(panels, rows, 0, x + a * width * after + b, after, rows, width);
+          accumulate_gram<T>(sum, width, panels, rows);
         }
+    } else {
+      const int64_t most = kGramRows / after;
+      for (int64_t a = 0; a < before; a += most) {
+        const int64_t count = std::min(most, before - a);
+        for (int64_t k = 0; k < count; ++k)
+          pack_transposed<T>(panels, count * after, k * after, x + (a + k) * width * after, after, after, width);
+        accumulate_gram<T>(sum, width, panels, count * after);
       }
     }
-    before *= width;
+  }
+  for (size_t f = 0; f < group.positions.size(); ++f) {
+    const int64_t d = group.sizes[f];
+    if (d == width) {
+      gram_from_triangle(grams[group.positions[f]], sum, ld, d, beta);
+    } else {
+      partial_trace(sum, ld, group, f, trace);
+      gram_from_triangle(grams[group.positions[f]], trace, d, d, beta);
+    }
+  }
+}
+
+// The same for all groups of a parameter.
+template <typename T>
+void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* room, double beta) {
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    if (!group.positions.empty())
+      gram_ema_group<T>(group, x, before, layout.numel / (before * group.width), grams, room, beta);
+    before *= group.width;
   }
 }
 
@@ -251,5 +238,49 @@ struct Workspace {
     product = take(widest_product);
   }
 };
+
+// What a parameter that has all threads works in.
+template <typename T>
+struct LargeWorkspace {
+  T *converted, *whole, *spare, *kronecker, *packed, *gram, *rooms;
+  int64_t threads, room = 0; // elements of rooms for each thread
+  int64_t numel = 0;
+
+  LargeWorkspace(const Layout& layout, int64_t threads, T* memory) : threads(threads) {
+    const auto take = [&](int64_t n) {
+      T* place = memory == nullptr ? nullptr : memory + numel;
+      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      return place;
+    };
+    int64_t widest_gram = 0;
+    for (const Group& group : layout.groups) {
+      if (group.positions.empty()) continue;
+      room = std::max({room, wide_room<T>(group.width), product_room<T>(group.width)});
+      widest_gram = std::max({widest_gram, wide_gram_room<T>(group.width), gram_room<T>(group.width)});
+    }
+    room = panels_of<T>(room) * kPanel<T>;
+    converted = take(layout.numel);
+    whole = take(layout.numel);
+    spare = take(layout.numel);
+    kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
+    packed = take(packed_numel<T>(kTileWidth, kTileWidth));
+    gram = take(widest_gram);
+    rooms = take(threads * room);
+  }
+};
+
+// gram_ema_blocked with all threads.
+template <typename T>
+void gram_ema_large(const Layout& layout, const T* x, T* const* grams, const LargeWorkspace<T>& work, double beta) {
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    const int64_t after = layout.numel / (before * group.width);
+    if (group.positions.size() == 1)
+      gram_wide<T>(grams[group.positions[0]], x, before, group.width, after, work.gram, beta);
+    else if (!group.positions.empty()) // Kronecker pairs are small
+      gram_ema_group<T>(group, x, before, after, grams, work.gram, beta);
+    before *= group.width;
+  }
+}
 
 } // namespace soap_opt

@@ -35,16 +35,12 @@ double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   constexpr double limit = std::numeric_limits<T>::max();
   if (n == 0) return 0;
   if (n > kParallelNumel) {
-    const T* g = arranged_gradient(task, scratch, scale, /*maximize=*/false);
+    const LargeWorkspace<T> work(layout, free_threads(), scratch);
+    const T* g = arranged_gradient(task, work.converted, scale, /*maximize=*/false);
     const double norm = squared_norm(g, n);
     if (!(norm <= limit)) return norm;
     Matrices<T> matrices(task);
-    int64_t before = 1;
-    for (const Group& group : layout.groups) {
-      if (!group.positions.empty())
-        gram_ema_group<T>(group, g, before, n / (before * group.width), matrices.grams.data(), scratch + n, scratch + 3 * n, beta);
-      before *= group.width;
-    }
+    gram_ema_large<T>(layout, g, matrices.grams.data(), work, beta);
     matrices.write_back(task);
     return norm;
   }
@@ -53,7 +49,7 @@ double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   const double norm = squared_norm(g, n);
   if (!(norm <= limit)) return norm;
   Matrices<T> matrices(task);
-  gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.whole, work.gram, beta);
+  gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.gram, beta);
   matrices.write_back(task);
   return norm;
 }

@@ -22,7 +22,6 @@ struct Layout {
   c10::SmallVector<Group, 4> groups;
   int64_t numel = 1;
   int64_t modes = 0;
-  bool rotating = true; // every group is preconditioned: products may rotate the dimensions
 
   // Flops of one pass over all modes, U = 2 numel sum(d_i), Kronecker factors counted as executed.
   double flops() const {
@@ -61,13 +60,12 @@ struct Layouts {
         group.sizes.assign(next + modes, next + 2 * modes);
         next += 2 * modes;
         layout.modes += modes;
-        layout.rotating &= modes > 0;
       }
     }
   }
 };
 
-// Larger parameters are stepped one at a time, with all threads in BLAS; smaller ones one a core (blocked.h), several at once.
+// Larger parameters are stepped one at a time, with all threads; smaller ones one a core, several at once.
 constexpr int64_t kParallelNumel = int64_t(1) << 21;
 
 // Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)

@@ -79,66 +79,6 @@ void multiply(const T* from, T* to, int64_t before, int64_t width, int64_t after
   }
 }
 
-// All mode products of x (arranged, contiguous): into the eigenbasis, or (back) out of it. The result is in the buffer that is
-// returned, `ping` or `pong`; x may be either of them, or neither. Without preconditioned modes x is copied to ping.
-template <typename T>
-T* project(const Layout& layout, const T* x, const T* const* bases, T* ping, T* pong, T* room, bool back) {
-  const T* from = x;
-  T* to = x == ping ? pong : ping;
-  const auto step = [&] {
-    from = to;
-    to = to == ping ? pong : ping;
-  };
-  const int64_t groups = layout.groups.size();
-  for (int64_t n = 0; n < groups; ++n) {
-    const int64_t g = back ? groups - 1 - n : n;
-    const Group& group = layout.groups[g];
-    if (group.positions.empty()) continue;
-    const int64_t width = group.width, rest = layout.numel / width;
-    const Matrix<const T> m(group_matrix(group, bases, room), width, width);
-    if (layout.rotating) {
-      // Every product is one gemm on a matrix that is already in place: forward the first dimension becomes the last, back
-      // the last becomes the first, and after all of them the dimensions stand in order again.
-      if (back)
-        gemm<T>({to, width, rest}, m, Matrix<const T>(from, rest, width).t());
-      else
-        gemm<T>({to, rest, width}, Matrix<const T>(from, width, rest).t(), m);
-    } else {
-      int64_t before = 1;
-      for (int64_t h = 0; h < g; ++h) before *= layout.groups[h].width;
-      multiply<T>(from, to, before, width, rest / before, back ? m.t() : m);
-    }
-    step();
-  }
-  if (from == x && x != ping && x != pong) {
-    std::copy(x, x + layout.numel, ping);
-    return ping;
-  }
-  return const_cast<T*>(from);
-}
-
-// gram <- beta gram + (1 - beta) x^T x for x [rows, d]. ATen has no syrk: a triangle of gemm blocks, mirrored at the end.
-template <typename T>
-void gram_triangle(T* gram, int64_t ld, int64_t d, Matrix<const T> x, double alpha, double beta) {
-  constexpr int64_t smallest = 48; // narrower blocks lose more in gemm efficiency than the triangle saves
-  if (d < 2 * smallest) {
-    gemm<T>({gram, d, d, ld, 1}, x.t(), x, alpha, beta);
-    return;
-  }
-  const int64_t half = d / 2;
-  const Matrix<const T> left(x.data, x.rows, half, x.row_stride, x.column_stride);
-  const Matrix<const T> right(x.data + half * x.column_stride, x.rows, d - half, x.row_stride, x.column_stride);
-  gram_triangle<T>(gram, ld, half, left, alpha, beta);
-  gram_triangle<T>(gram + half * ld + half, ld, d - half, right, alpha, beta);
-  gemm<T>({gram + half * ld, d - half, half, ld, 1}, right.t(), left, alpha, beta);
-}
-
-template <typename T>
-void mirror(T* gram, int64_t d) {
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < i; ++j) gram[j * d + i] = gram[i * d + j];
-}
-
 // out [d, d] <- the Kronecker Gram [D, D] (row stride ld) with every factor but `keep` traced out; lower triangles.
 template <typename T>
 void partial_trace(const T* whole, int64_t ld, const Group& group, size_t keep, T* out) {
@@ -153,42 +93,6 @@ void partial_trace(const T* whole, int64_t ld, const Group& group, size_t keep, 
         for (int64_t r = 0; r < inner; ++r) sum += whole[((o * d + i) * inner + r) * ld + (o * d + j) * inner + r];
       out[i * d + j] = sum;
     }
-}
-
-// G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group.
-// buffer [numel] and room [2 * kKroneckerWidth^2] are scratch.
-template <typename T>
-void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t after, T* const* grams, T* buffer, T* room,
-                    double beta) {
-  const int64_t width = group.width;
-  const bool single = group.positions.size() == 1;
-  T* gram = single ? grams[group.positions[0]] : room;
-  const double alpha = single ? 1 - beta : 1, keep = single ? beta : 0;
-  if (before == 1) {
-    gram_triangle<T>(gram, width, width, Matrix<const T>(x, width, after).t(), alpha, keep);
-  } else if (after == 1) {
-    gram_triangle<T>(gram, width, width, {x, before, width}, alpha, keep);
-  } else {
-    // A middle mode [A, D, B]: blocks of A are gathered to [D, a B], so that one product contracts a B at once
-    // (128 products over 25 run at 80 GF/s, transposed into one at 132).
-    const int64_t block = std::max<int64_t>(1, std::min<int64_t>(before, (int64_t(1) << 16) / (width * after)));
-    for (int64_t first = 0; first < before; first += block) {
-      const int64_t count = std::min(block, before - first), columns = count * after;
-      for (int64_t a = 0; a < count; ++a)
-        for (int64_t i = 0; i < width; ++i)
-          std::copy_n(x + ((first + a) * width + i) * after, after, buffer + i * columns + a * after);
-      gram_triangle<T>(gram, width, width, Matrix<const T>(buffer, width, columns).t(), alpha, first == 0 ? keep : 1);
-    }
-  }
-  if (single) {
-    mirror(gram, width);
-    return;
-  }
-  T* trace = room + kKroneckerWidth * kKroneckerWidth;
-  for (size_t f = 0; f < group.positions.size(); ++f) {
-    partial_trace(gram, width, group, f, trace);
-    gram_from_triangle(grams[group.positions[f]], trace, group.sizes[f], group.sizes[f], beta);
-  }
 }
 
 } // namespace soap_opt

@@ -87,48 +87,74 @@ void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffe
 
 // step_large, step_blocked: false where the gradient is not usable, and nothing has changed.
 
-// A parameter that has all threads: whole-tensor stages, products in BLAS.
+// to <- from x_g M for a parameter that has all threads, both [A, D, B].
+template <typename T>
+void product_large(const T* from, T* to, int64_t before, int64_t after, Factor<T> m, const LargeWorkspace<T>& work) {
+  if (after == 1 || before == 1 || after >= kWideColumns / 4) {
+    product_wide<T>(from, to, before, after, m, work.threads, work.rooms, work.room);
+  } else if (m.width <= kTileWidth) { // a short B: whole a for each thread
+    m.pack(work.packed);
+    const int64_t slab = m.width * after;
+    parallel_with_room(before, work.threads, work.rooms, work.room, [&](int64_t begin, int64_t end, T* room) {
+      product<T>(from + begin * slab, to + begin * slab, end - begin, after, m, room);
+    });
+  } else {
+    multiply<T>(from, to, before, m.width, after, m.matrix());
+  }
+}
+
+// A parameter that has all threads: stage after stage over the whole tensor.
 template <typename T, typename P>
 bool step_large(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
-  T* ping = scratch + n;
-  T* pong = scratch + 2 * n;
-  T* room = scratch + 3 * n;
-  const T* g = arranged_gradient(task, scratch, options.scale, options.maximize);
+  const LargeWorkspace<T> work(layout, free_threads(), scratch);
+  const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
   if (!std::isfinite(parallel_sum_squares(g, n))) return false;
 
   Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
   T* v = exp_avg_sq.data();
+  T* from = work.whole;
+  T* to = work.spare;
+  const int64_t groups = layout.groups.size();
+  c10::SmallVector<int64_t, 4> before(groups, 1);
+  for (int64_t i = 1; i < groups; ++i) before[i] = before[i - 1] * layout.groups[i - 1].width;
+  const auto turn = [&](const T* x, int64_t i, bool back) {
+    const Group& group = layout.groups[i];
+    const Factor<T> factor{group_matrix(group, matrices.bases.data(), work.kronecker), group.width, back};
+    product_large<T>(x, to, before[i], n / (before[i] * group.width), factor, work);
+    std::swap(from, to);
+  };
 
   // 1 project
-  T* update = project(layout, g, matrices.bases.data(), ping, pong, room, /*back=*/false);
+  const T* x = g;
+  for (int64_t i = 0; i < groups; ++i)
+    if (!layout.groups[i].positions.empty()) {
+      turn(x, i, /*back=*/false);
+      x = from;
+    }
+  if (x == g) std::copy_n(g, n, from);
   const double t = *task.step->mutable_data_ptr<float>() += 1;
 
   // 2 adam
   at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
-    adam(m + b, v + b, update + b, e - b, options.beta1, options.beta2, options.eps);
+    adam(m + b, v + b, from + b, e - b, options.beta1, options.beta2, options.eps);
   });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
-  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(update, n)) / n : 1, options);
-  update = project(layout, static_cast<const T*>(update), matrices.bases.data(), ping, pong, room, /*back=*/true);
+  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(from, n)) / n : 1, options);
+  for (int64_t i = groups; i-- > 0;)
+    if (!layout.groups[i].positions.empty()) turn(from, i, /*back=*/true);
 
   // 4 apply
   const double keep = 1 - options.lr * options.weight_decay;
-  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, update + b, e - b, size, keep); });
+  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, from + b, e - b, size, keep); });
 
   // 5 gram EMA
-  int64_t before = 1;
-  for (const Group& group : layout.groups) {
-    if (!group.positions.empty())
-      gram_ema_group<T>(group, g, before, n / (before * group.width), matrices.grams.data(), ping, room, options.shampoo_beta);
-    before *= group.width;
-  }
+  gram_ema_large<T>(layout, g, matrices.grams.data(), work, options.shampoo_beta);
   matrices.write_back(task);
-
   exp_avg.write_back();
   exp_avg_sq.write_back();
   return true; // 6 refresh: by refresh_alone
@@ -251,7 +277,7 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
   if (!applied) apply(param, whole, n, size, keep);
 
   // 5 gram EMA
-  gram_ema_blocked<T>(layout, g, matrices.grams.data(), whole, work.gram, options.shampoo_beta);
+  gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.gram, options.shampoo_beta);
   matrices.write_back(task);
 
   // 6 refresh
@@ -364,7 +390,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
 }
 
 int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
-  return ScratchSizes::of(Layouts(table), dtype).numel(threads);
+  return ScratchSizes::of(Layouts(table), threads, dtype).numel(threads);
 }
 
 } // namespace

@@ -105,18 +105,18 @@ struct ScratchSizes {
   int64_t large = 0, worker = 0;
 
   template <typename T>
-  static ScratchSizes of(const Layouts& layouts) {
+  static ScratchSizes of(const Layouts& layouts, int64_t threads) {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
-      if (layout.numel > kParallelNumel) // step_large: the gradient, two buffers for products, a Kronecker product and its Gram
-        sizes.large = std::max(sizes.large, 3 * layout.numel + 2 * kKroneckerWidth * kKroneckerWidth);
+      if (layout.numel > kParallelNumel)
+        sizes.large = std::max(sizes.large, LargeWorkspace<T>(layout, threads, nullptr).numel);
       else
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
     }
     return sizes;
   }
-  static ScratchSizes of(const Layouts& layouts, at::ScalarType dtype) {
-    return dtype == at::kDouble ? of<double>(layouts) : of<float>(layouts);
+  static ScratchSizes of(const Layouts& layouts, int64_t threads, at::ScalarType dtype) {
+    return dtype == at::kDouble ? of<double>(layouts, threads) : of<float>(layouts, threads);
   }
   int64_t numel(int64_t threads) const { return std::max(large, threads * worker); }
 };
@@ -125,7 +125,7 @@ struct ScratchSizes {
 template <typename T, typename Function>
 void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::Tensor& scratch, const Function& function) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const ScratchSizes sizes = ScratchSizes::of<T>(layouts);
+  const ScratchSizes sizes = ScratchSizes::of<T>(layouts, threads);
   TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == c10::CppTypeToScalarType<T>::value &&
                   scratch.numel() >= sizes.numel(threads),
               "scratch must be contiguous, ", c10::CppTypeToScalarType<T>::value, ", of at least ", sizes.numel(threads),

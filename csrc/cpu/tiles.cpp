@@ -7,10 +7,13 @@
 namespace soap_opt {
 namespace {
 
-// to [W, W] (row stride ld) <- or += a^T b for panels a, b [k, W]; only the first `valid` rows are written
-template <typename I, bool kAccumulate, typename T>
+// What becomes of a tile's sums
+enum class Store { set, add, average }; // to <- sum, to <- to + sum, to <- keep to + weight sum
+
+// to [W, W] (row stride ld) <- a^T b for panels a, b [k, W]; only the first `valid` rows are written
+template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
-                          int64_t k, int valid = kPanel<T>) {
+                          int64_t k, int valid = kPanel<T>, T keep = 1, T weight = 1) {
   using V = Vector<T, I>;
   constexpr int width = kPanel<T>, columns = width / V::lanes;
   // Half of the registers hold sums; the rest is for b's row and what the compiler keeps in flight.
@@ -28,18 +31,25 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
     for (int r = 0; r < rows && first + r < valid; ++r)
       for (int c = 0; c < columns; ++c) {
         T* place = to + (first + r) * ld + c * V::lanes;
-        if (kAccumulate) {
+        if constexpr (kStore == Store::add) {
           V old;
           old.load(place);
           sums[r][c].add(old);
+        } else if constexpr (kStore == Store::average) {
+          V old, sum;
+          old.load(place);
+          sum.zero();
+          sum.fma(keep, old);
+          sum.fma(weight, sums[r][c]);
+          sums[r][c] = sum;
         }
         sums[r][c].store(place);
       }
   }
 }
 
-template <typename I, typename T>
-SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
+template <typename I, Store kStore, typename T>
+SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   constexpr int64_t width = kPanel<T>;
   // Columns from the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes
   // later. The larger matrix is read once, the smaller one, which stays in cache, for each of its panels.
@@ -47,12 +57,35 @@ SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n
   if (m >= n) {
     for (int64_t i = 0; i < m; i += width)
       for (int64_t j = last; j >= 0; j -= width)
-        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+        tile<I, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
   } else {
     for (int64_t j = last; j >= 0; j -= width)
       for (int64_t i = 0; i < m; i += width)
-        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+        tile<I, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
   }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add) {
+  if (add)
+    multiply_panels_as<I, Store::add>(c, ld, m, n, a, b, k);
+  else
+    multiply_panels_as<I, Store::set>(c, ld, m, n, a, b, k);
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight) {
+  constexpr int64_t width = kPanel<T>;
+  const int valid = int(std::min(width, n - i));
+  for (int64_t j = 0; j < i; j += width)
+    tile<I, Store::average>(gram + i * n + j, n, a + i * k, a + j * k, k, valid, keep, weight);
+  alignas(64) T diagonal[width * width]; // it may end beyond the matrix
+  tile<I, Store::set>(diagonal, width, a + i * k, a + i * k, k);
+  for (int64_t r = 0; r < valid; ++r)
+    for (int64_t c = 0; c <= r; ++c) {
+      T& place = gram[(i + r) * n + i + c];
+      place = keep * place + weight * diagonal[r * width + c];
+    }
 }
 
 template <typename I, typename T>
@@ -60,7 +93,7 @@ SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k
   constexpr int64_t width = kPanel<T>;
   const int64_t ld = panels_of<T>(n) * width;
   for (int64_t i = 0; i < ld; i += width)
-    for (int64_t j = 0; j <= i; j += width) tile<I, true>(c + i * ld + j, ld, a + i * k, a + j * k, k);
+    for (int64_t j = 0; j <= i; j += width) tile<I, Store::add>(c + i * ld + j, ld, a + i * k, a + j * k, k);
 }
 
 template <typename I, typename T>
@@ -136,7 +169,11 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
 
 #define SOAP_OPT_FOR(T)                                                                                                       \
   SOAP_OPT_VERSIONS(template <>, void, multiply_panels, multiply_panels_body,                                                            \
-                    (T * c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k), (c, ld, m, n, a, b, k))      \
+                    (T * c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add),                   \
+                    (c, ld, m, n, a, b, k, add))                                                                              \
+  SOAP_OPT_VERSIONS(template <>, void, average_gram_row, average_gram_row_body,                                               \
+                    (T * gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight),                                \
+                    (gram, n, i, a, k, keep, weight))                                                                         \
   SOAP_OPT_VERSIONS(template <>, void, accumulate_gram, accumulate_gram_body, (T * c, int64_t n, const T* a, int64_t k), (c, n, a, k))    \
   SOAP_OPT_VERSIONS(template <>, void, pack_rows, pack_rows_body,                                                                        \
                     (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),                   \

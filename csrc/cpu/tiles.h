@@ -32,14 +32,19 @@ void pack_rows(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int6
 template <typename T>
 void pack_transposed(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n);
 
-// c [m, n] (row stride ld) <- a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements behind the end of every row are
+// c [m, n] (row stride ld) <- (add: +=) a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements behind the end of every row are
 // overwritten as well, before the next row's own are written: where ld = n they only need room behind the last row.
 template <typename T>
-void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k);
+void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add = false);
 
 // c [p, p] += a^T a for packed a [k, n], p = W panels_of(n), row-major; only tiles on and below the diagonal.
 template <typename T>
 void accumulate_gram(T* c, int64_t n, const T* a, int64_t k);
+
+// Rows [i, i + W) of gram [n, n], row-major, up to the diagonal, <- keep gram + weight a^T a for packed a [k, n]; i a multiple
+// of W.
+template <typename T>
+void average_gram_row(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight);
 
 // x [a, d, b], a count of `runs` runs of `length` elements, source and target strides apart: to[r * to_stride + i] <- from[..].
 template <typename T>

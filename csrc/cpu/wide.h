@@ -1,0 +1,136 @@
+// Mode products and Grams of modes that are too wide for a cache, on all free threads, by the same register tiles (tiles.h):
+// depth in blocks, the matrix packed panel by panel where it is used. (MKL's sgemm runs at 92 GF/s a core here, the tiles at
+// 110; and there is no syrk in ATen.)
+//
+// Inside a worker of for_each_task these loops run on its own thread.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "factor.h"
+#include "tiles.h"
+
+namespace soap_opt {
+
+constexpr int64_t kDepth = 512;        // rows of a product that are multiplied at once
+constexpr int64_t kWideColumns = 256;  // columns of the gradient that are packed at once: with kDepth, 512 KiB, half of L2
+constexpr int64_t kWideGramRows = 512; // rows of the gradient that a Gram adds at once
+
+inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// function(begin, end, room of this thread) over [0, n), with `threads` threads: 1 or free_threads().
+template <typename T, typename Function>
+void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel, const Function& function) {
+  if (threads == 1) {
+    function(0, n, room);
+    return;
+  }
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, room + at::get_thread_num() * room_numel); });
+}
+
+// Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not in place.
+template <typename T>
+int64_t wide_room(int64_t width) {
+  return kDepth * kWideColumns + kDepth * kPanel<T> + (width + kPanel<T>) * (kWideColumns + kPanel<T>);
+}
+
+// Whether product_wide() takes a group.
+inline bool is_wide(int64_t width, int64_t before, int64_t after) {
+  return width > kTileWidth && (after == 1 || before == 1 || after >= kWideColumns / 4);
+}
+
+// to <- from x_g M, both [A, D, B], `to` and `from` different buffers. rooms [threads, wide_room].
+template <typename T>
+void product_wide(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, int64_t threads, T* rooms,
+                  int64_t room_numel) {
+  constexpr int64_t panel = kPanel<T>;
+  const int64_t width = m.width;
+  const bool rows = after == 1; // the pieces of the gradient are rows [A, D], otherwise columns of [D, B]
+  const int64_t chunks = rows ? (before + kWideColumns - 1) / kWideColumns : (after + kWideColumns - 1) / kWideColumns;
+  parallel_with_room(rows ? chunks : before * chunks, threads, rooms, room_numel, [&](int64_t begin, int64_t end, T* room) {
+    T* piece = room;                       // panels [depth, kWideColumns]
+    T* matrix = piece + kDepth * kWideColumns; // one panel [depth, W]
+    T* result = matrix + kDepth * panel;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t a = rows ? 0 : unit / chunks, first = (rows ? unit : unit % chunks) * kWideColumns;
+      const int64_t count = std::min(kWideColumns, (rows ? before : after) - first);
+      const T* x = rows ? from + first * width : from + a * width * after + first;
+      T* place = rows ? to + first * width : to + a * width * after + first;
+      // Tiles write whole panels: in place where a row ends with one, or else beside it
+      const int64_t row = rows ? width : count;
+      const bool in_place = row % panel == 0;
+      T* c = in_place ? place : result;
+      const int64_t ld = in_place ? (rows ? width : after) : panels_of<T>(row) * panel;
+      for (int64_t k = 0; k < width; k += kDepth) {
+        const int64_t depth = std::min(kDepth, width - k);
+        if (rows)
+          pack_transposed<T>(piece, depth, 0, x + k, width, depth, count);
+        else
+          pack_rows<T>(piece, depth, 0, x + k * after, after, depth, count);
+        for (int64_t j = 0; j < width; j += panel) {
+          const int64_t valid = std::min(panel, width - j);
+          if (m.transposed)
+            pack_transposed<T>(matrix, depth, 0, m.data + j * width + k, width, depth, valid);
+          else
+            pack_rows<T>(matrix, depth, 0, m.data + k * width + j, width, depth, valid);
+          if (rows)
+            multiply_panels<T>(c + j, ld, count, valid, piece, matrix, depth, k > 0);
+          else
+            multiply_panels<T>(c + j * ld, ld, valid, count, matrix, piece, depth, k > 0);
+        }
+      }
+      if (!in_place) copy_runs<T>(place, rows ? width : after, result, ld, rows ? count : width, row);
+    }
+  });
+}
+
+// Elements of room that gram_wide needs, all threads together.
+template <typename T>
+int64_t wide_gram_room(int64_t width) {
+  return packed_numel<T>(kWideGramRows, width);
+}
+
+// gram [D, D] <- beta gram + (1 - beta) (x [A, D, B] contracted with itself over A and B). Needs no room of gram's size.
+template <typename T>
+void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after, T* panels, double beta) {
+  constexpr int64_t panel = kPanel<T>;
+  const int64_t count = panels_of<T>(width);
+  // Blocks of rows k = (a, b): of several a, or of a part of one a's b
+  const int64_t from_b = std::min(after, kWideGramRows), from_a = std::max<int64_t>(1, kWideGramRows / after);
+  bool first = true;
+  for (int64_t a = 0; a < before; a += from_a)
+    for (int64_t b = 0; b < after; b += from_b) {
+      const int64_t many = std::min(from_a, before - a), some = std::min(from_b, after - b), rows = many * some;
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t i = p * panel, columns = std::min(panel, width - i);
+          T* to = panels + i * rows;
+          if (after == 1)
+            pack_rows<T>(to, rows, 0, x + a * width + i, width, rows, columns);
+          else
+            for (int64_t k = 0; k < many; ++k)
+              pack_transposed<T>(to, rows, k * some, x + ((a + k) * width + i) * after + b, after, some, columns);
+        }
+      });
+      const T keep = first ? T(beta) : T(1), weight = T(1 - beta);
+      // A short row of tiles and a long one together: equal shares
+      at::parallel_for(0, (count + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          average_gram_row<T>(gram, width, p * panel, panels, rows, keep, weight);
+          if (count - 1 - p != p) average_gram_row<T>(gram, width, (count - 1 - p) * panel, panels, rows, keep, weight);
+        }
+      });
+      first = false;
+    }
+  constexpr int64_t block = 64; // of the mirrored half
+  at::parallel_for(0, (width + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * block; i < std::min(width, end * block); i += block)
+      for (int64_t j = i; j < width; j += block)
+        for (int64_t r = i; r < std::min(width, i + block); ++r)
+          for (int64_t q = std::max(j, r + 1); q < std::min(width, j + block); ++q) gram[r * width + q] = gram[q * width + r];
+  });
+}
+
+} // namespace soap_opt
