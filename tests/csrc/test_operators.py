@@ -708,7 +708,7 @@ def test_lockstep_of_parameters_that_have_all_threads(threads):
     shapes = [(300, 280, 5, 5), (40, 5, 5, 2100), (1500, 1400), (128, 129, 128), (1024, 2048)]
     lockstep(shapes[:2], steps=3, threads=threads, max_precond_dim=300, refresh="together")
     lockstep(shapes[2:], steps=3, threads=threads, max_precond_dim=130, normalize_grads=True)
-    lockstep([(2100, 1000)], steps=3, threads=threads, max_precond_dim=1000, precondition_frequency=3)
+    lockstep([(2100, 1000)], steps=3, threads=threads, max_precond_dim=1000)
 
 
 @pytest.mark.slow
