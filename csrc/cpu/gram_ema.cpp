@@ -34,7 +34,7 @@ double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   const int64_t n = layout.numel;
   constexpr double limit = std::numeric_limits<T>::max();
   if (n == 0) return 0;
-  if (n > kParallelNumel) {
+  if (task.alone) {
     const LargeWorkspace<T> work(layout, free_threads(), scratch);
     const T* g = arranged_gradient(task, work.converted, scale, /*maximize=*/false);
     const double norm = squared_norm(g, n);
@@ -81,6 +81,7 @@ at::Tensor gram_ema_(at::TensorList grads, at::TensorList grams, const at::Tenso
     task.cost = layout.flops();
     first += layout.modes;
   }
+  choose_alone(tasks);
   double* results = norms.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(scratch.scalar_type(), "soap_opt::gram_ema_", [&] {
     for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {

@@ -300,7 +300,7 @@ bool step_one(const Task& task, T* scratch, const Options& options) {
   const auto run = [&](auto zero) {
     using P = decltype(zero);
     const Arranged<P> param(*task.param, layout);
-    const bool usable = layout.numel > kParallelNumel ? step_large<T, P>(task, param.data(), scratch, options)
+    const bool usable = task.alone ? step_large<T, P>(task, param.data(), scratch, options)
                                                       : step_blocked<T, P>(task, param.data(), scratch, options);
     if (usable) param.write_back();
     return usable;
@@ -356,7 +356,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     Task& task = tasks[i];
     task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
             &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
-            {},              layout.numel > kParallelNumel, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+            {},              false, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
     for (const Group& group : layout.groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
@@ -374,6 +374,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       }
     first += layout.modes;
   }
+  choose_alone(tasks);
 
   bool* flags = usable.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
@@ -381,7 +382,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
     for (const Task& task : tasks)
-      if (task.refresh_alone && !task.due.empty() && flags[&task - tasks.data()]) {
+      if ((task.alone || task.refresh_alone) && !task.due.empty() && flags[&task - tasks.data()]) {
         at::AutoDispatchBelowADInplaceOrView guard;
         refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }

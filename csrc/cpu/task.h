@@ -12,6 +12,9 @@
 
 namespace soap_opt {
 
+// Flops from which on several threads are worth their barriers: some tenths of a millisecond of one core
+constexpr double kWorthThreads = 5e7;
+
 struct Task {
   const Layout* layout;
   const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (only grad where Grams alone are wanted)
@@ -19,7 +22,28 @@ struct Task {
   c10::SmallVector<int64_t, 4> due; // positions of the modes to refresh in this step
   bool refresh_alone;               // a due mode is large: the refresh waits until all threads are free
   double cost;                      // flops
+  bool alone = false;               // has all threads, while no other parameter is stepped
 };
+
+// Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
+// together the other cores. (One core is better where there is enough to do for all: it shares no cache and waits for nobody.)
+inline void choose_alone(std::vector<Task>& tasks) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  std::vector<Task*> rest;
+  double total = 0;
+  for (Task& task : tasks) {
+    task.alone = task.layout->numel > kParallelNumel;
+    if (task.alone || task.cost < kWorthThreads) continue;
+    rest.push_back(&task);
+    total += task.cost;
+  }
+  std::sort(rest.begin(), rest.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
+  for (Task* task : rest) {
+    if (threads == 1 || task->cost <= total / threads) break;
+    task->alone = true;
+    total -= task->cost;
+  }
+}
 
 // Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
 constexpr int64_t kGrain = 1 << 15;
@@ -108,9 +132,9 @@ struct ScratchSizes {
   static ScratchSizes of(const Layouts& layouts, int64_t threads) {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
-      if (layout.numel > kParallelNumel)
+      if (layout.numel > kParallelNumel || (threads > 1 && 3 * layout.flops() > kWorthThreads / 2))
         sizes.large = std::max(sizes.large, LargeWorkspace<T>(layout, threads, nullptr).numel);
-      else
+      if (layout.numel <= kParallelNumel)
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
     }
     return sizes;
@@ -135,7 +159,7 @@ void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::T
   small.reserve(tasks.size());
   double total = 0;
   for (Task& task : tasks) {
-    if (task.layout->numel > kParallelNumel) {
+    if (task.alone) {
       at::AutoDispatchBelowADInplaceOrView guard;
       function(task, memory);
     } else {
