@@ -43,7 +43,7 @@ struct Cut {
       --outer;
     }
     for (size_t g = 0; g < outer; ++g) outer_modes |= !layout.groups[g].positions.empty();
-    const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1), most = std::min(slabs, std::max<int64_t>(1, kChunk / slab));
+    const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1), most = std::min(slabs, std::max<int64_t>(1, kChunk / std::max<int64_t>(slab, 1)));
     count = most;
     // The inner groups' columns (or rows) are multiplied sixteen at a time: the count that wastes least
     double best = 0;

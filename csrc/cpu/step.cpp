@@ -324,6 +324,12 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                   int64_t(exp_avg_sqs.size()) == n && int64_t(state_steps.size()) == n,
               "step_: lists of ", n, " parameters, ", layouts.size, " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
               ", ", exp_avg_sqs.size(), " moments and ", state_steps.size(), " steps");
+  int64_t modes = 0;
+  for (int64_t i = 0; i < n; ++i) modes += layouts[i].modes;
+  TORCH_CHECK(int64_t(grams.size()) == modes && int64_t(bases.size()) == modes && int64_t(refresh_offsets.size()) == modes,
+              "step_: ", modes, " preconditioned modes, but ", grams.size(), " Grams, ", bases.size(), " bases and ",
+              refresh_offsets.size(), " refresh offsets");
+  TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
   at::Tensor usable = at::ones({n}, at::TensorOptions(at::kCPU).dtype(at::kBool));
   if (n == 0) return usable;
   const Options options{lr,
@@ -348,9 +354,12 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     const Layout& layout = layouts[i];
     TORCH_CHECK(params[i].numel() == layout.numel && grads[i].sizes() == params[i].sizes() &&
                     exp_avgs[i].sizes() == params[i].sizes() && exp_avg_sqs[i].sizes() == params[i].sizes() &&
-                    exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype &&
-                    first + layout.modes <= int64_t(std::min(grams.size(), bases.size())),
+                    exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype,
                 "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");
+    const at::ScalarType own = params[i].scalar_type();
+    TORCH_CHECK(own == dtype || (dtype == at::kFloat && (own == at::kBFloat16 || own == at::kHalf)), "step_: parameter ", i, " is ",
+                own, ", its state ", dtype);
+    TORCH_CHECK(at::isFloatingType(grads[i].scalar_type()), "step_: the gradient of parameter ", i, " is ", grads[i].scalar_type());
     TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1,
                 "step_: step of parameter ", i, " must be one float32, not ", state_steps[i].scalar_type());
     Task& task = tasks[i];
