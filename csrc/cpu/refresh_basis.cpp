@@ -1,15 +1,22 @@
 #include "refresh_basis.h"
 
+#include "../refresh_arguments.h"
+
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cmath>
 
 namespace soap_opt {
 
-std::optional<Refresh> refresh_basis(const at::Tensor& gram, const at::Tensor& basis, double tolerance) {
+std::optional<Refresh> refresh_basis(const at::Tensor& gram, const at::Tensor& basis, double tolerance, bool* finite) {
   const at::Tensor product = at::mm(gram, basis);
   const at::Tensor eigenvalues = (basis * product).sum(0);
+  // What is not finite in P or Q is not finite in e: 0 * inf is a NaN
+  const bool usable = std::isfinite(eigenvalues.abs().sum().item<double>());
+  if (finite != nullptr) *finite = usable;
+  if (!usable) return std::nullopt;
   if (tolerance >= 0) {
     const double norm = at::linalg_vector_norm(product).item<double>();
     if (norm == 0 || at::linalg_vector_norm(product - basis * eigenvalues).item<double>() / norm <= tolerance)
@@ -44,24 +51,27 @@ void for_each_matrix(at::TensorList matrices, const Function& function) {
   });
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> refresh_basis_(at::TensorList grams, at::TensorList bases,
-                                                                           double tolerance) {
-  TORCH_CHECK(grams.size() == bases.size(), "refresh_basis_: ", grams.size(), " grams but ", bases.size(), " bases");
-  std::vector<at::Tensor> orders(grams.size()), rotations(grams.size());
-  for (size_t i = 0; i < grams.size(); ++i)
-    TORCH_CHECK(grams[i].dim() == 2 && grams[i].size(0) == grams[i].size(1) && grams[i].sizes() == bases[i].sizes(),
-                "refresh_basis_: gram ", i, " is ", grams[i].sizes(), ", its basis ", bases[i].sizes());
+at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
+                          double tolerance, const std::optional<at::Tensor>& due) {
+  check_refresh(grams, bases, orders, rotations, due);
+  const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
+  at::Tensor outcomes = at::zeros({int64_t(grams.size())}, at::kInt);
+  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>(); // 0 kept, 1 refreshed, 2 not finite
   for_each_matrix(grams, [&](size_t i) {
-    if (auto refreshed = refresh_basis(grams[i], bases[i], tolerance)) {
+    bool finite = true;
+    std::optional<Refresh> refreshed;
+    if (when == nullptr || when[i]) refreshed = refresh_basis(grams[i], bases[i], tolerance, &finite);
+    outcome[i] = refreshed ? 1 : finite ? 0 : 2;
+    if (refreshed) {
       bases[i].copy_(refreshed->basis);
-      orders[i] = refreshed->order;
-      rotations[i] = refreshed->rotation;
+      orders[i].copy_(refreshed->order);
+      rotations[i].copy_(refreshed->rotation);
     } else {
-      orders[i] = at::arange(grams[i].size(0), grams[i].options().dtype(at::kLong));
-      rotations[i] = at::eye(grams[i].size(0), grams[i].options());
+      orders[i].copy_(at::arange(grams[i].size(0), orders[i].options()));
+      rotations[i].zero_().fill_diagonal_(1);
     }
   });
-  return {orders, rotations};
+  return outcomes;
 }
 
 at::Tensor eigenvectors(const at::Tensor& gram) {

@@ -14,7 +14,9 @@ struct Refresh {
 };
 
 // P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Empty when tolerance >= 0 and
-// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis are [d, d]; nothing is written.
-std::optional<Refresh> refresh_basis(const at::Tensor& gram, const at::Tensor& basis, double tolerance);
+// ||P - Q diag(e)||_F <= tolerance ||P||_F, and (finite: false) where G or Q is not finite. gram and basis are [d, d]; nothing
+// of them is written.
+std::optional<Refresh> refresh_basis(const at::Tensor& gram, const at::Tensor& basis, double tolerance,
+                                     bool* finite = nullptr);
 
 } // namespace soap_opt

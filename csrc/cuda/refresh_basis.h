@@ -1,4 +1,4 @@
-// What the CUDA refresh's host code (refresh_basis.cpp, ATen) asks of its kernels (refresh_basis.cu, no torch headers: every
+// What the CUDA refresh's host code (refresh_basis_host.cpp, ATen) asks of its kernels (refresh_basis.cu, no torch headers: every
 // architecture parses the whole file again, and ATen's headers would take longer than the kernels).
 #pragma once
 

@@ -42,10 +42,10 @@ def compiler() -> str:
     return found
 
 
-def build(sources: Sequence[Path], output: Path, flags: Sequence[str]) -> Path:
+def build(sources: Sequence[Path], output: Path, flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
     """Compile; a failure is the test's failure and shows the compiler's words."""
     command = [compiler(), "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
-    command += [*map(str, sources), "-o", str(output)]
+    command += [*map(str, sources), "-o", str(output), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
     return output

@@ -39,7 +39,7 @@ std::vector<float> transposed(const float* x, int rows, int columns, int pitch) 
   return result;
 }
 
-// Q' of the columns of P in their own order: the same blocks as refresh_basis.cpp, without its products.
+// Q' of the columns of P in their own order: the same blocks as refresh_basis_host.cpp, without its products.
 void refresh_in_panels(Problem& problem) {
   const int d = problem.size;
   std::vector<float> product(d * d, 0.0f), estimates(d, 0.0f);

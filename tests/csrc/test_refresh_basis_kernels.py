@@ -14,7 +14,7 @@ from harness import (
     launch,
     refresh,
 )
-from matrices import EPS, KINDS, RECORDED, complaints, lapack, make, orthogonal, quality, recorded_grams
+from matrices import EPS, KINDS, complaints, lapack, make, orthogonal, quality, recorded_grams
 
 SMALL = (1, 2, 3, 5, 8, 16, 31, 32)  # a warp each
 MEDIUM = (33, 64, 100, 128, 192, 224, 225)  # a block each
@@ -109,7 +109,6 @@ def test_refresh(kind):
         judge_refresh(gram, basis, result)
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="not recorded yet")
 def test_recorded_grams():
     """Grams of models in training, in the identity and in a basis of their own that has aged."""
     grams = list(recorded_grams().values())
