@@ -69,7 +69,7 @@ def compiled() -> dict:
             return {built: source for built, source in super().get_output_mapping().items() if Path(built).exists()}
 
     flags = {"nt": ["/O2", "/openmp"]}.get(
-        os.name, ["-O3", "-fno-math-errno", "-fno-trapping-math", *(["-fopenmp"] if sys.platform == "linux" else [])]
+        os.name, ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else [])]
     )
     # OpenMP is compiled in but not linked: its symbols come with torch, so that there is one runtime, which knows that a
     # matrix product inside a parallel region is not to start threads of its own.

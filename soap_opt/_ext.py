@@ -33,6 +33,10 @@ def _register_fakes() -> None:
     def _(params, *args, **kwargs):
         return torch.empty(len(params), dtype=torch.bool, device="cpu")
 
+    @torch.library.register_fake("soap_opt::gram_ema_")
+    def _(grads, *args, **kwargs):
+        return torch.empty(len(grads), dtype=torch.float64, device="cpu")
+
     @torch.library.register_fake("soap_opt::refresh_basis_")
     def _(grams, bases, orders, rotations, tolerance=-1.0, due=None):
         return torch.empty(len(grams), dtype=torch.int32, device=grams[0].device)

@@ -70,9 +70,7 @@ def soap(
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
     """
-    if fused is None and not foreach:
-        fused = False if foreach is False else all(_ext.unavailable(p.device.type) is None for p in params)
-    if fused:
+    if use_fused(params, foreach, fused):
         function = _fused_soap
     elif foreach is None or foreach:
         function = _multi_tensor_soap
@@ -102,6 +100,52 @@ def soap(
         refresh_tolerance=refresh_tolerance,
         maximize=maximize,
     )
+
+
+def use_fused(tensors: list[Tensor], foreach: bool | None, fused: bool | None) -> bool:
+    """Whether the package's own kernels run: where asked for, and by default where they all exist."""
+    if fused is None and foreach is None:
+        return all(_ext.unavailable(device_type) is None for device_type in {t.device.type for t in tensors})
+    return bool(fused)
+
+
+def first_grams(
+    grads: list[Tensor],
+    layouts: list[Layout],
+    dtype: torch.dtype,
+    foreach: bool | None,
+    fused: bool | None,
+    grad_scale: Tensor | None,
+    shampoo_beta: float,
+) -> list[list[Tensor] | None]:
+    """Grams of first gradients: for each gradient (1 - shampoo_beta) times it contracted with itself, [d_i, d_i] for every
+    mode; [] (or zeros) for a gradient of zeros; None where it is not usable (:func:`is_usable`).
+
+    Args:
+        grads: of any dtype; never written.
+        layouts: how each one's modes lie.
+        dtype: of the state.
+        foreach, fused, grad_scale: as in :func:`soap`.
+        shampoo_beta: decay rate of the Grams.
+    """
+    if use_fused(grads, foreach, fused):
+        grams = [
+            [torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layout.sizes] for grad, layout in zip(grads, layouts)
+        ]
+        table = layout_table(tuple(layouts))
+        squared_norms = torch.ops.soap_opt.gram_ema_(
+            grads, [g for gram in grams for g in gram], table, scratch(dtype, table), grad_scale, shampoo_beta
+        ).tolist()
+        limit = torch.finfo(dtype).max
+        return [gram if norm <= limit else None for gram, norm in zip(grams, squared_norms)]
+    result: list[list[Tensor] | None] = []
+    for grad, layout in zip(grads, layouts):
+        grad = prepare_gradient(grad, dtype, grad_scale, maximize=False)
+        if is_usable(torch.linalg.vector_norm(grad)):
+            result.append([(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)])
+        else:
+            result.append(None)
+    return result
 
 
 def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from . import _ext
 from .checkpoint import restore_state, state_dtype
-from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
-from .functional import is_usable, prepare_gradient, soap
+from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
+from .functional import first_grams, soap, use_fused
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
 
@@ -388,22 +388,27 @@ class SOAP(Optimizer):
     def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
         """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
         allocate, ready, grams, owners = [], [], [], []
+        kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor]]] = {}
         for group, param in pending:
-            grad = prepare_gradient(param.grad, state_dtype(param), grad_scale, maximize=False)
-            norm = torch.linalg.vector_norm(grad)
-            if not is_usable(norm):
-                self._skip(param)
-                continue
-            allocate.append((group, param))
-            if norm == 0:
-                continue
-            layout = self._layout(param, group)
-            outers = outer_products(grad, layout)
-            ready.append((param, layout, len(grams)))
-            grams += [(outer * (1 - _shampoo_beta(group))).contiguous() for outer in outers]
-            owners += [(param, mode) for mode in layout.modes]
+            kinds.setdefault((id(group), state_dtype(param)), (group, []))[1].append(param)
+        engine = True
+        for (_, dtype), (group, params) in kinds.items():
+            gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
+            how = group["foreach"], group["fused"]
+            engine = engine and use_fused(gradients, *how)
+            outers = first_grams(gradients, layouts, dtype, *how, grad_scale, _shampoo_beta(group))
+            for param, layout, outer in zip(params, layouts, outers):
+                if outer is None:
+                    self._skip(param)
+                    continue
+                allocate.append((group, param))
+                if not param.grad.any():
+                    continue
+                ready.append((param, layout, len(grams)))
+                grams += outer
+                owners += [(param, mode) for mode in layout.modes]
         try:
-            bases = init_bases(grams)
+            bases = init_bases(grams, fused=engine)
         except EigenDecompositionError as error:
             param, mode = owners[error.index]
             state = self.state.get(param)

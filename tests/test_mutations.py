@@ -233,8 +233,8 @@ def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
 @pytest.mark.parametrize("foreach", BOTH)
 def test_gram_with_bias_correction(monkeypatch, foreach):
     """Scaling a Gram leaves its eigenvectors alone, so only a comparison of state can see it."""
-    original = soap.outer_products
-    monkeypatch.setattr(soap, "outer_products", lambda *a: [20 * outer for outer in original(*a)])
+    original = soap.first_grams
+    monkeypatch.setattr(soap, "first_grams", lambda *a: [[20 * gram for gram in grams] for grams in original(*a)])
     assert_lockstep_fails(foreach)
 
 

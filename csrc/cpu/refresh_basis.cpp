@@ -83,7 +83,13 @@ at::Tensor eigenvectors(const at::Tensor& gram) {
   } catch (const c10::LinAlgError&) {
   }
   // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
-  if (!vectors.defined()) vectors = std::get<1>(at::linalg_eigh(damped.to(at::kDouble))).to(gram.scalar_type());
+  if (!vectors.defined()) {
+    try {
+      vectors = std::get<1>(at::linalg_eigh(damped.to(at::kDouble))).to(gram.scalar_type());
+    } catch (const c10::LinAlgError&) {
+      return at::empty({0, 0}, gram.options());
+    }
+  }
   return vectors.flip(-1).contiguous();
 }
 
