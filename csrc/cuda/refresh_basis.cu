@@ -50,9 +50,9 @@ int shared_memory_limit() {
 int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * int64_t(sizeof(float)); }
 
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
-  constexpr int kWarps = 4; // 17.5 KiB of shared memory: what limits a block is registers
+  constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
   for_each_table(matrices, count, [&](const Table& table, int rows) {
-    LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarps * kWarp, kWarps * kWarpShared * sizeof(float), stream,
+    LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
            table, rows, due, tolerance, outcomes);
     check(cudaGetLastError(), "refresh_in_warps");
   });

@@ -8,86 +8,16 @@
 // overwrites its column whole, zeros above, 1 on the diagonal, and products with V need no masks.
 #pragma once
 
-#include <float.h>
-#include <math.h>
-
-#include "refresh_basis.h"
-
-#ifdef __CUDACC__
-#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
-#define GRID_CONSTANT __grid_constant__
-#endif
+#include "reflector.cuh"
 
 namespace soap_opt::cuda {
-
-constexpr int kWarp = 32;
-
-// Matrices of one launch, by value. Arguments may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
-#if !defined(__CUDACC__)
-constexpr int kTableRows = 16; // every fiber has its own copy
-#elif CUDART_VERSION >= 12010
-constexpr int kTableRows = 800;
-#else
-constexpr int kTableRows = 100;
-#endif
-struct Table {
-  Matrix rows[kTableRows];
-};
-
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Squares of a column whose norm is below this (the matrix is scaled to a largest entry in [1, 2)) start to lose their small
-// terms to underflow: its norm is taken again, scaled.
-constexpr float kTinySquare = 1e-24f;
-
-__device__ inline float warp_sum(float x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
-}
-
-__device__ inline float warp_max(float x) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
-  return x;
-}
-
-// The power of two that brings `largest` into [1, 2); 1 for 0, infinity and NaN. Scaling by it changes no bit of Q', and no
-// square over- or underflows that matters: Grams of small gradients are of the order of 1e-20.
-__device__ inline float power_of_two_scale(float largest) {
-  if (!(largest > 0 && largest <= FLT_MAX)) return 1;
-  const int exponent = -ilogbf(largest);
-  return ldexpf(1.0f, exponent < 126 ? exponent : 126);
-}
-
-// A reflector H = I - tau v v^T, v = (1, x_2 / divisor, ..), that takes (alpha, x_2, ..) to (beta, 0, ..): larfg. square: the
-// sum of squares of x_2 .., of everything multiplied by `scale`.
-struct Reflector {
-  float tau, inverse; // v_i = x_i * inverse
-};
-
-__device__ inline Reflector make_reflector(float alpha, float square, float scale) {
-  if (!(square > 0)) return {0, 0}; // zeros already: H = I
-  alpha *= scale;
-  const float beta = -copysignf(sqrtf(alpha * alpha + square), alpha);
-  return {(beta - alpha) / beta, scale / (alpha - beta)};
-}
-
-__device__ inline float scale_of_tiny(float largest) { return fminf(1 / largest, 1e37f); }
-
-__device__ inline bool is_kept(float off, float norm, float tolerance) {
-  return tolerance >= 0 && (norm == 0 || sqrtf(off / norm) <= tolerance);
-}
-
-// The result of a matrix that keeps its basis: identities. Called by all `threads` threads.
-__device__ inline void write_identities(const Matrix& matrix, int thread, int threads) {
-  const int d = matrix.size;
-  for (int i = thread; i < d; i += threads) matrix.order[i] = i;
-  for (int i = thread; i < d * d; i += threads) matrix.rotation[i] = i / d == i % d;
-}
 
 // ---------------------------------------------------------------------------------------------------------- d <= 32: a warp
 
 // Floats of shared memory of a warp
 constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
+
+constexpr int kWarpThreads = 128; // four matrices a block
 
 // The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D; what
 // all lanes need (G, reflectors, the old Q) goes through `rows` [D, D] and is read as a broadcast. Every lane has the whole
@@ -100,19 +30,29 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
   const int lane = threadIdx.x % kWarp, d = matrix.size;
   const bool mine = lane < d;
 
+  // Global memory <-> rows, each lane its column: loops that are not unrolled whole. Between global memory and registers they
+  // would be, and 32 addresses that the first and the last of them share would cost as many registers throughout.
+  const auto fetch = [&](const float* from) {
+    float largest = 0;
+    if (lane >= D) return largest;
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) {
+      const float entry = mine && i < d ? from[i * d + lane] : 0;
+      rows[i * D + lane] = entry;
+      largest = fmaxf(largest, fabsf(entry));
+    }
+    return largest;
+  };
+
   // P = G Q
   float old[D], x[D];
-  float largest = 0;
+  fetch(matrix.basis);
 #pragma unroll
-  for (int i = 0; i < D; ++i) {
-    x[i] = mine && i < d ? matrix.gram[i * d + lane] : 0;
-    old[i] = mine && i < d ? matrix.basis[i * d + lane] : 0;
-    largest = fmaxf(largest, fabsf(x[i]));
-  }
-  const float scale = power_of_two_scale(warp_max(largest));
+  for (int i = 0; i < D; ++i) old[i] = lane < D ? rows[i * D + lane] : 0;
+  const float scale = power_of_two_scale(warp_max(fetch(matrix.gram)));
   if (lane < D) {
-#pragma unroll
-    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i] * scale;
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) rows[i * D + lane] *= scale;
   }
   __syncwarp();
   float estimate = 0, square = 0, off = 0;
@@ -200,28 +140,29 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
   }
 
-  // Q^T Q'
+  // Q^T Q'. The old Q is read again: 32 registers less since then
   __syncwarp();
-  if (lane < D) {
-#pragma unroll
-    for (int i = 0; i < D; ++i) rows[i * D + lane] = old[i];
-  }
+  fetch(matrix.basis);
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < D; ++i) {
+#pragma unroll 2
+  for (int i = 0; i < d; ++i) {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < D; ++k) sum += rows[k * D + i] * x[k];
-    if (mine && i < d) {
-      matrix.rotation[i * d + lane] = sum;
-      matrix.basis[i * d + lane] = x[i];
-    }
+    if (mine) matrix.rotation[i * d + lane] = sum;
+  }
+  __syncwarp();
+  if (mine) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
+    for (int i = 0; i < d; ++i) matrix.basis[i * d + lane] = rows[i * D + lane];
   }
   if (lane == 0) *outcome = kRefreshed;
 }
 
-__global__ void refresh_in_warps_kernel(GRID_CONSTANT const Table table, int count, const bool* due, float tolerance,
-                                        int32_t* outcomes) {
+// Three blocks on an SM: alone ptxas takes 226 registers for sm_100, and two fit; held to four, it spills 260 bytes.
+__global__ void __launch_bounds__(kWarpThreads, 4)
+    refresh_in_warps_kernel(GRID_CONSTANT const Table table, int count, const bool* due, float tolerance, int32_t* outcomes) {
   DYNAMIC_SHARED(float, shared);
   const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
   if (position >= count) return;
@@ -578,13 +519,10 @@ __global__ void __launch_bounds__(kBlockThreads)
       for (int i = threadIdx.x % kWarp; i < m; i += kWarp) panel[c * pitch + i] = rows[int64_t(c) * size + first + i];
   }
   factor_columns<kLargePanel>(panel, pitch, m, width, taus, dots, triangle);
-  for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
-    for (int i = threadIdx.x % kWarp; i < size; i += kWarp) {
-      if (i < first)
-        rows[int64_t(c) * size + i] = 0;
-      else if (in_shared)
-        rows[int64_t(c) * size + i] = panel[c * pitch + i - first];
-    }
+  if (in_shared) {
+    for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
+      for (int i = threadIdx.x % kWarp; i < m; i += kWarp) rows[int64_t(c) * size + first + i] = panel[c * pitch + i];
+  }
   float* out = triangles + int64_t(blockIdx.x) * kLargePanel * kLargePanel;
   for (int i = threadIdx.x; i < kLargePanel * kLargePanel; i += blockDim.x) out[i] = triangle[i];
 }

@@ -46,8 +46,8 @@ void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float 
 void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream);
 
 // One panel of the QR of `count` matrices: columns first .. first + width - 1, width <= kLargePanel.
-//   transposed [count, d, d]: row j is column j of the matrix. The panel's rows become Householder vectors, written out: 1 on
-//     the diagonal, 0 before it
+//   transposed [count, d, d]: row j is column j of the matrix. The panel's rows become Householder vectors, from entry `first`
+//     on: 0 up to the diagonal, 1 on it
 //   triangles [count, kLargePanel, kLargePanel] out: T of H_1 .. H_width = I - V T V^T, 0 below the diagonal and beyond width
 // Matrices whose outcome is not kRefreshed are passed over.
 void factor_panel(float* transposed, float* triangles, int count, int size, int first, int width, const int32_t* outcomes,

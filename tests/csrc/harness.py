@@ -52,19 +52,23 @@ def build(sources: Sequence[Path], output: Path, flags: Sequence[str], libraries
 
 
 @functools.cache
-def binary(*flags: str, kernels: str | None = None) -> Path:
-    """The harness, built once for a session for each set of flags; ``kernels`` replaces refresh_basis.cuh."""
+def binary(*flags: str, change: tuple[str, str] | None = None) -> Path:
+    """The harness, built once for a session for each set of flags; ``change`` replaces one text of the kernels by another."""
     folder = Path(tempfile.mkdtemp(prefix="soap_opt_fibers_"))
     source = HERE / "refresh_harness.cpp"
-    if kernels is not None:
-        # the same tree with another refresh_basis.cuh: quoted includes look beside the including file first
+    if change is not None:
+        # the same tree once more: quoted includes look beside the including file first
         for part in (HERE, CUDA):
             target = folder / part.relative_to(HERE.parents[1])
             target.mkdir(parents=True)
             for file in (*part.glob("*.cpp"), *part.glob("*.cu"), *part.glob("*.h"), *part.glob("*.cuh")):
                 shutil.copy(file, target)
         source = folder / "tests" / "csrc" / source.name
-        (folder / "csrc" / "cuda" / KERNELS.name).write_text(kernels)
+        changed = 0
+        for file in (folder / "csrc" / "cuda").glob("*.cuh"):
+            changed += file.read_text().count(change[0])
+            file.write_text(file.read_text().replace(*change))
+        assert changed, f"{change[0]!r} is not in the kernels"
     return build([source], folder / "refresh_harness", flags or ("-O2",))
 
 

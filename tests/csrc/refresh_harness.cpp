@@ -43,7 +43,9 @@ std::vector<float> transposed(const float* x, int rows, int columns, int pitch) 
 void refresh_in_panels(Problem& problem) {
   const int d = problem.size;
   std::vector<float> product(d * d, 0.0f), estimates(d, 0.0f);
-  multiply(product.data(), problem.gram.data(), problem.basis.data(), d, d, d, 1, d, d, d);
+  float most = 0;
+  for (float entry : problem.gram) most = std::max(most, std::fabs(entry));
+  multiply(product.data(), problem.gram.data(), problem.basis.data(), d, d, d, power_of_two_scale(most), d, d, d);
   for (int i = 0; i < d; ++i)
     for (int j = 0; j < d; ++j) estimates[j] += problem.basis[i * d + j] * product[i * d + j];
   std::iota(problem.order.begin(), problem.order.end(), 0);
