@@ -85,7 +85,7 @@ def resources() -> list[Row]:
                         "chip": "sm_" + chip.replace(".", ""),
                         "case": case,
                         **figures,
-                        "threads": threads,
+                        "block_threads": threads,
                         "shared_bytes": shared,
                         "blocks_per_sm": by[limiting],
                         "warps_per_sm": by[limiting] * threads // 32,
@@ -202,7 +202,11 @@ def counts() -> list[Row]:
 
 def main(what: str) -> None:
     rows = {"resources": resources, "accuracy": accuracy, "counts": counts}[what]()
-    print(save(f"refresh_{what}", rows, **({"device": "none: compiled only"} if what == "resources" else {})))
+    about = {}
+    if what == "resources":
+        version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        about = {"device": "none: compiled only", "nvcc": re.search(r"V([\d.]+)", version).group(1)}
+    print(save(f"refresh_{what}", rows, **about))
     print(table(summary(rows) if what == "accuracy" else rows))
 
 

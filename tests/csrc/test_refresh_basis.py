@@ -4,13 +4,11 @@ On fibers everything of csrc/cuda runs that does not need a GPU: which matrix go
 QR with its panels; ATen's products are the CPU's.
 """
 
-from pathlib import Path
-
 import comparison
 import numpy as np
 import pytest
 import torch
-from harness import HERE, KEPT, NOT_FINITE, REFRESHED, SHARED_LIMITS, build
+from harness import KEPT, NOT_FINITE, REFRESHED, SHARED_LIMITS
 from matrices import EPS, complaints, make, orthogonal
 from test_refresh_basis_kernels import angle, judge_refresh
 
@@ -20,21 +18,6 @@ from soap_opt.eigenbasis import gram_times_basis, init_bases, refresh_basis
 SMALL_DEVICE = (
     18432  # bytes of shared memory: the block kernel up to d = 55, then panels, from d = 79 on partly in global memory
 )
-
-
-@pytest.fixture(scope="session")
-def fibers(tmp_path_factory):
-    """torch.ops.soap_opt_fibers."""
-    torch_folder = Path(torch.__file__).parent
-    flags = ["-O1", "-shared", "-fPIC", f"-isystem{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
-    library = build(
-        [HERE / "operator_on_fibers.cpp"],
-        tmp_path_factory.mktemp("fibers") / "operator_on_fibers.so",
-        [*flags, f"-Wl,-rpath,{torch_folder / 'lib'}"],
-        libraries=["-ltorch_cpu", "-lc10"],
-    )
-    torch.ops.load_library(str(library))
-    return torch.ops.soap_opt_fibers
 
 
 def results_for(bases):
