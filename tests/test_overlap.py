@@ -18,7 +18,7 @@ class Event:
 
 
 class Stream:
-    """Work in a stream is ordered; between streams only what waits orders. clock[s]: how much of s this stream has waited for."""
+    """Work in a stream is ordered, between streams only what waits. clock[s]: how much of s this stream has waited for."""
 
     def __init__(self, cuda, device):
         self.cuda, self.device = cuda, device

@@ -54,6 +54,7 @@ void for_each_matrix(at::TensorList matrices, const Function& function) {
 at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
                           double tolerance, const std::optional<at::Tensor>& due) {
   check_refresh(grams, bases, orders, rotations, due);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset); // P in bfloat16 ruins the basis
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
   at::Tensor outcomes = at::zeros({int64_t(grams.size())}, at::kInt);
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>(); // 0 kept, 1 refreshed, 2 not finite

@@ -125,7 +125,10 @@ at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::Tensor
   const int64_t n = grams.size();
   const c10::Device device = grams[0].device();
   const c10::DeviceGuard guard(device);
-  const at::NoTF32Guard full_precision; // TF32 in P or in the updates ruins the basis
+  // Reduced precision in P or in the updates ruins the basis: no TF32, no autocast
+  const at::NoTF32Guard no_tf32;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Stream stream = current_stream(device);
   const int64_t limit = shared_memory_limit();
 

@@ -164,6 +164,15 @@ def test_bad_arguments(implementation):
         implementation.refresh([gram], [basis], due=[1])
 
 
+def test_autocast_has_no_say(implementation):
+    grams, bases = problems((5, 40, 90, 130))
+    expected = [basis.clone() for basis in bases]
+    implementation.refresh(grams, expected)
+    with torch.autocast(implementation.device, torch.bfloat16):
+        implementation.refresh(grams, bases)
+    assert all(torch.equal(a, b) for a, b in zip(bases, expected))
+
+
 def test_launches(fibers):
     """At most four for everything that fits in shared memory, however many matrices (a table holds 16 of them here, 800 on
     a GPU); the largest size class alone takes one."""
