@@ -85,7 +85,9 @@ def run_step(arguments: argparse.Namespace) -> None:
         print(f"\n### {first['model']}: {first['parameters']:,} parameters, floor {first['floor_gflop']} GF\n")
         report(arguments, f"step_{model}", rows, STEP_COLUMNS, contest.raw(), peers=contest.versions)
         rates = ", ".join(f"{shape} {first[f'gemm_gflops_{shape}']}" for shape in contest.gemm.SHAPES)
-        print(f"\ngemm GF/s: {rates}; {torch.get_num_threads()} threads")
+        print(f"\ngemm GF/s: {rates}; median / best {first['quiet']}; {torch.get_num_threads()} threads")
+        if first["quiet"] < must_reach.QUIET:
+            print("WARNING: something else was running; measure again on a quiet machine")
         if "largest_unit" in first:
             print(
                 f"slowest phase / median {first['slowest_phase_over_median']}; bound with the largest unit, "

@@ -129,7 +129,8 @@ def share() -> Figure:
 
 
 def main() -> None:
-    for make in (steps, growth, share):
+    pictures = {steps: "step_*.csv", growth: "growth_*.csv", share: "step_*.csv"}
+    for make in [make for make, files in pictures.items() if any(RESULTS.glob(files))]:
         figure = make()
         path = RESULTS / f"{make.__name__}.png"
         figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})

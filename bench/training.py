@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from .contest import PERIOD, WARMUP
+from .contest import PERIOD, WARMUP, GemmRate, quiet
 from .models import LAMBDA, crops, lic_network, main_parameters
 from .peers import Contestant
 from .results import Row, significant
@@ -52,7 +52,9 @@ def measure(contestants: Sequence[Contestant], periods: int = 3) -> list[Row]:
     images = list(islice(crops(BATCH_SIZE, PATCH), PERIOD))
     runs = {contestant.name: Training(contestant) for contestant in contestants}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    gemm, rates = GemmRate(), []
     for k in range(WARMUP + periods * PERIOD):
+        rates.append(gemm.measure())
         for name, run in runs.items():
             times[name].append(run.step(images[k % len(images)]))
     rows = []
@@ -66,6 +68,7 @@ def measure(contestants: Sequence[Contestant], periods: int = 3) -> list[Row]:
                 "optimizer_ms": significant(statistics.median(part for _, part in steady)),
                 "optimizer_share": significant(statistics.median(part / total for total, part in steady), 3),
                 "steps": len(steady),
+                "quiet": quiet(rates),
             }
         )
     return rows

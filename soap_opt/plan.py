@@ -74,6 +74,19 @@ class Layout:
     def _view_inverse(self) -> tuple[int, ...]:
         return _inverse(self.view_order)
 
+    # The state's keys, one for each of modes (made once: a step that formatted them would spend a microsecond each time)
+    @cached_property
+    def gram_keys(self) -> tuple[str, ...]:
+        return tuple(f"gram_{mode}" for mode in self.modes)
+
+    @cached_property
+    def basis_keys(self) -> tuple[str, ...]:
+        return tuple(f"basis_{mode}" for mode in self.modes)
+
+    @cached_property
+    def offset_keys(self) -> tuple[str, ...]:
+        return tuple(f"refresh_offset_{mode}" for mode in self.modes)
+
     def arrange(self, x: Tensor) -> Tensor:
         """[*batch, *shape] -> [*batch, *group widths], dimensions in memory order; a view unless x has other strides."""
         batch = x.dim() - len(self.shape)
@@ -245,17 +258,18 @@ def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
 _memory = threading.local()
 
 
-def scratch(dtype: torch.dtype, table: Tensor) -> Tensor:
-    """The compiled CPU step's scratch for a table of layouts: [*] of dtype, kept between steps and shared by all optimizers
-    of a thread. A step that allocated it anew would spend as long on page faults as on the elementwise work."""
+def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
+    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
+    allocated it anew would spend as long on page faults as on the elementwise work."""
     kept: dict[torch.dtype, Tensor] = _memory.__dict__
-    needed = scratch_numel(table, dtype)
+    needed = scratch_numel(layouts, dtype, torch.get_num_threads())
     if dtype not in kept or kept[dtype].numel() < needed:
         kept.pop(dtype, None)
         kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
     return kept[dtype]
 
 
-def scratch_numel(table: Tensor, dtype: torch.dtype) -> int:
+@lru_cache(maxsize=64)
+def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
     """Elements of scratch: about three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
-    return torch.ops.soap_opt.scratch_numel(table, torch.get_num_threads(), dtype)
+    return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

@@ -14,9 +14,11 @@
 namespace soap_opt {
 namespace {
 
-// In float64, where the square of the smallest float32 is not zero.
+// ||x||^2, 0 only for zeros: float64 where squares may vanish in float32, or overflow.
 template <typename T>
 double squared_norm(const T* x, int64_t n) {
+  const double quick = sum_squares(x, n);
+  if (std::isfinite(quick) && quick > 1e-20) return quick;
   double sums[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)

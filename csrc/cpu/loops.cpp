@@ -1,5 +1,6 @@
 #include "loops.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -44,10 +45,16 @@ template <typename I, typename T>
 SOAP_OPT_INLINE void gram_from_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* SOAP_OPT_RESTRICT sum, int64_t ld, int64_t d,
                                              double beta_) {
   const T beta = T(beta_), weight = T(1 - beta_);
-  for (int64_t i = 0; i < d; ++i) {
-    T* row = gram + i * d;
-    for (int64_t j = 0; j <= i; ++j) row[j] = beta * row[j] + weight * sum[i * ld + j];
-    for (int64_t j = 0; j < i; ++j) gram[j * d + i] = row[j];
+  constexpr int64_t block = 16; // the mirrored store walks down columns: in blocks, so that their lines stay in cache
+  for (int64_t first = 0; first < d; first += block) {
+    const int64_t end = std::min(d, first + block);
+    for (int64_t left = 0; left < end; left += block)
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t right = std::min(i + 1, left + block);
+        T* row = gram + i * d;
+        for (int64_t j = left; j < right; ++j) row[j] = beta * row[j] + weight * sum[i * ld + j];
+        for (int64_t j = left; j < std::min(i, right); ++j) gram[j * d + i] = row[j];
+      }
   }
 }
 

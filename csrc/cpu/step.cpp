@@ -43,40 +43,46 @@ void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t af
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
 // turn(group index, rotation [D, D], A, B): m <- m x_g rotation. buffer [numel].
 template <typename T, typename Turn>
-void refresh_modes(const Task& task, T* v, T* buffer, const Options& options, const Turn& turn) {
+void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Turn& turn) {
   const Layout& layout = *task.layout;
-  c10::SmallVector<std::optional<Refresh>, 6> refreshed(layout.modes);
+  std::vector<Refresh<T>> refreshed(layout.modes);
   bool any = false;
-  for (int64_t position : task.due) {
-    refreshed[position] = refresh_basis(task.grams[position], task.bases[position], options.adaptive ? options.tolerance : -1);
-    any |= refreshed[position].has_value();
+  for (int64_t k : task.due) {
+    refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0),
+                                    options.adaptive ? options.tolerance : -1);
+    any |= refreshed[k].done;
   }
   if (!any) return;
   int64_t before = 1;
   for (size_t g = 0; g < layout.groups.size(); ++g) {
     const Group& group = layout.groups[g];
     const int64_t width = group.width, after = layout.numel / (before * width);
-    if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t p) { return refreshed[p].has_value(); })) {
-      // The group's permutation and rotation: those of its modes, the identity for modes that are not due
+    if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done; })) {
+      // The group's permutation and rotation [D, D]: those of its modes, the identity for modes that are not due
       std::vector<int64_t> order(1, 0);
-      at::Tensor rotation;
+      std::vector<T> rotation(1, T(1));
       for (size_t f = 0; f < group.positions.size(); ++f) {
-        const auto& mode = refreshed[group.positions[f]];
-        std::vector<int64_t> next;
-        const int64_t* ranks = mode ? mode->order.template const_data_ptr<int64_t>() : nullptr;
-        for (int64_t i : order)
-          for (int64_t j = 0; j < group.sizes[f]; ++j) next.push_back(i * group.sizes[f] + (ranks ? ranks[j] : j));
+        const Refresh<T>& mode = refreshed[group.positions[f]];
+        const int64_t left = order.size(), d = group.sizes[f], size = left * d;
+        std::vector<int64_t> next(size);
+        std::vector<T> product(size * size, T(0));
+        for (int64_t i = 0; i < left; ++i)
+          for (int64_t k = 0; k < d; ++k) {
+            next[i * d + k] = order[i] * d + (mode.done ? mode.order[k] : k);
+            for (int64_t j = 0; j < left; ++j)
+              for (int64_t l = 0; l < d; ++l)
+                product[(i * d + k) * size + j * d + l] = rotation[i * left + j] * (mode.done ? mode.rotation[k * d + l] : T(k == l));
+          }
         order = std::move(next);
-        const at::Tensor factor = mode ? mode->rotation : at::eye(group.sizes[f], task.exp_avg->options());
-        rotation = rotation.defined() ? at::kron(rotation, factor) : factor;
+        rotation = std::move(product);
       }
       permute(v, order, before, after, buffer);
-      turn(g, rotation.template const_data_ptr<T>(), before, after);
+      turn(g, rotation.data(), before, after);
     }
     before *= width;
   }
-  for (int64_t position : task.due)
-    if (refreshed[position]) task.bases[position].copy_(refreshed[position]->basis);
+  for (int64_t k : task.due)
+    if (refreshed[k].done) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
 }
 
 // step_large, step_blocked: false where the gradient is not usable, and nothing has changed.
@@ -125,7 +131,7 @@ bool step_large(const Task& task, P* param, T* scratch, const Options& options) 
 
   // 6 refresh
   if (!task.due.empty())
-    refresh_modes(task, v, ping, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+    refresh_modes(task, matrices, v, ping, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
       const int64_t width = layout.groups[g].width;
       multiply<T>(m, ping, outside, width, inside, {rotation, width, width});
       std::copy_n(ping, n, m);
@@ -241,7 +247,7 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
 
   // 6 refresh
   if (!task.due.empty())
-    refresh_modes(task, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+    refresh_modes(task, matrices, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
       Factor<T> factor{rotation, layout.groups[g].width};
       if (forward[g].packed != nullptr) factor.pack(work.forward[g]);
       product<T>(m, whole, outside, inside, factor, work.product);

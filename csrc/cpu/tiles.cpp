@@ -41,10 +41,18 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
 template <typename I, typename T>
 SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   constexpr int64_t width = kPanel<T>;
-  // From the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes later.
-  for (int64_t j = (panels_of<T>(n) - 1) * width; j >= 0; j -= width)
+  // Columns from the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes
+  // later. The larger matrix is read once, the smaller one, which stays in cache, for each of its panels.
+  const int64_t last = (panels_of<T>(n) - 1) * width;
+  if (m >= n) {
     for (int64_t i = 0; i < m; i += width)
-      tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+      for (int64_t j = last; j >= 0; j -= width)
+        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+  } else {
+    for (int64_t j = last; j >= 0; j -= width)
+      for (int64_t i = 0; i < m; i += width)
+        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+  }
 }
 
 template <typename I, typename T>
@@ -100,6 +108,10 @@ SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, c
     const int64_t columns = std::min(width, n - j);
     int64_t r = 0;
     if (columns == width) {
+      // A cache line of four rows at a time: where ld is a power of two, more of them would push each other out
+      for (; r + width <= rows; r += width)
+        for (int64_t q = 0; q < width; q += 4)
+          for (int64_t s = r; s < r + width; s += 4) transpose_4x4(to + s * width + q, width, from + q * ld + s, ld);
       for (; r + 4 <= rows; r += 4)
         for (int64_t q = 0; q < width; q += 4) transpose_4x4(to + r * width + q, width, from + q * ld + r, ld);
     }
