@@ -23,7 +23,11 @@ GRAM_TOLERANCE = 1e-6
 Grads = Sequence["Tensor | None"]
 
 # What SOAP is given to run each implementation
-IMPLEMENTATIONS: dict[str, dict[str, bool]] = {"single": {"foreach": False}, "multi": {"foreach": True}, "fused": {"fused": True}}
+IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
+    "single": {"foreach": False},
+    "multi": {"foreach": True},
+    "fused": {"fused": True},
+}
 NO_ENGINE = soap_opt._ext.unavailable("cpu")
 AVAILABLE = [flags for name, flags in IMPLEMENTATIONS.items() if name != "fused" or NO_ENGINE is None]
 needs_engine = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))

@@ -122,9 +122,6 @@ template Refresh<double> refresh_basis(const double*, const double*, int64_t, do
 
 namespace {
 
-// Small matrices are spread over the threads; LAPACK has all threads for a large one.
-constexpr int64_t kThreadedSize = 512;
-
 // function(indices) for all matrices: large ones alone, with all threads; the others one thread each call, those of up to
 // `together` rows in batches of one size.
 template <typename Function>

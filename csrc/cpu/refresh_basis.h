@@ -7,6 +7,9 @@
 
 namespace soap_opt {
 
+// Larger matrices are decomposed one at a time, with all threads in LAPACK; the others one a core.
+constexpr int64_t kThreadedSize = 512;
+
 template <typename T>
 struct Refresh {
   bool done = false;          // false: the basis still diagonalises its Gram, or not finite; everything else is empty

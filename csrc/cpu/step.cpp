@@ -129,16 +129,25 @@ bool step_large(const Task& task, P* param, T* scratch, const Options& options) 
   }
   matrices.write_back(task);
 
-  // 6 refresh
-  if (!task.due.empty())
-    refresh_modes(task, matrices, v, ping, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
-      const int64_t width = layout.groups[g].width;
-      multiply<T>(m, ping, outside, width, inside, {rotation, width, width});
-      std::copy_n(ping, n, m);
-    });
   exp_avg.write_back();
   exp_avg_sq.write_back();
-  return true;
+  return true; // 6 refresh: by refresh_alone
+}
+
+// Step 6 with all threads. buffer [numel].
+template <typename T>
+void refresh_alone(const Task& task, T* buffer, const Options& options) {
+  const Layout& layout = *task.layout;
+  const Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+    const int64_t width = layout.groups[g].width;
+    multiply<T>(m, buffer, outside, width, inside, {rotation, width, width});
+    std::copy_n(buffer, layout.numel, m);
+  });
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
 }
 // A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
 // Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
@@ -246,7 +255,7 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
   matrices.write_back(task);
 
   // 6 refresh
-  if (!task.due.empty())
+  if (!task.due.empty() && !task.refresh_alone)
     refresh_modes(task, matrices, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
       Factor<T> factor{rotation, layout.groups[g].width};
       if (forward[g].packed != nullptr) factor.pack(work.forward[g]);
@@ -321,7 +330,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     Task& task = tasks[i];
     task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
             &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
-            {},              3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+            {},              layout.numel > kParallelNumel, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
     for (const Group& group : layout.groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
@@ -333,7 +342,8 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
         const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
         if ((t + offset) % precondition_frequency == 0) {
           task.due.push_back(k);
-          task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+          task.refresh_alone |= d > kThreadedSize;
+          if (!task.refresh_alone) task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
         }
       }
     first += layout.modes;
@@ -344,6 +354,11 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {
       flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
+    for (const Task& task : tasks)
+      if (task.refresh_alone && !task.due.empty() && flags[&task - tasks.data()]) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
+      }
   });
   return usable;
 }

@@ -17,6 +17,7 @@ struct Task {
   const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (only grad where Grams alone are wanted)
   at::TensorList grams, bases;
   c10::SmallVector<int64_t, 4> due; // positions of the modes to refresh in this step
+  bool refresh_alone;               // a due mode is large: the refresh waits until all threads are free
   double cost;                      // flops
 };
 
