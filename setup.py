@@ -17,6 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 WANTED = os.environ.get("SOAP_OPT_BUILD", "")
 WANTED_CUDA = os.environ.get("SOAP_OPT_BUILD_CUDA", "")
+CUDA_MODULE = "soap_opt._C_cuda"
 CUDA_ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0")
 
 
@@ -53,14 +54,27 @@ def compiled() -> dict:
             try:
                 super().build_extensions()
             except (Exception, SystemExit) as error:
-                if len(self.extensions) == 1 or WANTED_CUDA == "1" or not self.extensions[-1].name.endswith("_C_cuda"):
+                if self.started or self.extensions[-1].name != CUDA_MODULE or WANTED_CUDA == "1":
                     raise
-                # Without CUDA then: if that was what failed, _C builds now (or is built already), if not, it fails again.
+                self.without_cuda(error)  # torch does not like this toolkit, and looks before it builds anything
                 del self.extensions[-1]
-                self.cuda_note.parent.mkdir(parents=True, exist_ok=True)
-                self.cuda_note.write_text(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}\n")
-                print(f"soap_opt: the CUDA kernels were not built, the CPU engine alone instead: {error}", file=sys.stderr)
                 super().build_extensions()
+
+        started = False
+
+        def build_extension(self, extension) -> None:
+            self.started = True
+            try:
+                super().build_extension(extension)
+            except (Exception, SystemExit) as error:
+                if extension.name != CUDA_MODULE or WANTED_CUDA == "1":
+                    raise
+                self.without_cuda(error)
+
+        def without_cuda(self, error: BaseException) -> None:
+            self.cuda_note.parent.mkdir(parents=True, exist_ok=True)
+            self.cuda_note.write_text(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}\n")
+            print(f"soap_opt: the CUDA kernels were not built, the CPU engine alone instead: {error}", file=sys.stderr)
 
         def get_outputs(self) -> list[str]:
             return [path for path in super().get_outputs() if Path(path).exists()]
@@ -101,7 +115,8 @@ def cuda_extension(flags: list[str]) -> list:
     # are needed; products go through ATen.
     return [
         CppExtension(
-            name="soap_opt._C_cuda",
+            name=CUDA_MODULE,
+            optional=WANTED_CUDA != "1",
             sources=sorted(str(path.relative_to(ROOT)) for path in (*folder.glob("*.cpp"), *folder.glob("*.cu"))),
             depends=sorted(str(path.relative_to(ROOT)) for path in (*folder.glob("*.h"), *folder.glob("*.cuh"))),
             extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
