@@ -38,16 +38,35 @@ def _register_fakes() -> None:
         return torch.empty(len(grads), dtype=torch.float64, device="cpu")
 
     @torch.library.register_fake("soap_opt::refresh_basis_")
-    def _(grams, bases, tolerance=-1.0):
-        orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
-        return orders, [torch.empty_like(gram) for gram in grams]
+    def _(grams, bases, orders, rotations, tolerance=-1.0, due=None):
+        return torch.empty(len(grams), dtype=torch.int32, device=grams[0].device)
 
     @torch.library.register_fake("soap_opt::init_basis")
     def _(grams):
         return [torch.empty_like(gram) for gram in grams]
 
 
+def _load_cuda() -> str | None:
+    """Load soap_opt._C_cuda, the CUDA implementations of what soap_opt._C declares; the reason when that fails.
+
+    It loads without a GPU too: the CUDA runtime in it is not touched before the first call.
+    """
+    if _load_error is not None:
+        return _load_error
+    try:
+        importlib.import_module("soap_opt._C_cuda")
+    except ModuleNotFoundError:
+        note = Path(__file__).with_name("_cuda_build_failure.txt")
+        if note.exists():
+            return f"building soap_opt._C_cuda failed when soap_opt was installed: {note.read_text().strip()}"
+        return "soap_opt was installed without its CUDA part: there was no CUDA toolkit, or SOAP_OPT_BUILD_CUDA=0"
+    except ImportError as error:
+        return f"soap_opt._C_cuda does not load with torch {torch.__version__}: {error}"
+    return None
+
+
 _load_error = _load()
+_cuda_load_error = _load_cuda()
 
 
 def unavailable(device_type: str) -> str | None:

@@ -46,6 +46,7 @@ def report() -> str:
         lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
         reason = _ext.unavailable(device_type)
         lines.append("  fused          " + ("available (fused=True)" if reason is None else f"not available: {reason}"))
+    lines.append(f"  CUDA refresh   {'built' if _ext._cuda_load_error is None else f'not built: {_ext._cuda_load_error}'}")
     return "\n".join(lines)
 
 

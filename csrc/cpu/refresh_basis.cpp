@@ -1,5 +1,7 @@
 #include "refresh_basis.h"
 
+#include "../refresh_arguments.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -7,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <numeric>
 
@@ -19,6 +22,9 @@ namespace {
 // matrix needs one. From about 32 on LAPACK's blocking wins.
 constexpr int64_t kLoopRefresh = 32;
 
+template <typename T>
+constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
+
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
 template <typename T>
 void householder_q(T* a, int64_t d) {
@@ -26,12 +32,22 @@ void householder_q(T* a, int64_t d) {
   for (int64_t k = 0; k < d; ++k) {
     T below = 0;
     for (int64_t i = k + 1; i < d; ++i) below += a[i * d + k] * a[i * d + k];
-    const T alpha = a[k * d + k];
+    T alpha = a[k * d + k], scale = 1;
     taus[k] = 0;
+    if (alpha * alpha + below < kTinySquare<T>) {
+      // Squares lose their small terms to underflow: a block of a Gram that is 1e-22 of the rest would cost Q 1e-2 of its
+      // orthogonality. The norm again, scaled.
+      T largest = 0;
+      for (int64_t i = k; i < d; ++i) largest = std::max(largest, std::abs(a[i * d + k]));
+      scale = 1 / std::max(largest, std::numeric_limits<T>::min());
+      below = 0;
+      for (int64_t i = k + 1; i < d; ++i) below += (a[i * d + k] * scale) * (a[i * d + k] * scale);
+      alpha *= scale;
+    }
     if (below == 0) continue; // nothing to reflect: H = I
     const T beta = -std::copysign(std::sqrt(alpha * alpha + below), alpha);
     taus[k] = (beta - alpha) / beta;
-    for (int64_t i = k + 1; i < d; ++i) a[i * d + k] /= alpha - beta;
+    for (int64_t i = k + 1; i < d; ++i) a[i * d + k] *= scale / (alpha - beta);
     // the trailing columns: A -= tau v (v^T A)
     for (int64_t j = k + 1; j < d; ++j) line[j] = a[k * d + j];
     for (int64_t i = k + 1; i < d; ++i)
@@ -63,6 +79,9 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   gemm<T>({product.data(), d, d}, {gram, d, d}, {basis, d, d});
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) eigenvalues[j] += basis[i * d + j] * product[i * d + j];
+  // What is not finite in P or Q is not finite in e: 0 * inf is a NaN
+  result.finite = std::all_of(eigenvalues.begin(), eigenvalues.end(), [](T e) { return std::isfinite(e); });
+  if (!result.finite) return result;
   if (tolerance >= 0) {
     double norm = 0, off = 0;
     for (int64_t i = 0; i < d; ++i)
@@ -129,31 +148,33 @@ void for_each_batch(at::TensorList matrices, int64_t together, const Function& f
   });
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> refresh_basis_(at::TensorList grams, at::TensorList bases,
-                                                                           double tolerance) {
-  TORCH_CHECK(grams.size() == bases.size(), "refresh_basis_: ", grams.size(), " grams but ", bases.size(), " bases");
-  std::vector<at::Tensor> orders(grams.size()), rotations(grams.size());
-  for (size_t i = 0; i < grams.size(); ++i)
-    TORCH_CHECK(grams[i].dim() == 2 && grams[i].size(0) == grams[i].size(1) && grams[i].sizes() == bases[i].sizes() &&
-                    grams[i].scalar_type() == bases[i].scalar_type(),
-                "refresh_basis_: gram ", i, " is ", grams[i].sizes(), ", ", grams[i].scalar_type(), ", its basis ",
-                bases[i].sizes(), ", ", bases[i].scalar_type());
+at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
+                          double tolerance, const std::optional<at::Tensor>& due) {
+  check_refresh(grams, bases, orders, rotations, due);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset); // P in bfloat16 ruins the basis
+  const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
+  at::Tensor outcomes = at::zeros({int64_t(grams.size())}, at::kInt);
+  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>(); // 0 kept, 1 refreshed, 2 not finite
   for_each_batch(grams, 0, [&](const std::vector<int64_t>& batch) {
     const int64_t i = batch[0]; // each alone
     const int64_t d = grams[i].size(0);
     AT_DISPATCH_FLOATING_TYPES(grams[i].scalar_type(), "soap_opt::refresh_basis_", [&] {
-      const at::Tensor gram = grams[i].contiguous(), basis = bases[i].contiguous();
-      auto refreshed = refresh_basis<scalar_t>(gram.const_data_ptr<scalar_t>(), basis.const_data_ptr<scalar_t>(), d, tolerance);
-      orders[i] = at::arange(d, grams[i].options().dtype(at::kLong));
-      rotations[i] = at::eye(d, grams[i].options());
+      Refresh<scalar_t> refreshed;
+      if (when == nullptr || when[i])
+        refreshed = refresh_basis<scalar_t>(grams[i].const_data_ptr<scalar_t>(), bases[i].const_data_ptr<scalar_t>(), d, tolerance);
+      outcome[i] = refreshed.done ? 1 : refreshed.finite ? 0 : 2;
+      int64_t* order = orders[i].mutable_data_ptr<int64_t>();
       if (refreshed.done) {
-        bases[i].copy_(at::from_blob(refreshed.basis.data(), {d, d}, grams[i].options()));
-        rotations[i].copy_(at::from_blob(refreshed.rotation.data(), {d, d}, grams[i].options()));
-        std::copy(refreshed.order.begin(), refreshed.order.end(), orders[i].mutable_data_ptr<int64_t>());
+        std::copy(refreshed.order.begin(), refreshed.order.end(), order);
+        std::copy(refreshed.basis.begin(), refreshed.basis.end(), bases[i].mutable_data_ptr<scalar_t>());
+        std::copy(refreshed.rotation.begin(), refreshed.rotation.end(), rotations[i].mutable_data_ptr<scalar_t>());
+      } else {
+        std::iota(order, order + d, int64_t(0));
+        rotations[i].zero_().fill_diagonal_(1);
       }
     });
   });
-  return {orders, rotations};
+  return outcomes;
 }
 
 // [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up.

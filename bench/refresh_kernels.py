@@ -1,0 +1,214 @@
+"""The CUDA refresh without a GPU: what the compiler, the fibers of tests/csrc and counting say of it.
+
+python -m bench.refresh_kernels resources   # nvcc -Xptxas -v and occupancy on paper -> results/refresh_resources.csv
+python -m bench.refresh_kernels accuracy    # every size and kind of matrix, on fibers -> results/refresh_accuracy.csv
+python -m bench.refresh_kernels counts      # launches and bytes of whole models -> results/refresh_counts.csv
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from .results import Row, save, significant, table
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "refresh_basis.cu"
+
+# Per SM, from the CUDA programming guide's table of compute capabilities: threads, blocks, KiB of shared memory, and the most
+# of it that a block may have. 65,536 registers everywhere; a block's shared memory costs 1 KiB more than it asks for.
+CHIPS = {"8.0": (2048, 32, 164, 163), "8.6": (1536, 16, 100, 99), "9.0": (2048, 32, 228, 227), "10.0": (2048, 32, 228, 227)}
+
+WARP_LIMIT, PANEL, LARGE_PANEL = 32, 16, 32
+
+
+def block_shared_memory(size: int) -> int:
+    """block_shared_floats of csrc/cuda/refresh_basis.cuh, in bytes; tests/csrc compares the sizes that follow."""
+    return 4 * (size * (size | 1) + PANEL * size + 2 * PANEL * PANEL + PANEL + 64)
+
+
+def largest_block(limit: int) -> int:
+    return max(size for size in range(33, 400) if block_shared_memory(size) <= limit)
+
+
+def ptxas(chip: str) -> dict[str, Row]:
+    """For each kernel what ptxas says."""
+    arch = chip.replace(".", "")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        done = subprocess.run(
+            [*command, "-c", str(SOURCE), "-o", f"{folder}/out.o"], capture_output=True, text=True, check=True, timeout=600
+        )
+    found: dict[str, Row] = {}
+    for part in done.stderr.split("Compiling entry function")[1:]:
+        name = re.search(r"\d(refresh_in_\w+_kernel|factor_panel_kernel)E", part).group(1)
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?(\d+) bytes spill loads", part).groups())
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        found[name] = {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
+    return found
+
+
+def resources() -> list[Row]:
+    rows = []
+    for chip, (max_threads, max_blocks, shared_kib, optin_kib) in CHIPS.items():
+        for kernel, figures in ptxas(chip).items():
+            limit = optin_kib * 1024
+            if kernel == "refresh_in_warps_kernel":
+                cases = [("d <= 32", 128, 4 * 4 * (32 * 32 + 3 * 32))]
+            elif kernel == "refresh_in_blocks_kernel":
+                sizes = [size for size in (64, 128, 192, 224) if block_shared_memory(size) <= limit]
+                sizes = sorted({*sizes, largest_block(limit)})
+                cases = [(f"d = {d}", 128 if d <= 64 else 256 if d <= 128 else 512, block_shared_memory(d)) for d in sizes]
+            else:
+                state = 4 * (2 * LARGE_PANEL**2 + LARGE_PANEL)
+                cases = [
+                    (f"{d} rows", 512, state + 4 * d * LARGE_PANEL if state + 4 * d * LARGE_PANEL <= limit else state)
+                    for d in (320, 1024, 2048)
+                ]
+            for case, threads, shared in cases:
+                # registers are given out to warps in units of 256
+                per_block = threads // 32 * (-(-figures["registers"] * 32 // 256) * 256)
+                by = {
+                    "threads": max_threads // threads,
+                    "registers": 65536 // per_block,
+                    "shared memory": shared_kib * 1024 // (shared + 1024),
+                    "blocks": max_blocks,
+                }
+                limiting = min(by, key=by.get)
+                rows.append(
+                    {
+                        "kernel": kernel.removesuffix("_kernel"),
+                        "chip": "sm_" + chip.replace(".", ""),
+                        "case": case,
+                        **figures,
+                        "block_threads": threads,
+                        "shared_bytes": shared,
+                        "blocks_per_sm": by[limiting],
+                        "warps_per_sm": by[limiting] * threads // 32,
+                        "limited_by": limiting,
+                    }
+                )
+    return rows
+
+
+def accuracy() -> list[Row]:
+    sys.path.insert(0, str(ROOT / "tests" / "csrc"))
+    import numpy as np
+    from harness import refresh
+    from matrices import KINDS, allowed, lapack, make, quality, recorded_grams
+
+    sizes = (1, 2, 3, 5, 16, 31, 32, 33, 64, 100, 128, 192, 224, 225, 320, 512, 1024)
+    groups = {kind: [make(kind, d, seed=2) for d in sizes] for kind in KINDS}
+    groups["recorded"] = list(recorded_grams().values())
+    groups["gram"].append(make("gram", 2049, seed=2))
+    rows = []
+    for kind, matrices in groups.items():
+        for a, result in zip(matrices, refresh([(a, np.eye(len(a))) for a in matrices], timeout=600)):
+            d, sorted_a = len(a), a[:, result.order]
+            ours, reference = quality(sorted_a, result.basis), quality(sorted_a, lapack(sorted_a))
+            rows.append(
+                {
+                    "kind": kind,
+                    "d": d,
+                    "kernel": "warp" if d <= WARP_LIMIT else "block" if d <= largest_block(227 * 1024) else "panels",
+                    "orthogonality": significant(ours.orthogonality, 3),
+                    "orthogonality_lapack": significant(reference.orthogonality, 3),
+                    "residual": significant(ours.residual, 3),
+                    "residual_lapack": significant(reference.residual, 3),
+                    "below_diagonal": significant(ours.below, 3),
+                    "below_diagonal_lapack": significant(reference.below, 3),
+                    "share_of_allowed": significant(max(x / y for x, y in zip(ours, allowed(reference, d))), 3),
+                }
+            )
+        print(kind, max(row["share_of_allowed"] for row in rows if row["kind"] == kind), flush=True)
+    return rows
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Per kernel: the worst of everything."""
+    return [
+        {
+            "kernel": kernel,
+            "matrices": len(of),
+            "largest orthogonality / LAPACK's (d >= 16)": max(
+                significant(row["orthogonality"] / row["orthogonality_lapack"], 3)
+                for row in of
+                if row["d"] >= 16 and row["orthogonality_lapack"] > 1e-6
+            ),
+            "largest share of what is allowed": max(row["share_of_allowed"] for row in of),
+        }
+        for kernel in ("warp", "block", "panels")
+        if (of := [row for row in rows if row["kernel"] == kernel])
+    ]
+
+
+def counts() -> list[Row]:
+    """Every matrix of a model refreshed at once, on sm_90.
+
+    The original, one matrix after the other: estimates (two products, diagonal), argsort, two permutations, product, QR: 8
+    library calls, each of at least one launch (torch.linalg.qr of several), and about 15 d^2 numbers through memory, QR's own
+    passes counted as one. Ours: counted from the kernels' source; panels: the ATen calls and panel launches of one batch of
+    each size.
+    """
+    from compressai.zoo import image_models
+
+    from soap_opt.plan import layout_of
+
+    models = [("bmshj2018-factorized", 3), ("bmshj2018-hyperprior", 3), ("mbt2018-mean", 3), ("cheng2020-attn", 3)]
+    shapes = {}
+    for name, quality in models:
+        net = image_models[name](quality=quality, pretrained=False)
+        shapes[f"{name} q{quality}"] = [tuple(p.shape) for n, p in net.named_parameters() if not n.endswith(".quantiles")]
+    shapes["4 x 512^2, 512 x 2048, 2048 x 512"] = [(512, 512)] * 4 + [(512, 2048), (2048, 512)]
+    rows = []
+    for name, of in shapes.items():
+        sizes = [
+            size
+            for shape in of
+            for size in layout_of(
+                shape,
+                tuple(range(len(shape))),
+                max_precond_dim=10000,
+                merge_dims=False,
+                precondition_1d=False,
+                data_format="channels_first",
+            ).sizes
+        ]
+        kept_in_shared = largest_block(227 * 1024)
+        classes = {(0 if d <= 32 else 1 if d <= 64 else 2 if d <= 128 else 3) for d in sizes if d <= kept_in_shared}
+        large = Counter(d for d in sizes if d > kept_in_shared)
+        # per panel: factor; forward three products, except behind the last; back three; and about 25 calls around them
+        panel_calls = sum(7 * -(-d // LARGE_PANEL) - 3 + 25 + 4 * number for d, number in large.items())
+        moved = sum((4 if d <= 32 else 7) * d * d for d in sizes if d <= kept_in_shared)
+        rows.append(
+            {
+                "model": name,
+                "matrices": len(sizes),
+                "largest": max(sizes),
+                "beyond_shared_memory": sum(large.values()),
+                "launches_in_shared_memory": len(classes),
+                "calls_beyond": panel_calls,
+                "calls_original": 8 * len(sizes),
+                "mbytes_in_shared_memory": significant(4e-6 * moved, 3),
+                "mbytes_original_same_matrices": significant(4e-6 * 15 * sum(d * d for d in sizes if d <= kept_in_shared), 3),
+            }
+        )
+    return rows
+
+
+def main(what: str) -> None:
+    rows = {"resources": resources, "accuracy": accuracy, "counts": counts}[what]()
+    about = {}
+    if what == "resources":
+        version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        about = {"device": "none: compiled only", "nvcc": re.search(r"V([\d.]+)", version).group(1)}
+    print(save(f"refresh_{what}", rows, **about))
+    print(table(summary(rows) if what == "accuracy" else rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,83 @@
+// Launches of the eigen-refresh's kernels. Plain CUDA: see refresh_basis.h.
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "refresh_basis.cuh"
+
+namespace soap_opt::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("soap_opt: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel. The limit is the device's, so that asking
+// again costs a call and never an error.
+template <typename Kernel>
+void opt_in(Kernel* kernel) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             shared_memory_limit()),
+        "asking for shared memory");
+}
+
+template <typename Function>
+void for_each_table(const Matrix* matrices, int count, const Function& function) {
+  Table table;
+  for (int first = 0; first < count; first += kTableRows) {
+    const int rows = std::min(kTableRows, count - first);
+    std::copy_n(matrices + first, rows, table.rows);
+    function(table, rows);
+  }
+}
+
+} // namespace
+
+int shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of the device");
+  return bytes;
+}
+
+int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * int64_t(sizeof(float)); }
+
+void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
+  constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
+  for_each_table(matrices, count, [&](const Table& table, int rows) {
+    LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
+           table, rows, due, tolerance, outcomes);
+    check(cudaGetLastError(), "refresh_in_warps");
+  });
+}
+
+void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
+  int largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max<int>(largest, matrices[i].size);
+  // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
+  const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
+  opt_in(refresh_in_blocks_kernel);
+  for_each_table(matrices, count, [&](const Table& table, int rows) {
+    LAUNCH(refresh_in_blocks_kernel, rows, threads, block_shared_memory(largest), stream, table, due, tolerance, outcomes);
+    check(cudaGetLastError(), "refresh_in_blocks");
+  });
+}
+
+void factor_panel(float* transposed, float* triangles, int count, int size, int first, int width, const int32_t* outcomes,
+                  Stream stream) {
+  const int64_t small = kSmallPanelShared * sizeof(float), whole = small + int64_t(size - first) * width * sizeof(float);
+  const bool in_shared = whole <= shared_memory_limit();
+  opt_in(factor_panel_kernel);
+  LAUNCH(factor_panel_kernel, count, kBlockThreads, in_shared ? whole : small, stream, transposed, triangles, size, first,
+         width, outcomes, in_shared);
+  check(cudaGetLastError(), "factor_panel");
+}
+
+} // namespace soap_opt::cuda

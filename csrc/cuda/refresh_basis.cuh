@@ -1,0 +1,530 @@
+// Device code of the eigen-refresh: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling e).Q, rotation = Q^T Q'.
+//
+// The file is CUDA C++ and nothing else; nvcc compiles it for the GPU, and tests/csrc/fibers.h gives g++ what it needs to run
+// each block's threads as fibers. Householder reflectors throughout: CholeskyQR would need the Gram's condition number squared.
+//
+// Conventions: a matrix in shared memory is stored by columns, (i, j) at [i + j * pitch] with an odd pitch, so that neither a
+// warp along a column nor one across columns meets bank conflicts. R is never stored: only Q is wanted, so a reflector
+// overwrites its column whole, zeros above, 1 on the diagonal, and products with V need no masks.
+#pragma once
+
+#include "reflector.cuh"
+
+namespace soap_opt::cuda {
+
+// ---------------------------------------------------------------------------------------------------------- d <= 32: a warp
+
+// Floats of shared memory of a warp
+constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
+
+constexpr int kWarpThreads = 128; // four matrices a block
+
+// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D; what
+// all lanes need (G, reflectors, the old Q) goes through `rows` [D, D] and is read as a broadcast. Every lane has the whole
+// reflector, so that its norm and its products with the lane's column need no shuffles.
+template <int D>
+__device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* outcome, float* rows) {
+  float* estimates = rows + D * D; // [D] e
+  float* taus = estimates + D;     // [D]
+  float* inverses = taus + D;      // [D]
+  const int lane = threadIdx.x % kWarp, d = matrix.size;
+  const bool mine = lane < d;
+
+  // Global memory <-> rows, each lane its column: loops that are not unrolled whole. Between global memory and registers they
+  // would be, and 32 addresses that the first and the last of them share would cost as many registers throughout.
+  const auto fetch = [&](const float* from) {
+    float largest = 0;
+    if (lane >= D) return largest;
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) {
+      const float entry = mine && i < d ? from[i * d + lane] : 0;
+      rows[i * D + lane] = entry;
+      largest = fmaxf(largest, fabsf(entry));
+    }
+    return largest;
+  };
+
+  // P = G Q
+  float old[D], x[D];
+  fetch(matrix.basis);
+#pragma unroll
+  for (int i = 0; i < D; ++i) old[i] = lane < D ? rows[i * D + lane] : 0;
+  const float scale = power_of_two_scale(warp_max(fetch(matrix.gram)));
+  if (lane < D) {
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) rows[i * D + lane] *= scale;
+  }
+  __syncwarp();
+  float estimate = 0, square = 0, off = 0;
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum += rows[i * D + k] * old[k];
+    x[i] = sum;
+    estimate += old[i] * sum;
+    square += sum * sum;
+  }
+#pragma unroll
+  for (int i = 0; i < D; ++i) off += (x[i] - old[i] * estimate) * (x[i] - old[i] * estimate);
+  const float norm = warp_sum(square);
+  const bool finite = norm <= FLT_MAX;
+  if (!finite || is_kept(warp_sum(off), norm, tolerance)) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = finite ? kKept : kNotFinite;
+    return;
+  }
+
+  // Columns stay where they are; a lane's rank is its column's place.
+  if (lane < D) estimates[lane] = estimate;
+  __syncwarp();
+  int rank = 0;
+  for (int j = 0; j < d; ++j) rank += estimates[j] > estimate || (estimates[j] == estimate && j < lane);
+  if (mine) matrix.order[rank] = lane;
+
+  // Householder, column by column; rows[k] keeps column k as it was met
+  for (int k = 0; k < d; ++k) {
+    if (mine && rank == k) {
+#pragma unroll
+      for (int i = 0; i < D; ++i) rows[k * D + i] = x[i];
+    }
+    __syncwarp();
+    float v[D];
+    float below = 0, tiny = 1;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      v[i] = i < k ? 0 : rows[k * D + i];
+      below += i > k ? v[i] * v[i] : 0;
+    }
+    const float alpha = rows[k * D + k];
+    if (below + alpha * alpha < kTinySquare) {
+      float most = fabsf(alpha);
+#pragma unroll
+      for (int i = 0; i < D; ++i) most = fmaxf(most, fabsf(v[i]));
+      tiny = scale_of_tiny(most);
+      below = 0;
+#pragma unroll
+      for (int i = 0; i < D; ++i) below += i > k ? (v[i] * tiny) * (v[i] * tiny) : 0;
+    }
+    const Reflector reflector = make_reflector(alpha, below, tiny);
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      v[i] = i == k ? 1 : v[i] * reflector.inverse;
+      dot += v[i] * x[i];
+    }
+    dot *= reflector.tau;
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
+    if (lane == 0) {
+      taus[k] = reflector.tau;
+      inverses[k] = reflector.inverse;
+    }
+  }
+
+  // Q' = H_0 .. H_{d-1}: the reflectors on the identity, last to first. Lane j makes column j.
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < D; ++i) x[i] = i == lane;
+  for (int k = d - 1; k >= 0; --k) {
+    const float inverse = inverses[k];
+    float v[D];
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      v[i] = i < k ? 0 : i == k ? 1 : rows[k * D + i] * inverse;
+      dot += v[i] * x[i];
+    }
+    dot *= taus[k];
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
+  }
+
+  // Q^T Q'. The old Q is read again: 32 registers less since then
+  __syncwarp();
+  fetch(matrix.basis);
+  __syncwarp();
+#pragma unroll 2
+  for (int i = 0; i < d; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum += rows[k * D + i] * x[k];
+    if (mine) matrix.rotation[i * d + lane] = sum;
+  }
+  __syncwarp();
+  if (mine) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
+    for (int i = 0; i < d; ++i) matrix.basis[i * d + lane] = rows[i * D + lane];
+  }
+  if (lane == 0) *outcome = kRefreshed;
+}
+
+// Three blocks on an SM: alone ptxas takes 226 registers for sm_100, and two fit; held to four, it spills 260 bytes.
+__global__ void __launch_bounds__(kWarpThreads, 4)
+    refresh_in_warps_kernel(GRID_CONSTANT const Table table, int count, const bool* due, float tolerance, int32_t* outcomes) {
+  DYNAMIC_SHARED(float, shared);
+  const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
+  if (position >= count) return;
+  const Matrix matrix = table.rows[position];
+  int32_t* outcome = outcomes + matrix.index;
+  float* rows = shared + warp * kWarpShared;
+  if (due != nullptr && !due[matrix.index]) {
+    write_identities(matrix, threadIdx.x % kWarp, kWarp);
+    if (threadIdx.x % kWarp == 0) *outcome = kKept;
+  } else if (matrix.size <= 8) {
+    refresh_in_warp<8>(matrix, tolerance, outcome, rows);
+  } else if (matrix.size <= 16) {
+    refresh_in_warp<16>(matrix, tolerance, outcome, rows);
+  } else {
+    refresh_in_warp<32>(matrix, tolerance, outcome, rows);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- products and panels
+
+// store(i, j, sum_k a(i, k) b(k, j)) for i < m, j < n: a warp makes tiles of 16 x 32, a lane 4 x 4 entries of one, 4 and 8
+// apart, so that a step of k reads 8 numbers for 16 products, without bank conflicts in matrices of odd pitch.
+template <typename A, typename B, typename Store>
+__device__ void block_product(int m, int n, int k, A a, B b, Store store) {
+  const int lane = threadIdx.x % kWarp, row_tiles = (m + 15) / 16, tiles = row_tiles * ((n + 31) / 32);
+  for (int tile = threadIdx.x / kWarp; tile < tiles; tile += blockDim.x / kWarp) {
+    const int row = tile % row_tiles * 16 + lane / 8, column = tile / row_tiles * 32 + lane % 8;
+    int rows[4], columns[4]; // clamped: what lies outside is read from the edge, and not stored
+    float sums[4][4];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      rows[s] = min(row + 4 * s, m - 1);
+      columns[s] = min(column + 8 * s, n - 1);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) sums[s][t] = 0;
+    }
+    for (int l = 0; l < k; ++l) {
+      float left[4], right[4];
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        left[s] = a(rows[s], l);
+        right[s] = b(l, columns[s]);
+      }
+#pragma unroll
+      for (int s = 0; s < 4; ++s)
+#pragma unroll
+        for (int t = 0; t < 4; ++t) sums[s][t] += left[s] * right[t];
+    }
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        if (row + 4 * s < m && column + 8 * t < n) store(row + 4 * s, column + 8 * t, sums[s][t]);
+  }
+}
+
+// Turns column x [m] into the reflector that clears it below its entry c. By one warp; returns tau to every lane. Lane l
+// reads and writes rows l, l + 32, .. here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
+__device__ inline float reflect_column(float* x, int c, int m) {
+  const int lane = threadIdx.x % kWarp;
+  float below = 0, scale = 1;
+  for (int i = lane; i < m; i += kWarp) below += i > c ? x[i] * x[i] : 0;
+  below = warp_sum(below);
+  const float alpha = __shfl_sync(kAllLanes, lane == c % kWarp ? x[c] : 0, c % kWarp);
+  if (below + alpha * alpha < kTinySquare) {
+    float largest = 0;
+    for (int i = lane; i < m; i += kWarp) largest = fmaxf(largest, i >= c ? fabsf(x[i]) : 0);
+    scale = scale_of_tiny(warp_max(largest));
+    below = 0;
+    for (int i = lane; i < m; i += kWarp) below += i > c ? (x[i] * scale) * (x[i] * scale) : 0;
+    below = warp_sum(below);
+  }
+  const Reflector reflector = make_reflector(alpha, below, scale);
+  for (int i = lane; i < m; i += kWarp) x[i] = i < c ? 0 : i == c ? 1 : x[i] * reflector.inverse;
+  return reflector.tau;
+}
+
+// Factors a panel of `width` <= N columns of length m, column c at panel + c * pitch, whose diagonal starts at its row 0:
+// leaves the vectors V and, in triangle [N, N], the T of H_0 .. H_{width-1} = I - V T V^T, 0 elsewhere. taus [N], dots [N, N].
+// A warp owns the columns c = warp (mod warps). It brings the next column up to date first and makes its reflector at once:
+// one barrier a column.
+template <int N>
+__device__ void factor_columns(float* panel, int pitch, int m, int width, float* taus, float* dots, float* triangle) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (warp == 0) {
+    const float tau = reflect_column(panel, 0, m);
+    if (lane == 0) taus[0] = tau;
+  }
+  for (int i = threadIdx.x; i < N * N; i += blockDim.x) triangle[i] = 0;
+  __syncthreads();
+  for (int c = 0; c < width; ++c) {
+    const float* v = panel + c * pitch; // [m], 0 before c
+    const float tau = taus[c];
+    for (int step = 1; step < width; ++step) {
+      const int j = c + step < width ? c + step : c + step - width; // c + 1 first
+      if (j % warps != warp) continue;
+      float* x = panel + j * pitch;
+      float dot = 0;
+      for (int i = lane; i < m; i += kWarp) dot += v[i] * x[i];
+      dot = warp_sum(dot);
+      if (j < c) {
+        if (lane == 0) dots[j * N + c] = dot; // (V^T V)[j, c], for T
+        continue;
+      }
+      for (int i = lane; i < m; i += kWarp) x[i] -= tau * dot * v[i];
+      if (j == c + 1) {
+        const float next = reflect_column(x, j, m);
+        if (lane == 0) taus[j] = next;
+      }
+    }
+    __syncthreads();
+  }
+  // T[:, c] = -tau_c T (V^T v_c), T[c, c] = tau_c: larft. N short sums: one warp, one lane a row.
+  if (warp == 0) {
+    for (int c = 0; c < width; ++c) {
+      for (int i = lane; i <= c; i += kWarp) {
+        float sum = 0;
+        for (int l = i; l < c; ++l) sum += triangle[i * N + l] * dots[l * N + c];
+        triangle[i * N + c] = i == c ? taus[c] : -taus[c] * sum;
+      }
+      // a lane reads only its own row of T, and dots: no exchange
+    }
+  }
+  __syncthreads();
+}
+
+// ------------------------------------------------------------------------------------------ shared memory: a block a matrix
+
+// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T, V^T V [kPanel, kPanel],
+// taus [kPanel], partial results of the warps [2, 32].
+__host__ __device__ inline int64_t block_shared_floats(int64_t d) {
+  return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
+}
+
+// Sum (or maximum) over the block, to every thread. partial [32], not used otherwise since the last barrier.
+template <bool kMaximum>
+__device__ float block_reduce(float x, float* partial) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  x = kMaximum ? warp_max(x) : warp_sum(x);
+  if (lane == 0) partial[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  x = lane < warps ? partial[lane] : 0;
+  return kMaximum ? warp_max(x) : warp_sum(x);
+}
+
+// The refresh of one matrix that fits into shared memory, by one block. Three passes over the matrix: P = G Q with what
+// follows from it, the factorisation, and Q' formed in place of V. T of every panel waits in the rotation's memory, which is
+// written last: 16 d floats of shared memory less, and d = 192 fits on sm_80.
+__device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, int32_t* outcome, float* shared) {
+  const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x;
+  float* a = shared;                      // [d columns, pitch]
+  float* w = a + d * pitch;               // [kPanel, d]; before that a row [d] of e, and of places
+  float* triangle = w + kPanel * d;       // [kPanel, kPanel]
+  float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
+  float* taus = dots + kPanel * kPanel;   // [kPanel]
+  float* partial = taus + kPanel;         // [2, 32]
+  const float* gram = matrix.gram;
+  const float* basis = matrix.basis;
+  float* triangles = matrix.rotation; // [panels, kPanel, kPanel], at most kPanel (d + kPanel - 1) <= d^2 floats for d > 32
+
+  // P = G Q, unsorted
+  float largest = 0;
+  for (int i = thread; i < d * d; i += threads) largest = fmaxf(largest, fabsf(gram[i]));
+  const float scale = power_of_two_scale(block_reduce<true>(largest, partial));
+  block_product(
+      d, d, d, [=](int i, int k) { return gram[i * d + k] * scale; }, [=](int k, int j) { return basis[k * d + j]; },
+      [=](int i, int j, float sum) { a[i + j * pitch] = sum; });
+  __syncthreads();
+
+  // e, and whether the matrix is finite and is to be refreshed
+  float* estimates = w;                             // [d]
+  int* places = reinterpret_cast<int*>(w + d);      // [d] the order
+  float square = 0, off = 0;
+  for (int j = thread; j < d; j += threads) {
+    float estimate = 0;
+    for (int i = 0; i < d; ++i) {
+      const float p = a[i + j * pitch];
+      estimate += basis[i * d + j] * p;
+      square += p * p;
+    }
+    estimates[j] = estimate;
+    if (tolerance >= 0) {
+      for (int i = 0; i < d; ++i) {
+        const float rest = a[i + j * pitch] - basis[i * d + j] * estimate;
+        off += rest * rest;
+      }
+    }
+  }
+  const float norm = block_reduce<false>(square, partial);
+  off = block_reduce<false>(off, partial + kWarp);
+  const bool finite = norm <= FLT_MAX;
+  if (!finite || is_kept(off, norm, tolerance)) {
+    write_identities(matrix, thread, threads);
+    if (thread == 0) *outcome = finite ? kKept : kNotFinite;
+    return;
+  }
+
+  // Sorted: a count gives each column its place; then the columns are moved, kPanel - 2 rows at a time
+  for (int j = thread; j < d; j += threads) {
+    const float estimate = estimates[j];
+    int rank = 0;
+    for (int l = 0; l < d; ++l) rank += estimates[l] > estimate || (estimates[l] == estimate && l < j);
+    places[rank] = j;
+    matrix.order[rank] = j;
+  }
+  __syncthreads();
+  constexpr int kRows = kPanel - 2; // behind the two rows of w that e and the order take
+  float* moved = w + 2 * d;         // [kRows, d]
+  for (int first = 0; first < d; first += kRows) {
+    const int entries = min(kRows, d - first) * d;
+    for (int i = thread; i < entries; i += threads) moved[i] = a[first + i / d + places[i % d] * pitch];
+    __syncthreads();
+    for (int i = thread; i < entries; i += threads) a[first + i / d + i % d * pitch] = moved[i];
+    __syncthreads();
+  }
+
+  // geqrf
+  for (int first = 0; first < d; first += kPanel) {
+    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    float* panel = a + first + first * pitch;
+    factor_columns<kPanel>(panel, pitch, m, width, taus, dots, triangle);
+    for (int i = thread; i < kPanel * kPanel; i += threads) triangles[first * kPanel + i] = triangle[i];
+    if (n == 0) break;
+    // W = V^T A
+    block_product(
+        width, n, m, [=](int c, int k) { return panel[k + c * pitch]; },
+        [=](int k, int j) { return a[first + k + (behind + j) * pitch]; },
+        [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    __syncthreads();
+    // W <- T^T W, a column a thread
+    for (int j = thread; j < n; j += threads) {
+      float column[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) column[c] = c < width ? w[c * n + j] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = 0;
+#pragma unroll
+        for (int l = 0; l <= c; ++l) sum += triangle[l * kPanel + c] * column[l];
+        if (c < width) w[c * n + j] = sum;
+      }
+    }
+    __syncthreads();
+    // A <- A - V W, in the rows that are still to be factored
+    block_product(
+        m - width, n, width, [=](int i, int c) { return panel[width + i + c * pitch]; },
+        [=](int c, int j) { return w[c * n + j]; },
+        [=](int i, int j, float sum) { a[behind + i + (behind + j) * pitch] -= sum; });
+    __syncthreads();
+  }
+
+  // orgqr: (I - V T V^T) on what the panels behind have made, then the panel's own columns in place of V
+  const int last = (d - 1) / kPanel * kPanel;
+  for (int first = last; first >= 0; first -= kPanel) {
+    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    float* panel = a + first + first * pitch;
+    for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[first * kPanel + i];
+    // W = V^T Q; rows `first` .. `behind` of these columns are zeros that were never written
+    if (n > 0)
+      block_product(
+          width, n, n, [=](int c, int k) { return panel[width + k + c * pitch]; },
+          [=](int k, int j) { return a[behind + k + (behind + j) * pitch]; },
+          [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    __syncthreads();
+    for (int j = thread; j < n; j += threads) {
+      float column[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) column[c] = c < width ? w[c * n + j] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = 0;
+#pragma unroll
+        for (int l = c; l < kPanel; ++l) sum += triangle[c * kPanel + l] * column[l];
+        if (c < width) w[c * n + j] = sum;
+      }
+    }
+    // M = T V_1^T, V_1 the panel's first `width` rows
+    for (int i = thread; i < kPanel * kPanel; i += threads) {
+      const int row = i / kPanel, column = i % kPanel;
+      float sum = 0;
+      if (column < width)
+        for (int l = row; l <= column; ++l) sum += triangle[row * kPanel + l] * panel[column + l * pitch];
+      dots[i] = sum;
+    }
+    __syncthreads();
+    if (n > 0)
+      block_product(
+          m, n, width, [=](int i, int c) { return panel[i + c * pitch]; }, [=](int c, int j) { return w[c * n + j]; },
+          [=](int i, int j, float sum) {
+            float* entry = a + first + i + (behind + j) * pitch;
+            *entry = (i < width ? 0 : *entry) - sum;
+          });
+    __syncthreads();
+    // (I - V T V^T) of the identity's columns: a row a thread
+    for (int i = thread; i < m; i += threads) {
+      float row[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) row[c] = c < width ? panel[i + c * pitch] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = i == c;
+#pragma unroll
+        for (int l = 0; l <= c; ++l) sum -= row[l] * dots[l * kPanel + c];
+        if (c < width) panel[i + c * pitch] = sum;
+      }
+    }
+    __syncthreads();
+  }
+
+  // Q^T Q', then Q <- Q'
+  float* rotation = matrix.rotation;
+  block_product(
+      d, d, d, [=](int i, int k) { return basis[k * d + i]; }, [=](int k, int j) { return a[k + j * pitch]; },
+      [=](int i, int j, float sum) { rotation[i * d + j] = sum; });
+  __syncthreads();
+  for (int i = thread; i < d * d; i += threads) matrix.basis[i] = a[i / d + i % d * pitch];
+  if (thread == 0) *outcome = kRefreshed;
+}
+
+constexpr int kBlockThreads = 512;
+
+__global__ void __launch_bounds__(kBlockThreads)
+    refresh_in_blocks_kernel(GRID_CONSTANT const Table table, const bool* due, float tolerance, int32_t* outcomes) {
+  DYNAMIC_SHARED(float, shared);
+  const Matrix matrix = table.rows[blockIdx.x];
+  int32_t* outcome = outcomes + matrix.index;
+  if (due != nullptr && !due[matrix.index]) {
+    write_identities(matrix, threadIdx.x, blockDim.x);
+    if (threadIdx.x == 0) *outcome = kKept;
+    return;
+  }
+  refresh_in_block(matrix, tolerance, outcome, shared);
+}
+
+// ------------------------------------------------------------------------------------ larger: panels of a blocked QR (ATen)
+
+constexpr int kSmallPanelShared = 2 * kLargePanel * kLargePanel + kLargePanel; // T, V^T V, taus
+
+// A panel is factored in shared memory where it fits (in_shared), else where it lies.
+__global__ void __launch_bounds__(kBlockThreads)
+    factor_panel_kernel(float* transposed, float* triangles, int size, int first, int width, const int32_t* outcomes,
+                        bool in_shared) {
+  DYNAMIC_SHARED(float, shared);
+  if (outcomes[blockIdx.x] != kRefreshed) return;
+  float* triangle = shared;                              // [kLargePanel, kLargePanel]
+  float* dots = triangle + kLargePanel * kLargePanel;    // [kLargePanel, kLargePanel]
+  float* taus = dots + kLargePanel * kLargePanel;        // [kLargePanel]
+  const int m = size - first, pitch = in_shared ? m : size;
+  float* rows = transposed + (int64_t(blockIdx.x) * size + first) * size; // the panel's columns, [width, size]
+  float* panel = in_shared ? taus + kLargePanel : rows + first;           // column c at panel + c * pitch
+  if (in_shared) {
+    // each thread fetches what it is the first to use: no barrier
+    for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
+      for (int i = threadIdx.x % kWarp; i < m; i += kWarp) panel[c * pitch + i] = rows[int64_t(c) * size + first + i];
+  }
+  factor_columns<kLargePanel>(panel, pitch, m, width, taus, dots, triangle);
+  if (in_shared) {
+    for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
+      for (int i = threadIdx.x % kWarp; i < m; i += kWarp) rows[int64_t(c) * size + first + i] = panel[c * pitch + i];
+  }
+  float* out = triangles + int64_t(blockIdx.x) * kLargePanel * kLargePanel;
+  for (int i = threadIdx.x; i < kLargePanel * kLargePanel; i += blockDim.x) out[i] = triangle[i];
+}
+
+} // namespace soap_opt::cuda

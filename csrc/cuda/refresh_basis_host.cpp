@@ -1,0 +1,221 @@
+// soap_opt::refresh_basis_ and init_basis on CUDA: which matrix goes to which kernel, and the blocked QR of those that
+// outgrow shared memory. ATen only, no CUDA headers: the kernels are behind refresh_basis.h, the stream is the dispatcher's.
+// Nothing here waits for the device except init_basis.
+
+#include "refresh_basis.h"
+
+#include "../refresh_arguments.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <map>
+
+namespace soap_opt::cuda {
+namespace {
+
+Stream current_stream(c10::Device device) {
+  if (device.is_cpu()) return nullptr; // tests/csrc/operator_on_fibers.cpp
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+// Matrices of this many elements in all are stacked at a time: 16 of 1024. cuBLAS fills a GPU with less, and the copies that a
+// batch needs (about 8 of it) stay near half a gigabyte, or 8 d^2 floats for one matrix that is larger.
+constexpr int64_t kBatchNumel = int64_t(1) << 24;
+
+// The block kernel's launches: the shared memory of a launch is that of its largest matrix, and decides how many share an SM.
+constexpr int64_t kBlockClasses[] = {64, 128, INT32_MAX};
+
+// Q^T of a = Q R for a batch of matrices, LAPACK's way: panels of kLargePanel columns, products behind them. a [B, d, d]
+// contiguous, row j = column j of the matrix, is overwritten with V^T. Matrices with another outcome than kRefreshed get
+// something of no use.
+at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream stream) {
+  const int64_t batch = a.size(0), d = a.size(1), panels = (d + kLargePanel - 1) / kLargePanel;
+  const at::Tensor triangles = at::empty({panels, batch, kLargePanel, kLargePanel}, a.options());
+  const auto width = [&](int64_t p) { return std::min<int64_t>(kLargePanel, d - p * kLargePanel); };
+  const auto vectors = [&](int64_t p) { // V^T [B, width, d - first]
+    const int64_t first = p * kLargePanel;
+    return a.narrow(1, first, width(p)).narrow(2, first, d - first);
+  };
+  const auto triangle = [&](int64_t p) { return triangles[p].narrow(1, 0, width(p)).narrow(2, 0, width(p)); }; // T
+
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = p * kLargePanel, behind = first + width(p);
+    factor_panel(a.mutable_data_ptr<float>(), triangles[p].mutable_data_ptr<float>(), batch, d, first, width(p),
+                 outcomes.const_data_ptr<int32_t>(), stream);
+    if (behind == d) break;
+    // The columns behind, without the rows that are done: x <- (I - V T^T V^T) x, here x^T <- x^T - ((x^T V) T) V^T
+    const at::Tensor rest = a.narrow(1, behind, d - behind), v = vectors(p);
+    const at::Tensor w = at::bmm(at::bmm(rest.narrow(2, first, d - first), v.mT()), triangle(p)); // [B, d - behind, width]
+    rest.narrow(2, behind, d - behind).baddbmm_(w, v.narrow(2, width(p), d - behind), 1, -1);
+  }
+  const at::Tensor q = at::zeros_like(a); // [B, d, d] Q^T
+  q.diagonal(0, 1, 2).fill_(1);
+  for (int64_t p = panels - 1; p >= 0; --p) {
+    // All that is not yet the identity there: x <- (I - V T V^T) x
+    const int64_t first = p * kLargePanel;
+    const at::Tensor rest = q.narrow(1, first, d - first).narrow(2, first, d - first), v = vectors(p);
+    const at::Tensor w = at::bmm(at::bmm(rest, v.mT()), triangle(p).mT()); // [B, d - first, width]
+    rest.baddbmm_(w, v, 1, -1);
+  }
+  return q;
+}
+
+// What the kernels do, for matrices of equal size as a batch.
+struct Batch {
+  std::vector<int64_t> members;
+  at::TensorList grams, bases, orders, rotations;
+  const std::optional<at::Tensor>& due; // [n] bool
+  double tolerance;
+
+  void refresh(const at::Tensor& outcomes, Stream stream) const {
+    const auto stacked = [&](at::TensorList list) {
+      std::vector<at::Tensor> chosen;
+      for (int64_t i : members) chosen.push_back(list[i]);
+      return at::stack(chosen);
+    };
+    const at::Tensor gram = stacked(grams), basis = stacked(bases); // [B, d, d]
+    const at::Tensor transposed = basis.mT();
+    // The power of two that brings the largest entry into [1, 2): as power_of_two_scale
+    const at::Tensor largest = gram.abs().amax({1, 2}, /*keepdim=*/true);
+    const at::Tensor scale = at::exp2(-at::floor(at::log2(largest)).clamp_min(-126));
+    gram.mul_(at::where((largest > 0).logical_and(at::isfinite(largest)), scale, at::ones_like(scale)));
+    const at::Tensor product = at::bmm(transposed, gram.mT()); // [B, d, d] P^T
+    const at::Tensor estimates = (transposed * product).sum(-1); // [B, d] e
+    const at::Tensor norm = product.square().sum({1, 2}); // [B]
+    const at::Tensor finite = at::isfinite(norm);
+    at::Tensor wanted = at::ones_like(finite);
+    if (due) {
+      std::vector<at::Tensor> chosen;
+      for (int64_t i : members) chosen.push_back((*due)[i]);
+      wanted = at::stack(chosen);
+    }
+    at::Tensor chosen = finite.logical_and(wanted); // [B]
+    if (tolerance >= 0) {
+      const at::Tensor off = (product - transposed * estimates.unsqueeze(-1)).square().sum({1, 2});
+      chosen = chosen.logical_and((norm > 0).logical_and(at::sqrt(off / norm) > tolerance));
+    }
+    const at::Tensor missing = wanted.logical_and(finite.logical_not());
+    const at::Tensor outcome = (chosen.to(at::kInt) * int(kRefreshed) + missing.to(at::kInt) * int(kNotFinite)).contiguous();
+
+    const at::Tensor order = estimates.argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true); // [B, d]
+    const at::Tensor sorted = product.gather(1, order.unsqueeze(-1).expand_as(product)).contiguous();
+    const at::Tensor q = sorted.scalar_type() == at::kFloat ? blocked_qr(sorted, outcome, stream).mT()
+                                                            : std::get<0>(at::linalg_qr(sorted.mT())); // [B, d, d] Q'
+    const int64_t d = gram.size(1);
+    const at::Tensor mask = chosen.view({-1, 1, 1}), rotation = at::bmm(transposed, q);
+    const at::Tensor identity = at::eye(d, gram.options()), natural = at::arange(d, order.options());
+    for (size_t b = 0; b < members.size(); ++b) {
+      const int64_t i = members[b];
+      orders[i].copy_(at::where(chosen[b], order[b], natural));
+      rotations[i].copy_(at::where(mask[b], rotation[b], identity));
+      bases[i].copy_(at::where(mask[b], q[b], basis[b]));
+      outcomes[i].copy_(outcome[b]);
+    }
+  }
+};
+
+at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
+                          double tolerance, const std::optional<at::Tensor>& due) {
+  check_refresh(grams, bases, orders, rotations, due);
+  const int64_t n = grams.size();
+  const c10::Device device = grams[0].device();
+  const c10::DeviceGuard guard(device);
+  // Reduced precision in P or in the updates ruins the basis: no TF32, no autocast
+  const at::NoTF32Guard no_tf32;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const Stream stream = current_stream(device);
+  const int64_t limit = shared_memory_limit();
+
+  const at::Tensor outcomes = at::empty({n}, grams[0].options().dtype(at::kInt));
+  std::vector<Matrix> in_warps, in_blocks;
+  std::map<std::pair<at::ScalarType, int64_t>, std::vector<int64_t>> batches;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t d = grams[i].size(0);
+    if (grams[i].scalar_type() == at::kFloat && (d <= kWarpLimit || block_shared_memory(d) <= limit)) {
+      (d <= kWarpLimit ? in_warps : in_blocks)
+          .push_back({grams[i].const_data_ptr<float>(), bases[i].mutable_data_ptr<float>(),
+                      rotations[i].mutable_data_ptr<float>(), orders[i].mutable_data_ptr<int64_t>(), int32_t(d), int32_t(i)});
+    } else if (d > 0) {
+      batches[{grams[i].scalar_type(), d}].push_back(i);
+    }
+  }
+  const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
+  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
+  // The largest first: they take longest
+  for (auto batch = batches.rbegin(); batch != batches.rend(); ++batch) {
+    const auto& [kind, members] = *batch;
+    const int64_t count = std::max<int64_t>(1, kBatchNumel / (kind.second * kind.second));
+    for (size_t first = 0; first < members.size(); first += count) {
+      const auto begin = members.begin() + first, end = members.begin() + std::min<size_t>(first + count, members.size());
+      Batch{{begin, end}, grams, bases, orders, rotations, due, tolerance}.refresh(outcomes, stream);
+    }
+  }
+  std::stable_sort(in_blocks.begin(), in_blocks.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
+  for (auto begin = in_blocks.begin(); begin != in_blocks.end();) {
+    const int64_t* bound = std::end(kBlockClasses) - 1;
+    while (bound != kBlockClasses && begin->size <= bound[-1]) --bound;
+    const int64_t least = bound == kBlockClasses ? 0 : bound[-1];
+    const auto end = std::find_if(begin, in_blocks.end(), [&](const Matrix& matrix) { return matrix.size <= least; });
+    refresh_in_blocks(&*begin, end - begin, when, tolerance, outcome, stream);
+    begin = end;
+  }
+  if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
+  return outcomes;
+}
+
+// Q = flip(eigh(G + 1e-30 I)) of matrices [B, d, d]; undefined where eigh does not converge, or not to finite numbers.
+at::Tensor eigenvectors(const at::Tensor& grams) {
+  try {
+    const at::Tensor damping = 1e-30 * at::eye(grams.size(-1), grams.options());
+    const at::Tensor vectors = std::get<1>(at::linalg_eigh(grams + damping));
+    if (at::isfinite(vectors).all().item<bool>()) return vectors.flip(-1).contiguous();
+  } catch (const c10::LinAlgError&) {
+  }
+  return {};
+}
+
+std::vector<at::Tensor> init_basis(at::TensorList grams) {
+  std::vector<at::Tensor> bases(grams.size());
+  std::map<std::pair<at::ScalarType, int64_t>, std::vector<int64_t>> alike;
+  for (size_t i = 0; i < grams.size(); ++i) {
+    TORCH_CHECK(grams[i].dim() == 2 && grams[i].size(0) == grams[i].size(1) && grams[i].device() == grams[0].device(),
+                "init_basis: gram ", i, " is ", grams[i].sizes(), " on ", grams[i].device());
+    alike[{grams[i].scalar_type(), grams[i].size(0)}].push_back(i);
+  }
+  if (grams.empty()) return bases;
+  const c10::DeviceGuard guard(grams[0].device());
+  for (const auto& [kind, members] : alike) {
+    const int64_t count = std::max<int64_t>(1, kBatchNumel / std::max<int64_t>(1, kind.second * kind.second));
+    for (size_t first = 0; first < members.size(); first += count) {
+      std::vector<at::Tensor> chosen;
+      for (size_t k = first; k < std::min<size_t>(first + count, members.size()); ++k) chosen.push_back(grams[members[k]]);
+      const at::Tensor together = eigenvectors(at::stack(chosen));
+      for (size_t b = 0; b < chosen.size(); ++b) {
+        // One that does not converge must not cost the others their float32. clone: a view would keep the whole batch.
+        at::Tensor basis = together.defined() ? together[b].clone() : eigenvectors(chosen[b]);
+        if (!basis.defined()) {
+          // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
+          basis = eigenvectors(chosen[b].to(at::kDouble));
+          basis = basis.defined() ? basis.to(kind.first) : at::empty({0, 0}, chosen[b].options());
+        }
+        bases[members[first + b]] = basis;
+      }
+    }
+  }
+  return bases;
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(soap_opt, CUDA, m) {
+  m.impl("refresh_basis_", &refresh_basis_);
+  m.impl("init_basis", &init_basis);
+}
+
+} // namespace soap_opt::cuda

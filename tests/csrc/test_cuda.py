@@ -1,0 +1,102 @@
+"""What only nvcc or a GPU can show of the CUDA refresh. Skips itself where they are not.
+
+Not run on a GPU so far: see "Honest limits" in the README. The operator's results on a GPU are in test_refresh_basis.py.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matrices import make, orthogonal
+from test_refresh_basis import results_for
+
+from soap_opt import _ext
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench import refresh_kernels  # noqa: E402
+from bench.results import read  # noqa: E402
+
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or _ext._cuda_load_error is not None,
+    reason="no CUDA device" if not torch.cuda.is_available() else str(_ext._cuda_load_error),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ("8.0", "9.0", "10.0"))
+def test_nvcc_builds_without_spills(chip):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    kernels = refresh_kernels.ptxas(chip)
+    assert kernels.keys() == {"refresh_in_warps_kernel", "refresh_in_blocks_kernel", "factor_panel_kernel"}
+    for name, figures in kernels.items():
+        assert figures["stack"] == figures["spill_stores"] == figures["spill_loads"] == 0, name
+        # four blocks of 128 threads, one of 512
+        assert figures["registers"] <= 128, name
+
+
+def test_committed_figures():
+    """The tables in bench/results: no spills, every chip, and accuracy within what is allowed."""
+    resources = read("refresh_resources")
+    assert {row["chip"] for row in resources} == {"sm_80", "sm_86", "sm_90", "sm_100"}
+    assert not any(row["spill_stores"] or row["stack"] for row in resources)
+    assert all(row["blocks_per_sm"] >= 1 for row in resources)
+    accuracy = read("refresh_accuracy")
+    assert {row["d"] for row in accuracy} >= {1, 2, 3, 5, 16, 31, 32, 33, 64, 100, 128, 192, 224, 225, 320, 512, 1024, 2049}
+    assert max(row["share_of_allowed"] for row in accuracy) <= 1
+
+
+@on_gpu
+def test_the_host_waits_for_nothing():
+    grams = [torch.from_numpy(make("gram", d)).cuda() for d in (5, 32, 100, 224, 320)]
+    bases = [torch.from_numpy(orthogonal(len(gram))).cuda() for gram in grams]
+    due = torch.ones(len(grams), dtype=torch.bool, device="cuda")
+    results = results_for(bases)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.soap_opt.refresh_basis_(grams, bases, *results, 0.01, due)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_graph_capture():
+    """A captured refresh does what an eager one does, and nothing where its device flag says so."""
+    grams = [torch.from_numpy(make("gram", d)).cuda() for d in (5, 32, 100, 192)]
+    start = [torch.from_numpy(orthogonal(len(gram))).cuda() for gram in grams]
+    expected, bases = [q.clone() for q in start], [q.clone() for q in start]
+    torch.ops.soap_opt.refresh_basis_(grams, expected, *results_for(expected))
+    due = torch.zeros(len(grams), dtype=torch.bool, device="cuda")
+    results = results_for(bases)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.ops.soap_opt.refresh_basis_(grams, bases, *results, -1.0, due)  # warm up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcomes = torch.ops.soap_opt.refresh_basis_(grams, bases, *results, -1.0, due)
+    graph.replay()
+    assert outcomes.tolist() == [0] * 4
+    assert all(torch.equal(a, b) for a, b in zip(bases, start))
+    due.fill_(True)
+    graph.replay()
+    assert outcomes.tolist() == [1] * 4
+    assert all(torch.equal(a, b) for a, b in zip(bases, expected))
+
+
+@on_gpu
+def test_many_matrices_in_one_call():
+    """More than a table holds (800), in every kernel's size, against the CPU's."""
+    sizes = [3, 17, 32, 40, 70] * 200
+    grams = [torch.from_numpy(make("gram", d, seed=i % 7)) for i, d in enumerate(sizes)]
+    bases = [torch.from_numpy(orthogonal(d, seed=i % 5)) for i, d in enumerate(sizes)]
+    moved = [q.cuda() for q in bases]
+    outcomes = torch.ops.soap_opt.refresh_basis_([g.cuda() for g in grams], moved, *results_for(moved))
+    torch.ops.soap_opt.refresh_basis_(grams, bases, *results_for(bases))
+    assert outcomes.tolist() == [1] * len(sizes)
+    for a, b in zip(bases, moved):
+        overlap = (a * b.cpu()).sum(0).abs()
+        assert overlap[0] > 0.999  # the leading eigenvector's estimate is determined on both

@@ -1,0 +1,245 @@
+"""soap_opt::refresh_basis_ and init_basis: LAPACK's on the CPU, the CUDA one on fibers and (where there is a GPU) on it.
+
+On fibers everything of csrc/cuda runs that does not need a GPU: which matrix goes to which kernel, the kernels, and the blocked
+QR with its panels; ATen's products are the CPU's.
+"""
+
+import comparison
+import numpy as np
+import pytest
+import torch
+from harness import KEPT, NOT_FINITE, REFRESHED, SHARED_LIMITS
+from matrices import EPS, KINDS, complaints, make, orthogonal
+from test_refresh_basis_kernels import angle, judge_refresh
+
+from soap_opt import _ext
+from soap_opt.eigenbasis import gram_times_basis, init_bases, refresh_basis
+
+SMALL_DEVICE = (
+    18432  # bytes of shared memory: the block kernel up to d = 55, then panels, from d = 79 on partly in global memory
+)
+
+
+def results_for(bases):
+    """Orders and rotations to be written, full of what must not stay."""
+    return (
+        [torch.full((len(basis),), -1, dtype=torch.int64, device=basis.device) for basis in bases],
+        [torch.full_like(basis, torch.nan) for basis in bases],
+    )
+
+
+class Implementation:
+    """The operators of one implementation, for tensors that come from the CPU."""
+
+    def __init__(self, name, operators, device):
+        self.name, self.operators, self.device = name, operators, device
+
+    def refresh(self, grams, bases, tolerance=-1.0, due=None):
+        """Results on the CPU; the bases are written in place."""
+        moved = [basis.to(self.device) for basis in bases]
+        due = None if due is None else torch.tensor(due, device=self.device)
+        orders, rotations = results_for(moved)
+        outcomes = self.operators.refresh_basis_([g.to(self.device) for g in grams], moved, orders, rotations, tolerance, due)
+        for basis, new in zip(bases, moved):
+            basis.copy_(new)
+        return [order.cpu() for order in orders], [rotation.cpu() for rotation in rotations], outcomes.tolist()
+
+    def init(self, grams):
+        return [basis.cpu() for basis in self.operators.init_basis([gram.to(self.device) for gram in grams])]
+
+
+@pytest.fixture(params=["cpu", "fibers", "fibers_of_a_small_device", "cuda"])
+def implementation(request) -> Implementation:
+    if request.param.startswith("fibers"):
+        operators = request.getfixturevalue("fibers")
+        operators.configure(1, SHARED_LIMITS["sm_90"] if request.param == "fibers" else SMALL_DEVICE)
+        return Implementation(request.param, operators, "cpu")
+    if _ext._load_error is not None:
+        pytest.skip(_ext._load_error)
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if _ext._cuda_load_error is not None:
+            pytest.skip(_ext._cuda_load_error)
+    return Implementation(request.param, torch.ops.soap_opt, request.param)
+
+
+def problems(sizes, seed=0):
+    grams = [torch.from_numpy(make("gram", d, seed=seed + i)) for i, d in enumerate(sizes)]
+    return grams, [torch.from_numpy(orthogonal(d, seed=seed + i)) for i, d in enumerate(sizes)]
+
+
+SIZES = (5, 48, 3, 100, 32, 1, 33, 16, 100, 64, 65, 2)
+
+
+def test_against_the_specification(implementation):
+    """Q' column by column where P determines it, the rotation, the order; every matrix of a ragged set."""
+    grams, bases = problems(SIZES)
+    old = [basis.clone() for basis in bases]
+    orders, rotations, outcomes = implementation.refresh(grams, bases)
+    assert outcomes == [REFRESHED] * len(SIZES)
+    for gram, before, after, order, rotation in zip(grams, old, bases, orders, rotations):
+        expected = refresh_basis(before.double(), *gram_times_basis(gram.double(), before.double()))
+        assert torch.equal(order, expected.order)
+        tolerance = comparison.column_tolerance(gram, before, 0.0, EPS)
+        sign = torch.where((after * expected.basis).sum(0) < 0, -1.0, 1.0)
+        error = (after.double() * sign - expected.basis).norm(dim=0)
+        assert (error <= tolerance.clamp(min=4 * EPS * len(gram) ** 0.5)).all()
+        assert torch.allclose(rotation.double(), before.double().T @ after.double(), atol=4 * EPS * len(gram) ** 0.5)
+
+
+# Nothing to compare with but P itself, which rounds on its own where Q is not the identity
+NOT_SYMMETRIC = {"random", "collinear", "row_scaled", "column_scaled", "banded", "one_column"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_matrices(implementation, kind):
+    for with_basis in (False, True):
+        grams = [make(kind, d) for d in (5, 32, 40, 90, 130)]
+        bases = [torch.from_numpy(orthogonal(len(gram))) if with_basis else torch.eye(len(gram)) for gram in grams]
+        if with_basis and kind in NOT_SYMMETRIC:
+            continue
+        old = [basis.clone() for basis in bases]
+        orders, rotations, outcomes = implementation.refresh([torch.from_numpy(gram) for gram in grams], bases)
+        assert outcomes == [REFRESHED] * len(grams)
+        for gram, before, after, order, rotation in zip(grams, old, bases, orders, rotations):
+            if with_basis:
+                judge_refresh(gram, before.numpy(), Result(order, after, rotation))
+            else:
+                assert not complaints(gram[:, order.numpy()], after.numpy())
+
+
+class Result:
+    def __init__(self, order, basis, rotation):
+        self.order, self.basis, self.rotation = order.numpy(), basis.numpy(), rotation.numpy()
+
+
+def test_due_adaptive_and_not_finite(implementation):
+    sizes = (5, 32, 40, 90)
+    for d in sizes:
+        gram, basis = (x[0] for x in problems([d]))
+        exact = torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).float().contiguous()
+        broken, infinite = gram.clone(), gram.clone()
+        broken[0, d - 1], infinite[d // 2, 0] = torch.nan, -torch.inf
+        cases = [  # gram, basis, due, expected
+            (gram, basis, True, REFRESHED),
+            (gram, basis, False, KEPT),
+            (gram, exact, True, KEPT),
+            (torch.zeros_like(gram), basis, True, KEPT),
+            (broken, basis, True, NOT_FINITE),
+            (infinite, basis, True, NOT_FINITE),
+            (broken, basis, False, KEPT),
+        ]
+        bases = [case[1].clone() for case in cases]
+        orders, rotations, outcomes = implementation.refresh(
+            [case[0] for case in cases], bases, tolerance=0.01, due=[case[2] for case in cases]
+        )
+        assert outcomes == [case[3] for case in cases]
+        for case, basis, order, rotation in zip(cases, bases, orders, rotations):
+            changed = case[3] == REFRESHED
+            assert torch.equal(basis, case[1]) != changed
+            assert torch.equal(order, torch.arange(d)) != changed
+            assert torch.equal(rotation, torch.eye(d)) != changed
+
+
+def test_float64(implementation):
+    grams, bases = ([x.double() for x in xs] for xs in problems((5, 40, 70)))
+    bases = [torch.linalg.qr(basis).Q.contiguous() for basis in bases]
+    old = [basis.clone() for basis in bases]
+    orders, rotations, outcomes = implementation.refresh(grams, bases)
+    assert outcomes == [REFRESHED] * 3
+    for gram, before, after, order, rotation in zip(grams, old, bases, orders, rotations):
+        expected = refresh_basis(before, *gram_times_basis(gram, before))
+        assert torch.equal(order, expected.order)
+        sign = torch.where((after * expected.basis).sum(0) < 0, -1.0, 1.0)
+        assert torch.allclose(after * sign, expected.basis, atol=1e-9)
+        assert torch.allclose(rotation, before.T @ after, atol=1e-13)
+
+
+def test_bad_arguments(implementation):
+    gram, basis = torch.eye(3), torch.eye(3)
+    with pytest.raises(RuntimeError, match="2 grams, but 1 bases"):
+        implementation.refresh([gram, gram], [basis])
+    with pytest.raises(RuntimeError, match=r"gram 0 is \[3, 4\]"):
+        implementation.refresh([torch.ones(3, 4)], [basis])
+    with pytest.raises(RuntimeError, match=r"due must be \[1\] bool"):
+        implementation.refresh([gram], [basis], due=[1])
+
+
+def test_autocast_has_no_say(implementation):
+    grams, bases = problems((5, 40, 90, 130))
+    expected = [basis.clone() for basis in bases]
+    implementation.refresh(grams, expected)
+    with torch.autocast(implementation.device, torch.bfloat16):
+        implementation.refresh(grams, bases)
+    assert all(torch.equal(a, b) for a, b in zip(bases, expected))
+
+
+def test_launches(fibers):
+    """At most four for everything that fits in shared memory, however many matrices (a table holds 16 of them here, 800 on
+    a GPU); the largest size class alone takes one."""
+    fibers.configure(1, SHARED_LIMITS["sm_90"])
+    grams, bases = problems((1, 5, 32, 33, 64, 65, 128, 129, 140))
+    fibers.refresh_basis_(grams, bases, *results_for(bases))
+    assert fibers.launches() == 4
+    fibers.configure(1, SHARED_LIMITS["sm_90"])
+    grams, bases = problems((3,) * 40)
+    fibers.refresh_basis_(grams, bases, *results_for(bases))
+    assert fibers.launches() == 3
+
+
+@pytest.mark.parametrize("name", ("gram", "hilbert", "identity", "zero", "clustered"))
+def test_init_basis(implementation, name):
+    grams = [torch.from_numpy(make(name, d)) for d in (1, 5, 5, 33, 5, 70)]
+    for gram, basis, expected in zip(grams, implementation.init(grams), init_bases(grams)):
+        assert basis.is_contiguous()
+        comparison.assert_eigenbasis(gram.double(), basis.double(), EPS, name)
+        comparison.assert_eigenbasis(gram.double(), expected.double(), EPS, name)
+
+
+def test_init_basis_says_what_does_not_converge(implementation):
+    bases = implementation.init([torch.eye(4), torch.full((4, 4), torch.nan), 2 * torch.eye(4)])
+    assert [tuple(basis.shape) for basis in bases] == [(4, 4), (0, 0), (4, 4)]
+    for basis in (bases[0], bases[2]):
+        assert torch.equal(basis.abs().sum(0), torch.ones(4))
+
+
+def test_repeated_refreshes_converge(implementation):
+    """Orthogonal iteration on fixed Grams, all in one call: eigh's basis up to sign where the Gram determines it."""
+    sizes = (5, 20, 40, 60)
+    exact = [np.linalg.qr(np.random.default_rng(d).standard_normal((d, d)))[0] for d in sizes]
+    grams = [torch.from_numpy((q * 0.5 ** np.arange(len(q)) @ q.T).astype(np.float32)) for q in exact]
+    bases = [torch.from_numpy(orthogonal(d)) for d in sizes]
+    for _ in range(40):
+        implementation.refresh(grams, bases)
+    for gram, basis, q in zip(grams, bases, exact):
+        assert angle(gram.numpy(), basis.numpy()) < 8 * EPS
+        overlap = (basis.numpy() * q).sum(0)[:8]
+        assert (abs(overlap) > 1 - 1e-4).all()
+
+
+def test_follows_a_drifting_gram(implementation):
+    """As in test_refresh_basis_kernels: the lag is 3.3 turns, against 60 of a basis that stays."""
+    d, rng = 40, np.random.default_rng(0)
+    q, turn = np.linalg.qr(rng.standard_normal((d, d)))[0], 0.0005 * rng.standard_normal((d, d))
+    turn = np.linalg.qr(np.eye(d) + turn - turn.T)[0]
+    turn = turn * np.sign(np.diag(turn))
+    still, basis = q.astype(np.float32), torch.from_numpy(q.astype(np.float32))
+    for _ in range(60):
+        q = turn @ q
+        gram = (q * 0.7 ** np.arange(d) @ q.T).astype(np.float32)
+        implementation.refresh([torch.from_numpy(gram)], [basis])
+    assert angle(gram, basis.numpy()) < 0.1 * angle(gram, still)
+
+
+@pytest.mark.skipif(_ext._load_error is not None, reason=str(_ext._load_error))
+def test_opcheck(device):
+    if device == "cuda" and _ext._cuda_load_error is not None:
+        pytest.skip(_ext._cuda_load_error)
+    grams, bases = ([x.to(device) for x in xs] for xs in problems((3, 33)))
+    due = torch.tensor([True, False], device=device)
+    for options in ((), (0.01,), (-1.0, due)):
+        # zeros: what is compared must be equal before it is written too
+        results = [torch.zeros_like(x) for x in results_for(bases)[0]], [torch.zeros_like(basis) for basis in bases]
+        torch.library.opcheck(torch.ops.soap_opt.refresh_basis_.default, (grams, bases, *results, *options))
+    torch.library.opcheck(torch.ops.soap_opt.init_basis.default, (grams,))
