@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -46,12 +47,23 @@ def _register_fakes() -> None:
 _load_error = _load()
 
 
+@lru_cache
+def _triton_error() -> str | None:
+    """Import the Triton kernels; the reason when that fails. (Late: `import soap_opt` does not wait for Triton.)"""
+    try:
+        importlib.import_module("soap_opt.kernels.project")
+        importlib.import_module("soap_opt.kernels.gram_ema")
+    except ImportError as error:
+        return f"the Triton kernels do not load: {error}"
+    return None
+
+
 def unavailable(device_type: str) -> str | None:
     """Why ``fused=True`` cannot run on a device of this type; None where it can."""
     if device_type == "cpu":
         return _load_error
     if device_type == "cuda":
-        return "this version of soap_opt has no Triton kernels yet"
+        return _triton_error()
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 

@@ -21,6 +21,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
+from .fused_cuda import fused_cuda_soap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 
@@ -362,12 +363,20 @@ def _fused_soap(
     grad_scale: Tensor | None,
     **options: float | bool | str,
 ) -> list[int]:
-    """The package's own operators: on a CPU one call for each dtype of state. Arguments and result as in :func:`soap`."""
+    """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA.
+    Arguments and result as in :func:`soap`."""
     skipped: list[int] = []
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, exp_avg in enumerate(exp_avgs):
-        by_dtype.setdefault(exp_avg.dtype, []).append(i)
-    for dtype, indices in by_dtype.items():
+        alike.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
+    for (device, dtype), indices in alike.items():
+        if device.type == "cuda":
+            # float64 has no tensor cores to gain from, and rarely a model: the multi-tensor path serves it
+            step = fused_cuda_soap if dtype == torch.float32 else _multi_tensor_soap
+            lists = (params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
+            unusable = step(*([each[i] for i in indices] for each in lists), grad_scale, **options)
+            skipped += [indices[i] for i in unusable]
+            continue
         table = layout_table(tuple(layouts[i] for i in indices))
         usable = torch.ops.soap_opt.step_(
             [params[i] for i in indices],

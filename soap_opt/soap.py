@@ -16,6 +16,7 @@ from . import _ext
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
 from .functional import is_usable, prepare_gradient, soap
+from .fused_cuda import scale_or_nan, skipped_on_device
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
 
@@ -208,13 +209,14 @@ class SOAP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # Every check comes before the first change.
         work = [(group, self._params_with_grad(group)) for group in self.param_groups]
+        if found_inf is not None:
+            if all(_steps_on_device(group, p) and self._is_initialized(p) for group, params in work for p in params):
+                grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
+            elif float(found_inf) != 0:
+                return loss
         with full_precision_matmul({p.device.type for _, params in work for p in params}):
             pending = [(group, p) for group, params in work for p in params if not self._is_initialized(p)]
             if pending:
@@ -234,7 +236,8 @@ class SOAP(Optimizer):
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
         """
-        counts = [self._skipped.get(p, 0) for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        counts = [self._skipped.get(p, 0) + skipped_on_device(self.state.get(p, {}).get("exp_avg")) for p in params]
         return counts if per_parameter else sum(counts)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -484,8 +487,15 @@ def _shampoo_beta(group: dict[str, Any]) -> float:
 
 def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
     # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
-    device = param.device if group["capturable"] or group["fused"] else "cpu"
+    device = param.device if group["capturable"] or group["fused"] or _steps_on_device(group, param) else "cpu"
     return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _steps_on_device(group: dict[str, Any], param: Tensor) -> bool:
+    """Whether the fused CUDA path serves the parameter: t, the guard and found_inf are the device's business then."""
+    if param.device.type != "cuda" or state_dtype(param) != torch.float32 or group["foreach"] is not None:
+        return False
+    return bool(group["fused"]) or (group["fused"] is None and _ext.unavailable("cuda") is None)
 
 
 def _users_stacklevel() -> int:

@@ -1,0 +1,255 @@
+"""The fused step on CUDA: launch.py's tables, kernels/' launches, and what is kept of them between steps."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .eigenbasis import reexpress_
+from .launch import SCALARS, Launch, make_tables
+from .plan import Layout
+from .refresh import is_due
+
+# Plans kept for one list of parameters: lists differ while some parameters have no gradient.
+MAX_PLANS = 8
+
+# How products are multiplied, by the accelerator's kind. Plain TF32 is never among them: it is known to ruin the basis.
+# tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
+PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+
+
+class Plan:
+    """One step's tables on the device, its scratch, and the pointers that they were last filled with."""
+
+    def __init__(self, layouts: list[Layout], grads: list[Tensor], params: list[Tensor], aligned: np.ndarray, normalize: bool):
+        device = params[0].device
+        self.aligned = aligned
+        self.tables = make_tables(
+            layouts,
+            [str(grad.dtype).removeprefix("torch.") for grad in grads],
+            [str(param.dtype).removeprefix("torch.") for param in params],
+            aligned.tolist(),
+            normalize,
+        )
+        self.tiles = torch.from_numpy(self.tables.tiles).to(device)  # [T, 4] int32
+        self.problems = torch.empty(self.tables.problems.shape, dtype=torch.int64, device=device)  # [R, WIDTH]
+        self.scalars = torch.zeros(len(params), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
+        self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
+        self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
+        self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+        self.scratch = _scratch(device, self.tables.scratch_numel)  # two of [scratch_numel]
+        self.shared = [*(buffer.data_ptr() for buffer in self.scratch), self.kronecker.data_ptr()]
+        self.pointers: np.ndarray | None = None
+
+    def send(self, pointers: np.ndarray) -> None:
+        """Fill the table of problems; nothing is sent to the device when the pointers are those of the step before."""
+        if self.pointers is not None and np.array_equal(pointers, self.pointers):
+            return
+        self.pointers = pointers
+        table = torch.from_numpy(self.tables.fill(pointers))
+        if self.problems.device.type == "cuda":
+            # A pinned copy of its own for every transfer: the caching host allocator keeps it until the transfer is done.
+            table = table.pin_memory()
+        self.problems.copy_(table, non_blocking=True)
+
+
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> {what the plan depends on: Plan}
+_skipped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> [1] int32, how many gradients were not usable
+_buffers: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _scratch(device: torch.device, numel: int) -> tuple[Tensor, Tensor]:
+    """Two float32 buffers of at least ``numel`` for the current stream, shared by all plans."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if key not in _buffers or _buffers[key][0].numel() < numel:
+        _buffers[key] = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=device) for _ in range(2))
+    return _buffers[key]
+
+
+def scale_or_nan(grad_scale: Tensor | None, found_inf: Tensor) -> Tensor:
+    """GradScaler's scale, or NaN when it found something infinite: no gradient is usable then, and none is counted."""
+    scale = torch.ones_like(found_inf) if grad_scale is None else grad_scale.to(found_inf.device)
+    return torch.where(found_inf.reshape(scale.shape) != 0, torch.nan, scale)
+
+
+def skipped_on_device(exp_avg: Tensor | None) -> int:
+    """How many of a parameter's gradients were not usable here (its ``exp_avg`` stands for it). Reads the device."""
+    counter = None if exp_avg is None else _skipped.get(exp_avg)
+    return 0 if counter is None else int(counter)
+
+
+def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
+    """The tensor itself when its memory is the layout's [D_1, ..., D_k], else an arranged copy."""
+    if tensor.permute(layout.memory_order).is_contiguous():
+        return tensor
+    return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)
+
+
+def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+    """Every launch of the fused step goes through here."""
+    kernel[grid](*arguments, **constants)
+
+
+def fused_cuda_soap(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    grad_scale: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    shampoo_beta: float,
+    eps: float,
+    weight_decay: float,
+    precondition_frequency: int,
+    normalize_grads: bool,
+    correct_bias: bool,
+    refresh: str,
+    refresh_tolerance: float,
+    maximize: bool,
+) -> list[int]:
+    """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
+
+    Arguments as there. The result is empty: unusable gradients are counted on the device (:func:`skipped_on_device`).
+    """
+    device = params[0].device
+    # Memory that does not lie in the layout's order (merged channels_last views, slices) is stepped on in a copy.
+    arranged = [
+        [_in_memory_order(tensor, layout) for tensor in tensors]
+        for *tensors, layout in zip(params, grads, exp_avgs, exp_avg_sqs, layouts)
+    ]
+    steps = [step if step.device == device else step.to(device) for step in state_steps]
+    skipped = []
+    for exp_avg in exp_avgs:
+        if exp_avg not in _skipped:
+            _skipped[exp_avg] = torch.zeros(1, dtype=torch.int32, device=device)
+        skipped.append(_skipped[exp_avg])
+
+    own = [
+        [*(tensor.data_ptr() for tensor in (grad, param, m, v, step, skip))]
+        for (param, grad, m, v), step, skip in zip(arranged, steps, skipped)
+    ]
+    matrices = [q.data_ptr() for basis in bases for q in basis] + [g.data_ptr() for gram in grams for g in gram]
+    plan = _plan(exp_avgs[0], layouts, [a[1] for a in arranged], params, np.asarray(own, dtype=np.int64), normalize_grads)
+    plan.send(np.asarray([*(address for row in own for address in row), *matrices, *plan.shared], dtype=np.int64))
+
+    scaled = grad_scale is not None
+    if scaled:
+        grad_scale = grad_scale.to(device=device, dtype=torch.float32)
+    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    precision = PRECISION["hip" if torch.version.hip else "cuda"]
+    sums = (plan.partials, plan.counters)
+    for each in plan.tables.launches:
+        tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
+        run_launch(
+            each, tables, plan.scalars, sums, precision,
+            first=(grad_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias)),
+            scaled=scaled, adam=(beta1, beta2, eps), shampoo_beta=shampoo_beta, normalize=normalize_grads,
+        )  # fmt: skip
+
+    for (param, _, m, v), *originals in zip(arranged, params, exp_avgs, exp_avg_sqs):
+        for copy, original in zip((param, m, v), originals):
+            if copy is not original:
+                original.copy_(copy)
+    usable = plan.scalars[:, 0]
+    for step, state_step in zip(steps, state_steps):
+        if step is not state_step:
+            state_step.copy_(step)
+    _refresh(usable, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts, precondition_frequency,
+             refresh, refresh_tolerance)  # fmt: skip
+    return []
+
+
+def run_launch(
+    each: Launch,
+    tables: tuple[Tensor, Tensor],
+    scalars: Tensor,
+    sums: tuple[Tensor, Tensor],
+    precision: str,
+    *,
+    first: tuple[Any, ...],
+    scaled: bool,
+    adam: tuple[float, float, float],
+    shampoo_beta: float,
+    normalize: bool,
+) -> None:
+    """One launch of the plan."""
+    # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
+    import triton.language as tl
+
+    from .kernels.gram_ema import gram_ema_kernel
+    from .kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
+
+    grid = (each.count,)
+    grad_dtype = getattr(tl, each.grad_dtype)
+    if each.kernel == "project_first":
+        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, GRAD=grad_dtype, SCALED=scaled,
+               PRECISION=precision)  # fmt: skip
+    elif each.kernel == "gram_ema":
+        launch(gram_ema_kernel, grid, *tables, scalars, *sums, shampoo_beta, *adam, GRAD=grad_dtype, NORMALIZE=normalize,
+               PRECISION=precision)  # fmt: skip
+    elif each.kernel == "project_adam":
+        launch(project_adam_kernel, grid, *tables, scalars, *sums, *adam, NORMALIZE=normalize, PRECISION=precision)
+    elif each.kernel == "project_apply":
+        launch(project_apply_kernel, grid, *tables, scalars, PRECISION=precision)
+    else:
+        launch(project_kernel, grid, *tables, BACK=each.kernel == "back", PRECISION=precision)
+
+
+def _plan(
+    owner: Tensor, layouts: list[Layout], grads: list[Tensor], params: list[Tensor], own: np.ndarray, normalize: bool
+) -> Plan:
+    """The kept plan for these parameters, or a new one."""
+    plans = _plans.get(owner)
+    if plans is None:
+        plans = _plans[owner] = OrderedDict()
+    key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize)
+    # grad, param, exp_avg, exp_avg_sq: of those the kernels read vectors
+    aligned = (own[:, :4] % 16 == 0).all(1)
+    plan = plans.get(key)
+    if plan is None or (plan.aligned & ~aligned).any():
+        plan = plans[key] = Plan(layouts, grads, params, aligned, normalize)
+        if len(plans) > MAX_PLANS:
+            plans.popitem(last=False)
+    plans.move_to_end(key)
+    return plan
+
+
+def _refresh(
+    usable: Tensor,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    refresh_offsets: list[list[Tensor]],
+    state_steps: list[Tensor],
+    layouts: list[Layout],
+    precondition_frequency: int,
+    refresh: str,
+    refresh_tolerance: float,
+) -> None:
+    """Refresh what is due with the multi-tensor path's functions, for now; reads the device."""
+    from .functional import _refresh_units
+
+    steps = torch.stack(state_steps).tolist()
+    due = [
+        (i, k)
+        for i, ok in enumerate(usable.tolist())
+        for k, offset in enumerate(refresh_offsets[i])
+        if ok and is_due(int(steps[i]), int(offset), precondition_frequency, refresh)
+    ]
+    for i, refreshed in _refresh_units(due, grams, bases, refresh, refresh_tolerance).items():
+        reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)
