@@ -138,10 +138,10 @@ def apply_update(update, offset, inside, row, scalars, ALIGNED: tl.constexpr):
         p = pointer(row, PARAM, tl.float32, ALIGNED) + offset
         tl.store(p, (tl.load(p, mask=inside, other=0.0) - change) * decay, mask=inside)
     elif dtype == 1:
-        p = pointer(row, PARAM, tl.bfloat16, ALIGNED) + offset
-        moved = (tl.load(p, mask=inside, other=0.0).to(tl.float32) - change) * decay
-        tl.store(p, moved.to(tl.bfloat16), mask=inside)
+        p_bfloat16 = pointer(row, PARAM, tl.bfloat16, ALIGNED) + offset
+        moved = (tl.load(p_bfloat16, mask=inside, other=0.0).to(tl.float32) - change) * decay
+        tl.store(p_bfloat16, moved.to(tl.bfloat16), mask=inside)
     else:
-        p = pointer(row, PARAM, tl.float16, ALIGNED) + offset
-        moved = (tl.load(p, mask=inside, other=0.0).to(tl.float32) - change) * decay
-        tl.store(p, moved.to(tl.float16), mask=inside)
+        p_float16 = pointer(row, PARAM, tl.float16, ALIGNED) + offset
+        moved = (tl.load(p_float16, mask=inside, other=0.0).to(tl.float32) - change) * decay
+        tl.store(p_float16, moved.to(tl.float16), mask=inside)

@@ -33,6 +33,8 @@ BLOCK = tl.constexpr(launch.BLOCK)
 PACK = tl.constexpr(launch.PACK)
 MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
 
+(WIDE_0, _, _, DEEP_0), (WIDE_1, _, _, DEEP_1), (WIDE_2, _, _, DEEP_2) = (map(tl.constexpr, tile) for tile in launch.TILES)
+
 
 @triton.jit
 def ema(gram, place, mirrored, outer, inside, row, scalars, beta):
@@ -82,7 +84,7 @@ def gram_tile(
 
     Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
     Gram over 16,384 columns) is cut into programs of at most launch.GRAM_MAX_ITERATIONS iterations, whose partial sums the
-    last one to arrive adds in order. The products are full float32; of bfloat16 and float16 gradients they are exact.
+    last one to arrive adds in order. The products are full float32.
 
     Args:
         r: the tile's place in the triangle, tile_i * PACK + tile_j.
@@ -91,6 +93,8 @@ def gram_tile(
     depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
     if ALIGNED and not ROWS:
         inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
+    # bfloat16 and float16 fit into TF32: one product of them is as exact as the three that float32 takes
+    EXACT: tl.constexpr = "tf32" if GRAD != tl.float32 and PRECISION == "tf32x3" else PRECISION
     splits = size(row, COUNT, False)
     x = pointer(row, X, GRAD, ALIGNED)  # [A, D, B], columns numbered as in product_tile
     tile_i, tile_j = r // PACK, r % PACK
@@ -119,7 +123,7 @@ def gram_tile(
                 x + j[:, None] * inner + column[None, :], mask=(j < depth)[:, None] & (n < columns)[None, :], other=0.0
             )
             right = tl.trans(right)
-        outer = tl.dot(left, right, outer, input_precision=PRECISION)
+        outer = tl.dot(left.to(tl.float32), right.to(tl.float32), outer, input_precision=EXACT)
 
     factors = size(row, NUMEL, False)
     done = True
@@ -157,21 +161,21 @@ def gram_ema_kernel(
     elif kind == ADAM_SCRATCH:
         adam_block(row, c, scalars, partials, counters, beta1, beta2, eps, tl.float32, False, NORMALIZE)
     elif kind == 0:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 64, 32, False, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
     elif kind == 1:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 64, 32, False, True)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
     elif kind == 2:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 64, 32, True, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
     elif kind == 3:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 64, 32, True, True)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
     elif kind == 4:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 32, 64, False, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
     elif kind == 6:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 32, 64, True, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
     elif kind == 8:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 16, 64, False, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
     elif kind == 10:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, 16, 64, True, False)
+        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
 
 
 @triton.jit

@@ -27,6 +27,10 @@ APPLY = tl.constexpr(launch.APPLY)
 BLOCK = tl.constexpr(launch.BLOCK)
 KRONECKER_WIDTH = tl.constexpr(launch.KRONECKER_WIDTH)
 
+(WIDE_0, LONG_0, DEEP_0, _), (WIDE_1, LONG_1, DEEP_1, _), (WIDE_2, LONG_2, DEEP_2, _) = (
+    map(tl.constexpr, tile) for tile in launch.TILES
+)
+
 # What happens to a tile of the product
 STORE = tl.constexpr(0)  # into scratch, for the next product
 FIRST = tl.constexpr(1)  # as STORE; x is the gradient, whose squares are summed on the way
@@ -150,35 +154,35 @@ def ragged_products(
     if kind == 0:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      64, 64, 32, False, False)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP_0, False, False)  # fmt: skip
     elif kind == 1:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      64, 64, 32, False, True)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP_0, False, True)  # fmt: skip
     elif kind == 2:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      64, 64, 32, True, False)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP_0, True, False)  # fmt: skip
     elif kind == 3:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      64, 64, 32, True, True)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP_0, True, True)  # fmt: skip
     elif kind == 4:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      32, 128, 32, False, False)  # fmt: skip
+                      WIDE_1, LONG_1, DEEP_1, False, False)  # fmt: skip
     elif kind == 6:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      32, 128, 32, True, False)  # fmt: skip
+                      WIDE_1, LONG_1, DEEP_1, True, False)  # fmt: skip
     elif kind == 8:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      16, 128, 16, False, False)  # fmt: skip
+                      WIDE_2, LONG_2, DEEP_2, False, False)  # fmt: skip
     elif kind == 10:
         finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
                       correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
-                      16, 128, 16, True, False)  # fmt: skip
+                      WIDE_2, LONG_2, DEEP_2, True, False)  # fmt: skip
 
 
 @triton.jit

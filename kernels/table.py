@@ -55,10 +55,10 @@ def read_tile(tiles, problems):
 @triton.jit
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in a column of a row. An int64 says nothing about alignment: the tile's class does (ALIGNED: 16 bytes)."""
-    address = tl.load(row + COLUMN)
+    address = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+    return address
 
 
 @triton.jit

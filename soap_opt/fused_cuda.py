@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .eigenbasis import reexpress_
-from .launch import SCALARS, Launch, make_tables
+from .launch import SCALARS, STAGES, WARPS, Launch, make_tables
 from .plan import Layout
 from .refresh import is_due
 
@@ -93,7 +93,7 @@ def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
 
 def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
     """Every launch of the fused step goes through here."""
-    kernel[grid](*arguments, **constants)
+    kernel[grid](*arguments, **constants, num_warps=WARPS, num_stages=STAGES)
 
 
 def fused_cuda_soap(

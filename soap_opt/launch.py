@@ -66,9 +66,11 @@ class Tile(NamedTuple):
 
 
 # A group of width D takes the smallest tile that holds it, so that 3 x 3 and 5 x 5 kernels (9 and 25 wide) are padded to 16
-# and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256 and, with Adam's m and v
-# in registers, spill.
-TILES = (Tile(64, 64, 32, 32), Tile(32, 128, 32, 64), Tile(16, 128, 16, 64))
+# and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256.
+# Eight warps and 16 i at a time, because with four warps, or with 32 i, every kernel spills on sm_80 and most do on sm_90
+# (bench/compile_kernels.py). All of it was chosen from compilers' figures, not from measurements on a GPU.
+TILES = (Tile(64, 64, 16, 16), Tile(32, 128, 16, 32), Tile(16, 128, 16, 64))
+WARPS, STAGES = 8, 3
 
 
 class Problem(NamedTuple):
