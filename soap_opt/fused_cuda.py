@@ -22,6 +22,7 @@ MAX_PLANS = 8
 # How products are multiplied, by the accelerator's kind. Plain TF32 is never among them: it is known to ruin the basis.
 # tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
 PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+ACCELERATOR = "hip" if torch.version.hip else "cuda"
 
 
 class Plan:
@@ -93,7 +94,7 @@ def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
 
 def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
     """Every launch of the fused step goes through here."""
-    kernel[grid](*arguments, **constants, num_warps=WARPS, num_stages=STAGES)
+    kernel[grid](*arguments, **constants, num_warps=WARPS[ACCELERATOR], num_stages=STAGES)
 
 
 def fused_cuda_soap(
@@ -150,7 +151,7 @@ def fused_cuda_soap(
     if scaled:
         grad_scale = grad_scale.to(device=device, dtype=torch.float32)
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    precision = PRECISION["hip" if torch.version.hip else "cuda"]
+    precision = PRECISION[ACCELERATOR]
     sums = (plan.partials, plan.counters)
     for each in plan.tables.launches:
         tables = (plan.tiles[each.first : each.first + each.count], plan.problems)

@@ -70,7 +70,9 @@ class Tile(NamedTuple):
 # Eight warps and 16 i at a time, because with four warps, or with 32 i, every kernel spills on sm_80 and most do on sm_90
 # (bench/compile_kernels.py). All of it was chosen from compilers' figures, not from measurements on a GPU.
 TILES = (Tile(64, 64, 16, 16), Tile(32, 128, 16, 32), Tile(16, 128, 16, 64))
-WARPS, STAGES = 8, 3
+# By the kind of accelerator. AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
+WARPS = {"cuda": 8, "hip": 4}
+STAGES = 3
 
 
 class Problem(NamedTuple):
