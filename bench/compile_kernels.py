@@ -82,15 +82,25 @@ def figures(binary: Any) -> dict[str, int]:
     return {"registers": registers, "stack_bytes": stack, "shared_bytes": binary.metadata.shared}
 
 
+def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
+    return {
+        "kernel": kernel.__name__,
+        "grad": constants.get("GRAD", ""),
+        "constants": " ".join(f"{key}={constants[key]}" for key in constants if key not in ("GRAD", "PRECISION")),
+    }
+
+
+def named_variants(target: str) -> list[dict[str, str]]:
+    return [named(*variant) for variant in variants(PRECISION[TARGETS[target].backend])]
+
+
 def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     for name in targets:
         target = TARGETS[name]
         for kernel, constants in variants(PRECISION[target.backend]):
             yield {
                 "target": name,
-                "kernel": kernel.__name__,
-                "grad": constants.get("GRAD", ""),
-                "constants": " ".join(f"{key}={constants[key]}" for key in constants if key not in ("GRAD", "PRECISION")),
+                **named(kernel, constants),
                 "precision": constants["PRECISION"],
                 "warps": WARPS[target.backend],
                 **figures(compiled(kernel, constants, target)),
