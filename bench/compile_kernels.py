@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from soap_opt.fused_cuda import PRECISION
+from soap_opt.fused_cuda import HIGH_PRECISION, PRECISION
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
 from soap_opt.launch import DTYPES, STAGES, WARPS
@@ -38,29 +38,29 @@ LIMITS = {"sm_80": (255, 163 << 10), "sm_90": (255, 227 << 10), "sm_100": (255, 
 
 ARGUMENTS = {
     **{"tiles": "*i32", "problems": "*i64", "scalars": "*fp32", "partials": "*fp32", "counters": "*i32"},
-    **{"grad_scale": "*fp32", "correct_bias": "i32"},
-    **dict.fromkeys(("lr", "weight_decay", "log_beta1", "log_beta2", "sign", "beta1", "beta2", "eps", "shampoo_beta"), "fp32"),
+    **{"grad_scale": "*fp32", **dict.fromkeys(("correct_bias", "parameters", "normalize"), "i32")},
+    **dict.fromkeys(
+        ("lr", "weight_decay", "log_beta1", "log_beta2", "sign", "max_grad_norm", "beta1", "beta2", "eps", "shampoo_beta"),
+        "fp32",
+    ),
 }
 
 
-def variants(precision: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Each kernel with each set of its constants that soap_opt.fused_cuda can ask for."""
     for dtype in DTYPES:
-        for scaled in (False, True):
-            yield project_first_kernel, {"GRAD": dtype, "SCALED": scaled, "PRECISION": precision}
-        for normalize in (False, True):
-            yield gram_ema_kernel, {"GRAD": dtype, "NORMALIZE": normalize, "PRECISION": precision}
-    for back in (False, True):
-        yield project_kernel, {"BACK": back, "PRECISION": precision}
-    for normalize in (False, True):
-        yield project_adam_kernel, {"NORMALIZE": normalize, "PRECISION": precision}
-    yield project_apply_kernel, {"PRECISION": precision}
+        yield gram_ema_kernel, {"GRAD": dtype, "PRECISION": PRECISION[backend]}
+    for precision in dict.fromkeys((PRECISION[backend], HIGH_PRECISION[backend])):
+        for dtype in DTYPES:
+            yield project_first_kernel, {"GRAD": dtype, "PRECISION": precision}
+        for back in (False, True):
+            yield project_kernel, {"BACK": back, "PRECISION": precision}
+        yield project_adam_kernel, {"PRECISION": precision}
+        yield project_apply_kernel, {"PRECISION": precision}
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     values = {name: getattr(tl, value) if name == "GRAD" else value for name, value in constants.items()}
-    # fused_cuda passes None for the scale that is not there
-    values |= {"grad_scale": None} if constants.get("SCALED") is False else {}
     signature = {name: "constexpr" if name in values else ARGUMENTS[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     return triton.compile(source, target=target, options={"num_warps": WARPS[target.backend], "num_stages": STAGES})
@@ -86,22 +86,22 @@ def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
     return {
         "kernel": kernel.__name__,
         "grad": constants.get("GRAD", ""),
-        "constants": " ".join(f"{key}={constants[key]}" for key in constants if key not in ("GRAD", "PRECISION")),
+        "back": str(constants.get("BACK", "")),
+        "precision": constants["PRECISION"],
     }
 
 
 def named_variants(target: str) -> list[dict[str, str]]:
-    return [named(*variant) for variant in variants(PRECISION[TARGETS[target].backend])]
+    return [named(*variant) for variant in variants(TARGETS[target].backend)]
 
 
 def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     for name in targets:
         target = TARGETS[name]
-        for kernel, constants in variants(PRECISION[target.backend]):
+        for kernel, constants in variants(target.backend):
             yield {
                 "target": name,
                 **named(kernel, constants),
-                "precision": constants["PRECISION"],
                 "warps": WARPS[target.backend],
                 **figures(compiled(kernel, constants, target)),
                 "triton": triton.__version__,

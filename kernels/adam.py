@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .table import (
+    CHUNK,
     COUNT,
     COUNTER,
     DECAY,
@@ -12,6 +13,7 @@ from .table import (
     EXP_AVG_SQ,
     FACTOR,
     INDEX,
+    NORM_SQUARED,
     NUMEL,
     PARAM,
     PARAM_DTYPE,
@@ -31,10 +33,7 @@ from .table import (
 
 
 @triton.jit
-def finish_norm(
-    row, c, squares, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias,
-    SCALED: tl.constexpr,
-):  # fmt: skip
+def finish_norm(row, c, squares, sums, first):
     """``usable = (grad / grad_scale).norm().square().isfinite();  step += usable`` and what later launches need of both.
 
     Every program of the first launch that has seen elements of G for the first time calls it with their squares; the last
@@ -43,21 +42,22 @@ def finish_norm(
 
     Args:
         squares: [*, *] squares of this tile's raw gradients, float32.
+        sums: (scalars, partials, counters).
+        first: (grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters).
         grad_scale: [1] float32 that the gradients are divided by; NaN stands for found_inf (the step is not to count).
         log_beta1, log_beta2: natural logarithms; 1 - beta^t of a small t would lose its digits in float32, and float64 of one
             program for each parameter costs nothing.
         sign: -1 to maximize.
+        max_grad_norm: limit of the norm of all ``parameters`` together; 0 for none.
     """
+    scalars, partials, counters = sums
+    grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters = first
     slot = partials + tl.load(row + SLOT)
     count = size(row, COUNT, False)
     tl.store(slot + c, tl.sum(squares))
     if arrive(counters + tl.load(row + COUNTER), count):
-        inverse = 1.0
-        counted = True
-        if SCALED:
-            scale = tl.load(grad_scale)
-            inverse = 1.0 / scale
-            counted = scale == scale
+        scale = tl.load(grad_scale)
+        inverse = 1.0 / scale
         norm_squared = total(slot, count) * inverse * inverse
         usable = norm_squared < float("inf")  # false for NaN too
         out = scalars + tl.load(row + INDEX) * SCALARS
@@ -66,7 +66,7 @@ def finish_norm(
         if usable:
             t += 1.0
             tl.store(step, t)
-        elif counted:
+        elif scale == scale:
             skipped = pointer(row, SKIPPED, tl.int32, False)
             tl.store(skipped, tl.load(skipped) + 1)
         correction = 1.0
@@ -80,10 +80,32 @@ def finish_norm(
         tl.store(out + STEP_SIZE, lr * correction)
         tl.store(out + DECAY, 1.0 - lr * weight_decay)
         tl.store(out + RESCALE, 1.0)
+        if max_grad_norm > 0:
+            tl.store(out + NORM_SQUARED, tl.where(usable, norm_squared, 0.0))
+            if arrive(counters, parameters):
+                clip(scalars, max_grad_norm, parameters)
 
 
 @triton.jit
-def adam_update(projected, offset, inside, row, scalars, beta1, beta2, eps, ALIGNED: tl.constexpr):
+def clip(scalars, max_grad_norm, parameters):
+    """``factors *= (max_grad_norm / (total_norm + 1e-6)).clamp(max=1)``: clip_grad_norm_ without touching a gradient.
+
+    Run by the one program that finds all norms there; Grams and Adam multiply by the factor anyway.
+    """
+    lanes = tl.arange(0, CHUNK)
+    squares = tl.zeros([CHUNK], tl.float32)
+    for first in range(0, parameters, CHUNK):
+        place = (first + lanes) * SCALARS + NORM_SQUARED
+        squares += tl.load(scalars + place, mask=first + lanes < parameters, other=0.0, cache_modifier=".cg")
+    coefficient = tl.minimum(max_grad_norm / (tl.sqrt(tl.sum(squares, 0)) + 1e-6), 1.0)
+    for first in range(0, parameters, CHUNK):
+        place, there = (first + lanes) * SCALARS + FACTOR, first + lanes < parameters
+        factors = tl.load(scalars + place, mask=there, other=0.0, cache_modifier=".cg")
+        tl.store(scalars + place, factors * coefficient, mask=there)
+
+
+@triton.jit
+def adam_update(projected, offset, inside, row, scalars, adam, ALIGNED: tl.constexpr):
     """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G.
 
     Pays because g is in registers: m and v are read and written once, g not at all. Nothing is written of a parameter whose
@@ -91,8 +113,10 @@ def adam_update(projected, offset, inside, row, scalars, beta1, beta2, eps, ALIG
 
     Args:
         projected: [*, *] tile of the raw gradient in the eigenbasis; the scale and the sign are multiplied in here.
+        adam: (beta1, beta2, eps, normalize).
         offset, inside: [*, *] element of the parameter's memory, and whether there is one.
     """
+    beta1, beta2, eps, _ = adam
     out = scalars + tl.load(row + INDEX) * SCALARS
     writable = only_if(inside, tl.load(out + USABLE))
     g = projected * tl.load(out + FACTOR)
@@ -108,12 +132,13 @@ def adam_update(projected, offset, inside, row, scalars, beta1, beta2, eps, ALIG
 
 
 @triton.jit
-def finish_rms(row, slot_index, update, inside, scalars, partials, counters):
+def finish_rms(row, slot_index, update, inside, sums):
     """``1 / (1e-30 + update.square().mean().sqrt())``, the factor of normalize_grads; a parameter's last program writes it.
 
     Taken from U' in the eigenbasis: orthogonal bases keep the norm. The back-projection cannot run before every program of
     this launch is done, so the factor is there when it is needed.
     """
+    scalars, partials, counters = sums
     slot = partials + tl.load(row + SLOT)
     count = size(row, COUNT, False)
     tl.store(slot + slot_index, tl.sum(tl.where(inside, update * update, 0.0)))

@@ -6,6 +6,7 @@ import triton.language as tl
 from .. import launch
 from .adam import adam_update, apply_update, finish_rms
 from .table import (
+    ARGUMENTS,
     COLUMNS,
     COUNT,
     COUNTER,
@@ -76,7 +77,7 @@ def partial_traces(row, slot, splits, scalars, beta, SIZE: tl.constexpr):
 
 @triton.jit
 def gram_tile(
-    row, r, c, scalars, partials, counters, beta,
+    row, r, c, sums, beta,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
     SIZE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +91,7 @@ def gram_tile(
         r: the tile's place in the triangle, tile_i * PACK + tile_j.
         c: which part of the columns.
     """
+    scalars, partials, counters = sums
     depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
     if ALIGNED and not ROWS:
         inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
@@ -145,10 +147,10 @@ def gram_tile(
             ema(pointer(row, FACTORS, tl.float32, ALIGNED), place, mirrored, outer, inside, row, scalars, beta)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def gram_ema_kernel(
-    tiles, problems, scalars, partials, counters, shampoo_beta, beta1, beta2, eps,
-    GRAD: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    tiles, problems, scalars, partials, counters, shampoo_beta, beta1, beta2, eps, normalize,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
 
@@ -156,41 +158,43 @@ def gram_ema_kernel(
     the gradient), and, where no parameter has two products, those whose only one is done already (from scratch).
     """
     row, kind, r, c = read_tile(tiles, problems)
+    sums, adam = (scalars, partials, counters), (beta1, beta2, eps, normalize)
     if kind == ADAM_GRAD:
-        adam_block(row, c, scalars, partials, counters, beta1, beta2, eps, GRAD, True, NORMALIZE)
+        adam_block(row, c, sums, adam, GRAD, True)
     elif kind == ADAM_SCRATCH:
-        adam_block(row, c, scalars, partials, counters, beta1, beta2, eps, tl.float32, False, NORMALIZE)
+        adam_block(row, c, sums, adam, tl.float32, False)
     elif kind == 0:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
     elif kind == 1:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
     elif kind == 2:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
     elif kind == 3:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
     elif kind == 4:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
     elif kind == 6:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
     elif kind == 8:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
     elif kind == 10:
-        gram_tile(row, r, c, scalars, partials, counters, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
 
 
 @triton.jit
 def adam_block(
-    row, c, scalars, partials, counters, beta1, beta2, eps,
-    X_DTYPE: tl.constexpr, WHOLE: tl.constexpr, NORMALIZE: tl.constexpr,
+    row, c, sums, adam,
+    X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, False)
     x = tl.load(pointer(row, X, X_DTYPE, False) + offset, mask=inside, other=0.0).to(tl.float32)
-    update = adam_update(x, offset, inside, row, scalars, beta1, beta2, eps, False)
-    if WHOLE and not NORMALIZE:
-        apply_update(update, offset, inside, row, scalars, False)
+    update = adam_update(x, offset, inside, row, sums[0], adam, False)
+    if adam[3] != 0:
+        tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
+        finish_rms(row, c, update, inside, sums)
+    elif WHOLE:
+        apply_update(update, offset, inside, row, sums[0], False)
     else:
         tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
-    if NORMALIZE:
-        finish_rms(row, c, update, inside, scalars, partials, counters)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .. import launch
 from .adam import adam_update, apply_update, finish_norm, finish_rms
 from .table import (
+    ARGUMENTS,
     COLUMNS,
     COUNT,
     DEPTH,
@@ -116,12 +117,12 @@ def product_tile(
 
 @triton.jit
 def finished_tile(
-    row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias,
-    beta1, beta2, eps, GRAD: tl.constexpr, SCALED: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    row, r, c, sums, first, adam,
+    GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """:func:`product_tile` and its epilogue."""
+    """:func:`product_tile` and its epilogue. sums: (scalars, partials, counters); first, adam: see there."""
     product, offset, inside, squares = product_tile(
         row, r, c, GRAD, WIDE, LONG, DEEP, ROWS, ALIGNED, BACK, STAGE == FIRST, PRECISION
     )
@@ -129,59 +130,50 @@ def finished_tile(
         tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, product, mask=inside)
     if STAGE == FIRST:
         if r == 0:  # every r reads all of the same columns
-            finish_norm(row, c, squares, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2,
-                        sign, correct_bias, SCALED)  # fmt: skip
+            finish_norm(row, c, squares, sums, first)
     if STAGE == ADAM:
-        update = adam_update(product, offset, inside, row, scalars, beta1, beta2, eps, ALIGNED)
+        update = adam_update(product, offset, inside, row, sums[0], adam, ALIGNED)
         tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)
-        if NORMALIZE:
+        if adam[3] != 0:
             across = (size(row, DEPTH, False) + WIDE - 1) // WIDE
-            finish_rms(row, c * across + r, update, inside, scalars, partials, counters)
+            finish_rms(row, c * across + r, update, inside, sums)
     if STAGE == UPDATE:
-        apply_update(product, offset, inside, row, scalars, ALIGNED)
+        apply_update(product, offset, inside, row, sums[0], ALIGNED)
 
 
 @triton.jit
 def ragged_products(
-    row, kind, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias,
-    beta1, beta2, eps, GRAD: tl.constexpr, SCALED: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
-    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    row, kind, r, c, sums, first, adam,
+    GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile's class chooses among the sizes of launch.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
 
     A class is a branch, not a kernel of its own, because a launch costs more than the branch.
     """
     if kind == 0:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, False, False)  # fmt: skip
     elif kind == 1:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, False, True)  # fmt: skip
     elif kind == 2:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, True, False)  # fmt: skip
     elif kind == 3:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, True, True)  # fmt: skip
     elif kind == 4:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_1, LONG_1, DEEP_1, False, False)  # fmt: skip
     elif kind == 6:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_1, LONG_1, DEEP_1, True, False)  # fmt: skip
     elif kind == 8:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_2, LONG_2, DEEP_2, False, False)  # fmt: skip
     elif kind == 10:
-        finished_tile(row, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign,
-                      correct_bias, beta1, beta2, eps, GRAD, SCALED, STAGE, BACK, NORMALIZE, PRECISION,
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
                       WIDE_2, LONG_2, DEEP_2, True, False)  # fmt: skip
 
 
@@ -206,10 +198,10 @@ def kronecker_tile(row):
     tl.store(pointer(row, Y, tl.float32, False) + i * depth + j, product, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def project_first_kernel(
     tiles, problems, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias,
-    GRAD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    max_grad_norm, parameters, GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
 
@@ -217,6 +209,8 @@ def project_first_kernel(
     blocks; one read of G more is cheaper than a launch. COPY writes the gradient to scratch as float32 on the way.
     """
     row, kind, r, c = read_tile(tiles, problems)
+    sums = (scalars, partials, counters)
+    first = (grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters)
     if kind == KRONECKER:
         kronecker_tile(row)
     elif kind >= NORM:
@@ -225,32 +219,27 @@ def project_first_kernel(
         grad = tl.load(pointer(row, X, GRAD, False) + offset, mask=inside, other=0.0).to(tl.float32)
         if kind == COPY:
             tl.store(pointer(row, Y, tl.float32, False) + offset, grad, mask=inside)
-        finish_norm(row, c, grad * grad, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2,
-                    sign, correct_bias, SCALED)  # fmt: skip
+        finish_norm(row, c, grad * grad, sums, first)
     else:
-        ragged_products(row, kind, r, c, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2,
-                        sign, correct_bias, 0.0, 0.0, 0.0, GRAD, SCALED, FIRST, False, False, PRECISION)  # fmt: skip
+        ragged_products(row, kind, r, c, sums, first, None, GRAD, FIRST, False, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """``torch.einsum("aib,ij->ajb", x, Q)``, with BACK ``"aib,ji->ajb"``: a product between two others, scratch to scratch."""
     row, kind, r, c = read_tile(tiles, problems)
-    ragged_products(row, kind, r, c, None, None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, tl.float32, False,
-                    STORE, BACK, False, PRECISION)  # fmt: skip
+    ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, BACK, PRECISION)
 
 
-@triton.jit
-def project_adam_kernel(
-    tiles, problems, scalars, partials, counters, beta1, beta2, eps, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr
-):
+@triton.jit(do_not_specialize=ARGUMENTS)
+def project_adam_kernel(tiles, problems, scalars, partials, counters, beta1, beta2, eps, normalize, PRECISION: tl.constexpr):
     """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, the product never in memory."""
     row, kind, r, c = read_tile(tiles, problems)
-    ragged_products(row, kind, r, c, scalars, partials, counters, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0, beta1, beta2, eps,
-                    tl.float32, False, ADAM, False, NORMALIZE, PRECISION)  # fmt: skip
+    sums, adam = (scalars, partials, counters), (beta1, beta2, eps, normalize)
+    ragged_products(row, kind, r, c, sums, None, adam, tl.float32, ADAM, False, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ARGUMENTS)
 def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr):
     """``p.sub_(lr * c * torch.einsum("aib,ji->ajb", u, Q)).mul_(1 - lr * weight_decay)``: the last back-projection.
 
@@ -263,5 +252,5 @@ def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr):
         update = tl.load(pointer(row, X, tl.float32, False) + offset, mask=inside, other=0.0)
         apply_update(update, offset, inside, row, scalars, False)
     else:
-        ragged_products(row, kind, r, c, scalars, None, None, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, tl.float32,
-                        False, UPDATE, True, False, PRECISION)  # fmt: skip
+        sums = (scalars, None, None)
+        ragged_products(row, kind, r, c, sums, None, None, tl.float32, UPDATE, True, PRECISION)

@@ -21,7 +21,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from .fused_cuda import fused_cuda_soap
+from .fused_cuda import fused_cuda_soap, fused_on_cuda
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 
@@ -52,6 +52,8 @@ def soap(
     refresh: str,
     refresh_tolerance: float,
     maximize: bool,
+    max_grad_norm: float | None = None,
+    precision: str = "highest",
 ) -> list[int]:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
@@ -67,6 +69,8 @@ def soap(
         layouts: how each parameter's modes lie.
         foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
+        max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
+        precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
 
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
@@ -79,6 +83,11 @@ def soap(
         function = _multi_tensor_soap
     else:
         function = _single_tensor_soap
+    extras: dict[str, float | str | None] = {}
+    if function is _fused_soap and fused_on_cuda(exp_avgs):
+        extras = {"max_grad_norm": max_grad_norm, "precision": precision}
+    elif max_grad_norm is not None:
+        grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
     return function(
         params,
         grads,
@@ -102,7 +111,27 @@ def soap(
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,
         maximize=maximize,
+        **extras,
     )
+
+
+def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float) -> Tensor:
+    """The scale that divides gradients as ``clip_grad_norm_(params, max_grad_norm)`` would clip them, [1].
+
+    A gradient that is not usable has no part in the total norm: its parameter stays as it is and the others move on.
+    """
+    norms = torch.stack(
+        [
+            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).to(
+                grads[0].device, torch.float32
+            )
+            for grad in grads
+        ]
+    )
+    scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device=norms.device, dtype=norms.dtype).reshape(1)
+    norms = norms / scale
+    total = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
+    return scale / (max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
 
 def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:

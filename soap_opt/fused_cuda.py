@@ -19,10 +19,18 @@ from .refresh import is_due
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
 
-# How products are multiplied, by the accelerator's kind. Plain TF32 is never among them: it is known to ruin the basis.
+# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
 # tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
 PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+# With precision="high" the projections may be less exact; never the Grams.
+HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
 ACCELERATOR = "hip" if torch.version.hip else "cuda"
+
+
+def fused_on_cuda(exp_avgs: list[Tensor]) -> bool:
+    """Whether one call of :func:`fused_cuda_soap` serves all of these parameters."""
+    kinds = {(exp_avg.device, exp_avg.dtype) for exp_avg in exp_avgs}
+    return len(kinds) == 1 and exp_avgs[0].device.type == "cuda" and exp_avgs[0].dtype == torch.float32
 
 
 class Plan:
@@ -44,6 +52,7 @@ class Plan:
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+        self.one = torch.ones(1, dtype=torch.float32, device=device)  # the scale when there is none
         self.scratch = _scratch(device, self.tables.scratch_numel)  # two of [scratch_numel]
         self.shared = [*(buffer.data_ptr() for buffer in self.scratch), self.kronecker.data_ptr()]
         self.pointers: np.ndarray | None = None
@@ -121,6 +130,8 @@ def fused_cuda_soap(
     refresh: str,
     refresh_tolerance: float,
     maximize: bool,
+    max_grad_norm: float | None = None,
+    precision: str = "highest",
 ) -> list[int]:
     """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
 
@@ -147,18 +158,16 @@ def fused_cuda_soap(
     plan = _plan(exp_avgs[0], layouts, [a[1] for a in arranged], params, np.asarray(own, dtype=np.int64), normalize_grads)
     plan.send(np.asarray([*(address for row in own for address in row), *matrices, *plan.shared], dtype=np.int64))
 
-    scaled = grad_scale is not None
-    if scaled:
-        grad_scale = grad_scale.to(device=device, dtype=torch.float32)
+    grad_scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    precision = PRECISION[ACCELERATOR]
     sums = (plan.partials, plan.counters)
     for each in plan.tables.launches:
         tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
         run_launch(
-            each, tables, plan.scalars, sums, precision,
-            first=(grad_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias)),
-            scaled=scaled, adam=(beta1, beta2, eps), shampoo_beta=shampoo_beta, normalize=normalize_grads,
+            each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
+            first=(grad_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias),
+                   0.0 if max_grad_norm is None else max_grad_norm, len(params)),
+            adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
         )  # fmt: skip
 
     for (param, _, m, v), *originals in zip(arranged, params, exp_avgs, exp_avg_sqs):
@@ -182,10 +191,8 @@ def run_launch(
     precision: str,
     *,
     first: tuple[Any, ...],
-    scaled: bool,
-    adam: tuple[float, float, float],
+    adam: tuple[float, float, float, int],
     shampoo_beta: float,
-    normalize: bool,
 ) -> None:
     """One launch of the plan."""
     # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
@@ -197,13 +204,12 @@ def run_launch(
     grid = (each.count,)
     grad_dtype = getattr(tl, each.grad_dtype)
     if each.kernel == "project_first":
-        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, GRAD=grad_dtype, SCALED=scaled,
-               PRECISION=precision)  # fmt: skip
+        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, GRAD=grad_dtype, PRECISION=precision)  # fmt: skip
     elif each.kernel == "gram_ema":
-        launch(gram_ema_kernel, grid, *tables, scalars, *sums, shampoo_beta, *adam, GRAD=grad_dtype, NORMALIZE=normalize,
-               PRECISION=precision)  # fmt: skip
+        launch(gram_ema_kernel, grid, *tables, scalars, *sums, shampoo_beta, *adam, GRAD=grad_dtype,
+               PRECISION=PRECISION[ACCELERATOR])  # fmt: skip
     elif each.kernel == "project_adam":
-        launch(project_adam_kernel, grid, *tables, scalars, *sums, *adam, NORMALIZE=normalize, PRECISION=precision)
+        launch(project_adam_kernel, grid, *tables, scalars, *sums, *adam, PRECISION=precision)
     elif each.kernel == "project_apply":
         launch(project_apply_kernel, grid, *tables, scalars, PRECISION=precision)
     else:

@@ -42,6 +42,7 @@ FACTOR = 1  # multiplies the raw gradient: sign / grad_scale
 STEP_SIZE = 2  # lr * c
 DECAY = 3  # 1 - lr * weight_decay
 RESCALE = 4  # 1 / (1e-30 + rms(U)), or 1
+NORM_SQUARED = 5  # ||G||_F^2, 0 when it is not usable; only with max_grad_norm
 SCALARS = 8
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,7 +169,7 @@ class _Builder:
         self.tiles: list[np.ndarray] = []
         self.launches: list[Launch] = []
         self.pending: list[np.ndarray] = []
-        self.partials = self.counters = 0
+        self.partials, self.counters = 0, 1  # counter 0: parameters whose norm is known
         parameters = len(layouts)
         self.first_mode = np.concatenate([[0], np.cumsum([len(layout.modes) for layout in layouts])]).tolist()
         modes = self.first_mode[-1]

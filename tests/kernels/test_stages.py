@@ -91,7 +91,7 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     project_first_kernel[(len(tiles),)](
         tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), 0.1, 0.5,
-        math.log(0.9), math.log(0.99), -1.0, 1, GRAD=DTYPES[dtype], SCALED=True, PRECISION="ieee",
+        math.log(0.9), math.log(0.99), -1.0, 1, 0.0, 1, GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
     assert not counters.any()
     for index, (x, q, y, step, skipped) in enumerate(checks):
@@ -118,8 +118,8 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     table.tiles = [(row, launch.NORM, 0, 0)]
     scalars = torch.zeros(1, launch.SCALARS)
     project_first_kernel[(1,)](
-        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), None, 1.0, 0.0,
-        math.log(0.95), math.log(beta2), 1.0, 1, GRAD=tl.float32, SCALED=False, PRECISION="ieee",
+        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), 1.0, 0.0,
+        math.log(0.95), math.log(beta2), 1.0, 1, 0.0, 1, GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
     want = (1 - beta2**t) ** 0.5 / (1 - 0.95**t)
     assert float(scalars[0, launch.STEP_SIZE]) == pytest.approx(want, rel=8 * EPS)
@@ -145,7 +145,7 @@ def test_adam_epilogue(usable):
         scalars = scalars_of(usable)
         tiles, problems = table.tensors()
         sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
-        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, 0.9, 0.99, 1e-8, NORMALIZE=True, PRECISION="ieee")
+        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, 0.9, 0.99, 1e-8, 1, PRECISION="ieee")
         if not usable:
             assert torch.equal(m.double(), old[0]) and torch.equal(v.double(), old[1])
             continue
@@ -199,8 +199,8 @@ def test_gram_ema(dtype, aligned):
         # the programs that arrive last are not always those of the last columns
         order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
         gram_ema_kernel[(len(tiles),)](
-            tiles[order].contiguous(), problems, scalars_of(), *sums, 0.75, 0.0, 0.0, 0.0,
-            GRAD=DTYPES[dtype], NORMALIZE=False, PRECISION="ieee",
+            tiles[order].contiguous(), problems, scalars_of(), *sums, 0.75, 0.0, 0.0, 0.0, 0,
+            GRAD=DTYPES[dtype], PRECISION="ieee",
         )  # fmt: skip
         outer = torch.einsum("aib,ajb->ij", x.double(), x.double())
         want = 0.75 * old + 0.25 * 0.25 * outer
