@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ext
+from .checkpoint import state_dtype
 from .eigenbasis import (
     BATCH_MAX_DIM,
     Refresh,
@@ -120,15 +121,9 @@ def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm
 
     A gradient that is not usable has no part in the total norm: its parameter stays as it is and the others move on.
     """
-    norms = torch.stack(
-        [
-            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).to(
-                grads[0].device, torch.float32
-            )
-            for grad in grads
-        ]
-    )
-    scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device=norms.device, dtype=norms.dtype).reshape(1)
+    device, dtype = grads[0].device, state_dtype(grads[0])
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=state_dtype(grad)).to(device, dtype) for grad in grads])
+    scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device, dtype).reshape(1)
     norms = norms / scale
     total = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
     return scale / (max_grad_norm / (total + 1e-6)).clamp(max=1.0)

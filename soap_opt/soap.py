@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import _ext
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
-from .functional import is_usable, prepare_gradient, soap
+from .functional import clipping_scale, is_usable, prepare_gradient, soap
 from .fused_cuda import scale_or_nan, skipped_on_device
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
@@ -77,6 +77,9 @@ class SOAP(Optimizer):
             still diagonalise their Gram (default: "staggered").
         refresh_tolerance: with "adaptive", the share of Q^T G Q (Frobenius norm) that may be off the diagonal (default: 0.01).
         maximize: maximize the objective (default: False).
+        max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
+            touching them; gradients that are not usable have no part in it (default: None).
+        precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
         capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph needs the
             fused CUDA implementation, which this version does not have; it raises RuntimeError.
         foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
@@ -125,6 +128,8 @@ class SOAP(Optimizer):
         refresh: str = "staggered",
         refresh_tolerance: float = 0.01,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
+        precision: str = "highest",
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -151,6 +156,8 @@ class SOAP(Optimizer):
             "refresh": refresh,
             "refresh_tolerance": refresh_tolerance,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "precision": precision,
             "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
@@ -218,14 +225,20 @@ class SOAP(Optimizer):
             elif float(found_inf) != 0:
                 return loss
         with full_precision_matmul({p.device.type for _, params in work for p in params}):
-            pending = [(group, p) for group, params in work for p in params if not self._is_initialized(p)]
-            if pending:
-                self._initialize(pending, grad_scale)
-                waiting = {p for _, p in pending}
-                work = [(group, [p for p in params if p not in waiting]) for group, params in work]
-            for group, params in work:
+            scales = [grad_scale] * len(work)
+            pending = [[p for p in params if not self._is_initialized(p)] for _, params in work]
+            if any(pending):
+                for i, (group, params) in enumerate(work):
+                    if pending[i] and group["max_grad_norm"] is not None:  # else the steady step knows all norms itself
+                        scales[i] = clipping_scale([p.grad for p in params], grad_scale, group["max_grad_norm"])
+                self._initialize([(group, p, s) for (group, _), ps, s in zip(work, pending, scales) for p in ps])
+                work = [
+                    (group, [p for p in params if p not in waiting])
+                    for (group, params), waiting in zip(work, map(set, pending))
+                ]
+            for (group, params), scale in zip(work, scales):
                 if params:
-                    self._steady_step(group, params, grad_scale)
+                    self._steady_step(group, params, scale, group["max_grad_norm"] if scale is grad_scale else None)
         return loss
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
@@ -388,10 +401,10 @@ class SOAP(Optimizer):
                 offsets[param].append(offset)
         return offsets
 
-    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
+    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor, Tensor | None]]) -> None:
         """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
         allocate, ready, grams, owners = [], [], [], []
-        for group, param in pending:
+        for group, param, grad_scale in pending:
             grad = prepare_gradient(param.grad, state_dtype(param), grad_scale, maximize=False)
             norm = torch.linalg.vector_norm(grad)
             if not is_usable(norm):
@@ -424,7 +437,9 @@ class SOAP(Optimizer):
                 state[f"basis_{mode}"].copy_(bases[place])
             state["initialized"].fill_(True)
 
-    def _steady_step(self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None) -> None:
+    def _steady_step(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float | None
+    ) -> None:
         states = [self.state[p] for p in params]
         layouts = [self._layout(p, group) for p in params]
         beta1, beta2 = group["betas"]
@@ -453,6 +468,8 @@ class SOAP(Optimizer):
             refresh=group["refresh"],
             refresh_tolerance=group["refresh_tolerance"],
             maximize=group["maximize"],
+            max_grad_norm=max_grad_norm,
+            precision=group["precision"],
         )
         for i in skipped:
             self._skip(params[i])
@@ -474,6 +491,8 @@ _ADDED_DEFAULTS: dict[str, Any] = {
     "refresh": "staggered",
     "refresh_tolerance": 0.01,
     "maximize": False,
+    "max_grad_norm": None,
+    "precision": "highest",
     "capturable": False,
     "foreach": None,
     "fused": None,
@@ -544,5 +563,9 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid refresh policy: {options['refresh']!r} (one of {', '.join(POLICIES)})")
     if not 0.0 <= options["refresh_tolerance"]:
         raise ValueError(f"Invalid refresh_tolerance value: {options['refresh_tolerance']}")
+    if options["max_grad_norm"] is not None and not 0.0 < options["max_grad_norm"]:
+        raise ValueError(f"Invalid max_grad_norm value: {options['max_grad_norm']}")
+    if options["precision"] not in ("highest", "high"):
+        raise ValueError(f"Invalid precision: {options['precision']!r} (highest or high)")
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

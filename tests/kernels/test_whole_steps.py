@@ -213,3 +213,28 @@ def test_every_size_in_every_rank(refresh, normalize_grads):
 def test_several_splits_of_a_gram():
     """More columns than one program of a Gram takes: 1,024 (D > 32), 2,048 (D <= 32) and 4,096 (D <= 16)."""
     lockstep([(40, 2300), (20, 4500), (9000, 3), (3, 9000), (500, 4, 5, 5)], 4, {"max_precond_dim": 64})
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 20.0])
+def test_max_grad_norm(launches, max_norm):
+    """Against the specification, which folds clip_grad_norm_'s factor into grad_scale (tests/test_clipping.py)."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), (7, 3)]
+    options = {**OPTIONS, "max_grad_norm": max_norm}
+    reference, tested = (
+        SoapRun(random_params(shapes), foreach=False, **options),
+        SoapRun(random_params(shapes), fused=True, **options),
+    )
+    for grads in random_gradients(shapes, 5, missing=0.1):
+        total = torch.stack([grad.norm() for grad in grads if grad is not None]).norm()
+        small = [None if grad is None else grad * (max_norm / (total + 1e-6)).clamp(max=1.0) for grad in grads]
+
+        class Raw:  # judged by the tolerances of the clipped gradient, run on the raw one
+            def __init__(self, run):
+                self.run, self.params, self.state_of, self.adopt = run, run.params, run.state_of, run.adopt
+
+            def step(self, _, grads=grads):
+                launches.clear()
+                self.run.step(grads)
+
+        run_lockstep(Raw(reference), Raw(tested), [small], OPTIONS)
+    assert len(launches) == 7  # none of its own
