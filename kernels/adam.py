@@ -43,15 +43,17 @@ def finish_norm(row, c, squares, sums, first):
     Args:
         squares: [*, *] squares of this tile's raw gradients, float32.
         sums: (scalars, partials, counters).
-        first: (grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters).
+        first: (grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters).
         grad_scale: [1] float32 that the gradients are divided by; NaN stands for found_inf (the step is not to count).
+        lr_scale: [1] float32; a learning rate that is a tensor is multiplied in here, with lr = 1.
         log_beta1, log_beta2: natural logarithms; 1 - beta^t of a small t would lose its digits in float32, and float64 of one
             program for each parameter costs nothing.
         sign: -1 to maximize.
         max_grad_norm: limit of the norm of all ``parameters`` together; 0 for none.
     """
     scalars, partials, counters = sums
-    grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters = first
+    grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters = first
+    lr = lr * tl.load(lr_scale)
     slot = partials + tl.load(row + SLOT)
     count = size(row, COUNT, False)
     tl.store(slot + c, tl.sum(squares))

@@ -200,8 +200,8 @@ def kronecker_tile(row):
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def project_first_kernel(
-    tiles, problems, scalars, partials, counters, grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias,
-    max_grad_norm, parameters, GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    tiles, problems, scalars, partials, counters, grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign,
+    correct_bias, max_grad_norm, parameters, GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
 
@@ -210,7 +210,7 @@ def project_first_kernel(
     """
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
-    first = (grad_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters)
+    first = (grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters)
     if kind == KRONECKER:
         kronecker_tile(row)
     elif kind >= NORM:

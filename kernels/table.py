@@ -44,8 +44,8 @@ SCALARS = tl.constexpr(launch.SCALARS)
 # No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
 # compiles is what runs, and the first steps compile nothing that the second does not use.
 ARGUMENTS = (
-    "tiles problems scalars partials counters grad_scale lr weight_decay log_beta1 log_beta2 sign correct_bias max_grad_norm "
-    "parameters beta1 beta2 eps normalize shampoo_beta"
+    "tiles problems scalars partials counters grad_scale lr_scale lr weight_decay log_beta1 log_beta2 sign correct_bias "
+    "max_grad_norm parameters beta1 beta2 eps normalize shampoo_beta"
 ).split()
 
 # Terms of a partial sum that one pass of `total` reads

@@ -87,7 +87,9 @@ def soap(
     extras: dict[str, float | str | None] = {}
     if function is _fused_soap and fused_on_cuda(exp_avgs):
         extras = {"max_grad_norm": max_grad_norm, "precision": precision}
-    elif max_grad_norm is not None:
+    else:
+        lr = float(lr)
+    if not extras and max_grad_norm is not None:
         grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
     return function(
         params,
@@ -100,7 +102,7 @@ def soap(
         state_steps,
         layouts,
         grad_scale,
-        lr=float(lr),
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         shampoo_beta=shampoo_beta,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .eigenbasis import reexpress_
-from .launch import SCALARS, STAGES, WARPS, Launch, make_tables
+from .eigenbasis import Refresh, reexpress_
+from .launch import SCALARS, STAGES, USABLE, WARPS, Launch, make_tables
 from .plan import Layout
 from .refresh import is_due
 
@@ -118,7 +118,7 @@ def fused_cuda_soap(
     layouts: list[Layout],
     grad_scale: Tensor | None,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     shampoo_beta: float,
@@ -159,13 +159,19 @@ def fused_cuda_soap(
     plan.send(np.asarray([*(address for row in own for address in row), *matrices, *plan.shared], dtype=np.int64))
 
     grad_scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
+    lr_scale = plan.one
+    if isinstance(lr, Tensor):
+        if lr.device == device:  # the kernels read it, the host need not wait
+            lr_scale, lr = lr.to(torch.float32), 1.0
+        else:
+            lr = float(lr)
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     sums = (plan.partials, plan.counters)
     for each in plan.tables.launches:
         tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
         run_launch(
             each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
-            first=(grad_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias),
+            first=(grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias),
                    0.0 if max_grad_norm is None else max_grad_norm, len(params)),
             adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
         )  # fmt: skip
@@ -174,12 +180,18 @@ def fused_cuda_soap(
         for copy, original in zip((param, m, v), originals):
             if copy is not original:
                 original.copy_(copy)
-    usable = plan.scalars[:, 0]
     for step, state_step in zip(steps, state_steps):
         if step is not state_step:
             state_step.copy_(step)
-    _refresh(usable, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts, precondition_frequency,
-             refresh, refresh_tolerance)  # fmt: skip
+    usable = plan.scalars[:, USABLE]  # [P], 1 or 0
+    before = host_steps(exp_avgs, state_steps, usable)
+    due = [
+        (i, k)
+        for i, t in enumerate(before)
+        for k, offset in enumerate(refresh_offsets[i])
+        if is_due(t + 1, int(offset), precondition_frequency, refresh)
+    ]
+    _refresh(due, usable, exp_avgs, exp_avg_sqs, grams, bases, layouts, refresh, refresh_tolerance)
     return []
 
 
@@ -235,28 +247,74 @@ def _plan(
     return plan
 
 
+class _HostStep:
+    """t of a parameter as the host knows it: what it was, and where to look whether the last gradient counted."""
+
+    def __init__(self, identity: tuple[int, int], t: int) -> None:
+        self.identity, self.t = identity, t
+        self.last: tuple[torch.cuda.Event | None, Tensor, int] | None = None
+
+    def before_this_step(self) -> int:
+        if self.last is not None:
+            event, usable, place = self.last
+            if event is not None:
+                event.synchronize()  # of the step before: long done when the next gradient is there
+            self.t += int(usable[place])
+            self.last = None
+        return self.t
+
+
+_host_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> _HostStep
+
+
+def host_steps(exp_avgs: list[Tensor], state_steps: list[Tensor], usable: Tensor) -> list[int]:
+    """t of every parameter before the step that was just launched, without waiting for it.
+
+    Which refresh is due follows from t, and whether t moved is decided on the device. The host reads t once and then follows:
+    every step's flags come back in pinned memory while the next forward pass runs. A step tensor that somebody else wrote to
+    (it has another version, or is another tensor) is read again, less the step that was just launched.
+    """
+    event, flags = None, torch.empty(usable.shape, dtype=usable.dtype, pin_memory=usable.device.type == "cuda")
+    flags.copy_(usable, non_blocking=True)
+    if usable.device.type == "cuda":
+        event = torch.cuda.Event()
+        event.record()
+    result = []
+    for place, (exp_avg, step) in enumerate(zip(exp_avgs, state_steps)):
+        identity = (step.data_ptr(), step._version)
+        known = _host_steps.get(exp_avg)
+        if known is None or known.identity != identity:
+            if event is not None:
+                event.synchronize()
+            known = _host_steps[exp_avg] = _HostStep(identity, int(step) - int(flags[place]))
+        result.append(known.before_this_step())
+        known.last = (event, flags, place)
+    return result
+
+
 def _refresh(
+    due: list[tuple[int, int]],
     usable: Tensor,
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     grams: list[list[Tensor]],
     bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
-    state_steps: list[Tensor],
     layouts: list[Layout],
-    precondition_frequency: int,
     refresh: str,
     refresh_tolerance: float,
 ) -> None:
-    """Refresh what is due with the multi-tensor path's functions, for now; reads the device."""
+    """Refresh the due units (parameter, position of the mode) with the multi-tensor path's functions, for now.
+
+    A unit whose step the device skipped is refreshed to what it was; "adaptive" asks the device which units want it.
+    """
     from .functional import _refresh_units
 
-    steps = torch.stack(state_steps).tolist()
-    due = [
-        (i, k)
-        for i, ok in enumerate(usable.tolist())
-        for k, offset in enumerate(refresh_offsets[i])
-        if ok and is_due(int(steps[i]), int(offset), precondition_frequency, refresh)
-    ]
     for i, refreshed in _refresh_units(due, grams, bases, refresh, refresh_tolerance).items():
+        for k, new in refreshed.items():
+            counts, size = usable[i] != 0, bases[i][k].shape[0]
+            refreshed[k] = Refresh(
+                torch.where(counts, new.order, torch.arange(size, device=usable.device)),
+                torch.where(counts, new.basis, bases[i][k]),
+                torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
+            )
         reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)

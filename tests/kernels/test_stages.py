@@ -90,7 +90,7 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     tiles, problems = table.tensors()
     scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     project_first_kernel[(len(tiles),)](
-        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), 0.1, 0.5,
+        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.ones(1), 0.1, 0.5,
         math.log(0.9), math.log(0.99), -1.0, 1, 0.0, 1, GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
     assert not counters.any()
@@ -118,7 +118,7 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     table.tiles = [(row, launch.NORM, 0, 0)]
     scalars = torch.zeros(1, launch.SCALARS)
     project_first_kernel[(1,)](
-        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), 1.0, 0.0,
+        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.ones(1), 1.0, 0.0,
         math.log(0.95), math.log(beta2), 1.0, 1, 0.0, 1, GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
     want = (1 - beta2**t) ** 0.5 / (1 - 0.95**t)

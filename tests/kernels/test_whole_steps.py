@@ -238,3 +238,30 @@ def test_max_grad_norm(launches, max_norm):
 
         run_lockstep(Raw(reference), Raw(tested), [small], OPTIONS)
     assert len(launches) == 7  # none of its own
+
+
+def test_the_host_reads_t_once_and_then_follows(monkeypatch):
+    """No host synchronisation in a steady step: t is read when it is not known, and again when somebody wrote to it."""
+    made = []
+    original = fused_cuda._HostStep.__init__
+    monkeypatch.setattr(fused_cuda._HostStep, "__init__", lambda self, *a: made.append(a[1]) or original(self, *a))
+    shapes = [(6, 5), (4, 3, 3)]
+    run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
+    gradients = random_gradients(shapes, 9)
+    gradients[4][0][0, 0] = torch.nan
+    for number, grads in enumerate(gradients):
+        if number == 7:
+            run.state_of(0)["step"].fill_(20.0)
+        run.step(grads)
+    assert made == [0, 0, 20]
+    steps = [fused_cuda._host_steps[run.state_of(i)["exp_avg"]].before_this_step() for i in range(2)]
+    assert steps == [22, 8] == [int(run.state_of(i)["step"]) for i in range(2)]
+
+
+def test_a_learning_rate_that_is_a_tensor():
+    shapes = [(6, 5), (4,)]
+    plain, tensor = (SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "lr": lr}) for lr in (0.25, torch.tensor(0.25)))
+    for grads in random_gradients(shapes, 3):
+        plain.step(grads)
+        tensor.step(grads)
+    assert all(torch.equal(p, q) for p, q in zip(plain.params, tensor.params))
