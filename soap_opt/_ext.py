@@ -55,6 +55,8 @@ def _triton_error() -> str | None:
         importlib.import_module("soap_opt.kernels.gram_ema")
     except ImportError as error:
         return f"the Triton kernels do not load: {error}"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, {torch.cuda.get_device_name()} is older"
     return None
 
 

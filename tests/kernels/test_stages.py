@@ -58,8 +58,7 @@ def close(got, want, scale, what):
     assert (error <= 4 * EPS * scale).all(), f"{what}: {float((error / scale).max() / EPS)} eps"
 
 
-@pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("back", "aligned"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)])
 def test_project(back, aligned):
     table, wanted = Table(), []
     for before, depth, inner in VIEWS:
@@ -179,7 +178,7 @@ def test_apply_epilogue(dtype, usable):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("aligned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gram_ema(dtype, aligned):
     """With 3,000 columns several programs share a tile."""
     for before, depth, inner in [*VIEWS, (1, 70, 3000), (5000, 9, 1)]:
