@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .eigenbasis import Refresh, reexpress_
-from .launch import SCALARS, STAGES, USABLE, WARPS, Launch, make_tables
+from .launch import MAX_NUMEL, SCALARS, STAGES, USABLE, WARPS, Launch, make_tables
 from .plan import Layout
 from .refresh import is_due
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
+
+# Elements of one plan, which has two float32 scratch buffers of that many: 2 GiB. Larger models are stepped piece by piece.
+MAX_SCRATCH_NUMEL = 1 << 28
 
 # How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
 # tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
@@ -94,6 +97,19 @@ def skipped_on_device(exp_avg: Tensor | None) -> int:
     return 0 if counter is None else int(counter)
 
 
+def _pieces(layouts: list[Layout]) -> list[list[int]]:
+    """Indices of the parameters that are stepped together; one that is too large for int32 offsets alone."""
+    pieces: list[list[int]] = [[]]
+    numel = 0
+    for i, layout in enumerate(layouts):
+        if pieces[-1] and numel + layout.numel > MAX_SCRATCH_NUMEL:
+            pieces.append([])
+            numel = 0
+        pieces[-1].append(i)
+        numel += layout.numel
+    return pieces
+
+
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
     """The tensor itself when its memory is the layout's [D_1, ..., D_k], else an arranged copy."""
     if tensor.permute(layout.memory_order).is_contiguous():
@@ -135,8 +151,30 @@ def fused_cuda_soap(
 ) -> list[int]:
     """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
 
-    Arguments as there. The result is empty: unusable gradients are counted on the device (:func:`skipped_on_device`).
+    Models of more than MAX_SCRATCH_NUMEL elements take so many for each piece. Arguments as there. The result is empty:
+    unusable gradients are counted on the device (:func:`skipped_on_device`).
     """
+    pieces = _pieces(layouts)
+    if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
+        from .functional import _multi_tensor_soap, clipping_scale
+
+        if max_grad_norm is not None:
+            grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
+        lists = (params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
+        options = {
+            "beta1": beta1, "beta2": beta2, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency, "normalize_grads": normalize_grads, "correct_bias": correct_bias,
+            "refresh": refresh, "refresh_tolerance": refresh_tolerance, "maximize": maximize,
+        }  # fmt: skip
+        unusable = []
+        for piece in pieces:
+            part = [[each[i] for i in piece] for each in lists]
+            if layouts[piece[0]].numel > MAX_NUMEL:
+                unusable += [piece[i] for i in _multi_tensor_soap(*part, grad_scale, lr=float(lr), **options)]
+            else:
+                fused_cuda_soap(*part, grad_scale, lr=lr, precision=precision, **options)
+        return unusable
+
     device = params[0].device
     # Memory that does not lie in the layout's order (merged channels_last views, slices) is stepped on in a copy.
     arranged = [

@@ -279,7 +279,8 @@ class SOAP(Optimizer):
             self.__dict__.pop("_restored", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped}
+        counts = zip((p for group in self.param_groups for p in group["params"]), self.skipped_steps(per_parameter=True))
+        return {**super().__getstate__(), "_skipped": {p: count for p, count in counts if count}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

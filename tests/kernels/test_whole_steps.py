@@ -1,5 +1,7 @@
 """Whole steps of the Triton path in lockstep with the specification, parameters and state."""
 
+import copy
+
 import pytest
 import torch
 from comparison import SoapRun, random_gradients, random_params, run_lockstep
@@ -268,3 +270,23 @@ def test_a_learning_rate_that_is_a_tensor():
         plain.step(grads)
         tensor.step(grads)
     assert all(torch.equal(p, q) for p, q in zip(plain.params, tensor.params))
+
+
+def test_a_model_larger_than_the_scratch_is_stepped_in_pieces(monkeypatch, launches):
+    shapes = [(6, 5), (5,), (9, 4), (7, 3, 2)]
+    monkeypatch.setattr(fused_cuda, "MAX_SCRATCH_NUMEL", 40)
+    assert lockstep(shapes, 4, {"max_grad_norm": 1e6}) > 3
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
+    for grads in random_gradients(shapes, 2):
+        launches.clear()
+        run.step(grads)
+    assert len(launches) == 3 * 5  # (6, 5) and (5,); (9, 4); (7, 3, 2), two of whose modes are one product
+
+
+def test_counts_of_skipped_gradients_survive_a_copy():
+    run = SoapRun(random_params([(6, 5)]), fused=True, **OPTIONS)
+    for grads in random_gradients([(6, 5)], 2):
+        run.step(grads)
+    run.step([torch.full((6, 5), torch.nan)])
+    copied = copy.deepcopy(run.optimizer)
+    assert run.optimizer.skipped_steps() == copied.skipped_steps() == 1
