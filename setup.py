@@ -48,9 +48,10 @@ def compiled() -> dict:
         def get_output_mapping(self) -> dict[str, str]:
             return {built: source for built, source in super().get_output_mapping().items() if Path(built).exists()}
 
-    flags = {"nt": ["/O2", "/openmp"]}.get(
-        os.name, ["-O3", "-fno-math-errno", "-fno-trapping-math", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    )
+    # -fno-..: vectorised sqrt. -Wno-psabi: vectors are passed between inlined functions only.
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"] if os.name != "nt" else ["/O2", "/openmp"]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")
     # OpenMP is compiled in but not linked: its symbols come with torch, so that there is one runtime, which knows that a
     # matrix product inside a parallel region is not to start threads of its own.
     extension = CppExtension(

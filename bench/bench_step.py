@@ -1,50 +1,25 @@
-"""Whole steps on the gradients of a learned image compression model: ours, the reference, an installed peer and Adam.
-
-pytest bench/bench_step.py -s [--save-results]
-"""
+"""Whole steps of every contestant, interleaved: pytest bench/bench_step.py -s [--peer heavyball=path/to/python]"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from pytorch_optimizer import SOAP as PytorchOptimizerSOAP
 
-from soap_opt import SOAP
-
-from .contest import Contest, save, table
-from .models import compressai_problem
-from .reference import ReferenceSOAP
-
-CONTESTANTS = {
-    "reference": lambda params: ReferenceSOAP(params),
-    "pytorch_optimizer": lambda params: PytorchOptimizerSOAP(params, lr=3e-3),
-    "soap_opt multi tensor, staggered": lambda params: SOAP(params, foreach=True),
-    "soap_opt multi tensor, together": lambda params: SOAP(params, foreach=True, refresh="together"),
-    "soap_opt multi tensor, adaptive": lambda params: SOAP(params, foreach=True, refresh="adaptive"),
-    "soap_opt single tensor, staggered": lambda params: SOAP(params, foreach=False),
-    "torch Adam foreach": lambda params: torch.optim.Adam(params, foreach=True),
-    "torch Adam fused": lambda params: torch.optim.Adam(params, fused=True),
-}
-COLUMNS = (
-    "optimizer",
-    "median_ms",
-    "p95_ms",
-    "slowest_ms",
-    "first_ms",
-    "slowest_phase_over_median_phase",
-    "ratio_to_reference",
-    "ratio_to_pytorch_optimizer",
-)
+from .__main__ import STEP_COLUMNS
+from .contest import PERIOD, WARMUP, Contest
+from .models import MODELS
+from .peers import INSTALLED, OTHERS, OURS, STRAIGHTFORWARD, parse_peer
+from .results import table
 
 
-@pytest.mark.parametrize("model", ["bmshj2018-hyperprior"])
+@pytest.mark.parametrize("model", ["bmshj2018-factorized", "bmshj2018-hyperprior", "2000-tensors-4x4"])
 def test_step(benchmark, model: str, request: pytest.FixtureRequest) -> None:
-    contest = Contest(compressai_problem(model), CONTESTANTS, baselines=("reference", "pytorch_optimizer"))
+    peers = [parse_peer(text) for text in request.config.getoption("--peer")]
+    contest = Contest(MODELS[model](), [*OURS, STRAIGHTFORWARD, *INSTALLED, *peers, *OTHERS])
     # pytest-benchmark times whole rounds; what a single optimizer takes is in extra_info and in the table.
-    benchmark.pedantic(contest.round, rounds=2 + 10 * request.config.getoption("--periods"), warmup_rounds=0)
+    benchmark.pedantic(contest.round, rounds=WARMUP + PERIOD, warmup_rounds=0)
+    contest.close()
     rows = contest.summary()
     benchmark.extra_info.update({str(row["optimizer"]): row for row in rows})
     print(f"\n\n{rows[0]['model']}, {rows[0]['parameters']:,} parameters, {torch.get_num_threads()} threads\n")
-    print(table(rows, COLUMNS))
-    if request.config.getoption("--save-results"):
-        print("->", save(f"step_{model}", rows, f"pytest bench/bench_step.py -k {model} -s --save-results"))
+    print(table(rows, STEP_COLUMNS))

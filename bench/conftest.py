@@ -2,5 +2,4 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--save-results", action="store_true", help="write the tables to bench/results/*.csv")
-    parser.addoption("--periods", type=int, default=8, help="refresh periods (of 10 steps) to measure (default: 8)")
+    parser.addoption("--peer", action="append", default=[], help="as for python -m bench: heavyball=path/to/python")

@@ -16,7 +16,7 @@ TORCH_LIBRARY(soap_opt, m) {
   //   refresh_offsets[]                                 0-d int64
   //   state_steps[p]                                    0-d float32
   //   layouts                                           [*] int64, csrc/cpu/layout.h
-  //   scratch                                           [>= scratch_numel(layouts, threads)] of the state's dtype
+  //   scratch                                           [>= scratch_numel(layouts, threads, dtype)] of the state's dtype
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] grams, "
       "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
@@ -24,15 +24,23 @@ TORCH_LIBRARY(soap_opt, m) {
       "int precondition_frequency, bool normalize_grads, bool correct_bias, str refresh, float refresh_tolerance, "
       "bool maximize) -> Tensor");
 
-  // Elements of scratch that step_ needs for these layouts with this many threads.
-  m.def("scratch_numel(Tensor layouts, int threads) -> int");
+  // Step 5 alone, for the first gradient: G <- beta G + (1 - beta) (gradient contracted over all modes but one). Returns
+  // ||gradient||^2 [n] float64; the Grams of a gradient for which it is not finite are left alone. grads[p] [*shape] of any
+  // floating dtype, divided by grad_scale; grams[] [d, d] of scratch's dtype.
+  m.def(
+      "gram_ema_(Tensor[] grads, Tensor(a!)[] grams, Tensor layouts, Tensor(b!) scratch, Tensor? grad_scale, float beta) -> "
+      "Tensor");
+
+  // Elements of scratch that step_ or gram_ema_ needs for these layouts with this many threads and state of this dtype.
+  m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
   // e).Q. Writes the bases, returns for each matrix the permutation [d] int64 and the rotation Q^T Q' [d, d].
   // tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and the identities come back.
   m.def("refresh_basis_(Tensor[] grams, Tensor(a!)[] bases, float tolerance=-1.0) -> (Tensor[] orders, Tensor[] rotations)");
 
-  // Q = flip(eigh(G + 1e-30 I)) of every G, largest eigenvalue first; float64 where float32 does not converge.
+  // Q = flip(eigh(G + 1e-30 I)) of every G [d, d], largest eigenvalue first; in float64 where float32 does not converge, and
+  // an empty tensor where that does not either.
   m.def("init_basis(Tensor[] grams) -> Tensor[]");
 }
 

@@ -34,6 +34,10 @@ def _register_fakes() -> None:
     def _(params, *args, **kwargs):
         return torch.empty(len(params), dtype=torch.bool, device="cpu")
 
+    @torch.library.register_fake("soap_opt::gram_ema_")
+    def _(grads, *args, **kwargs):
+        return torch.empty(len(grads), dtype=torch.float64, device="cpu")
+
     @torch.library.register_fake("soap_opt::refresh_basis_")
     def _(grams, bases, tolerance=-1.0):
         orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]

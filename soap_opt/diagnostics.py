@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import _ext
 from .checkpoint import state_dtype
-from .plan import layout_of, memory_order
+from .functional import use_fused
+from .plan import Layout, layout_of, memory_order, scratch_numel
 from .soap import LAYOUT_OPTIONS, SOAP
 
 KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
@@ -24,10 +27,13 @@ class MemoryReport:
     Attributes:
         by_parameter: for each parameter (its name, or its index over all groups) the bytes of each kind in ``KINDS``.
         shapes: the parameters' shapes.
+        scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
+            thread (about three times the largest parameter for each core); 0 where another implementation runs.
     """
 
     by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    scratch: int = 0
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -36,7 +42,7 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes of all state."""
+        """Bytes of all state, without the scratch."""
         return sum(self.by_kind.values())
 
     def __str__(self) -> str:
@@ -50,6 +56,8 @@ class MemoryReport:
             values = [*(row[kind] for kind in KINDS), sum(row.values())]
             lines.append(f"{name:{width}}  {shape:{shape_width}}" + "".join(f"{_human(value):>12}" for value in values))
         lines.insert(-1, "-" * len(header))
+        if self.scratch:
+            lines.append(f"and {_human(self.scratch)} of scratch, shared by all optimizers")
         return "\n".join(lines)
 
 
@@ -94,21 +102,30 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
 def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
     report = MemoryReport()
     index = 0
+    scratch: dict[torch.dtype, int] = {}
     for group in groups:
+        layouts: dict[torch.dtype, list[Layout]] = {}
         for place, param in enumerate(group["params"]):
             name = group["param_names"][place] if "param_names" in group else str(index)
             index += 1
             report.shapes[name] = tuple(param.shape)
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
+            layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
+            layouts.setdefault(state_dtype(param), []).append(layout)
             state = states.get(param)
             if state:
                 for key, value in state.items():
                     kind = key.rsplit("_", 1)[0] if key.startswith(("gram_", "basis_")) else key
                     row[kind if kind in KINDS else "other"] += value.numel() * value.element_size()
                 continue
-            layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
             itemsize = state_dtype(param).itemsize
             row["exp_avg"] = row["exp_avg_sq"] = param.numel() * itemsize
             row["gram"] = row["basis"] = sum(size * size for size in layout.sizes) * itemsize
             row["other"] = 4 + 1 + 8 * len(layout.modes)  # step, initialized, refresh offsets
+        on_cpu = all(param.device.type == "cpu" for param in group["params"]) and _ext.unavailable("cpu") is None
+        if on_cpu and use_fused(group["params"], group["foreach"], group["fused"]):
+            for dtype, of_dtype in layouts.items():
+                needed = scratch_numel(tuple(of_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
+                scratch[dtype] = max(scratch.get(dtype, 0), needed)
+    report.scratch = sum(scratch.values())
     return report

@@ -217,12 +217,22 @@ class EigenDecompositionError(RuntimeError):
         self.index = index
 
 
-def init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
+def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
     """Q = flip(eigh(G + 1e-30 I)) of every G [d, d]: orthogonal, largest eigenvalue first, contiguous.
+
+    Args:
+        grams: matrices of any sizes.
+        fused: by the compiled operator, which spreads them over the cores.
 
     Raises:
         EigenDecompositionError: eigh did not converge on a matrix, not in float64 either.
     """
+    if fused and grams:
+        made = torch.ops.soap_opt.init_basis(list(grams))
+        for i, (gram, basis) in enumerate(zip(grams, made)):
+            if basis.shape != gram.shape:
+                raise EigenDecompositionError(i, "linalg.eigh: The algorithm failed to converge")
+        return made
     bases: list[Tensor | None] = [None] * len(grams)
     alike: dict[tuple, list[int]] = {}
     for i, gram in enumerate(grams):

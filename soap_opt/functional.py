@@ -6,6 +6,8 @@ the same state, and is tested against it.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def soap(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
+    grams: list[Tensor],
+    bases: list[Tensor],
+    refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
     foreach: bool | None = None,
@@ -58,14 +60,15 @@ def soap(
 ) -> list[int]:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
-    Lists run over parameters. d_i are the sizes of a parameter's preconditioned modes, ``layouts[p].sizes``.
+    Lists run over parameters; those of matrices run over the preconditioned modes, parameter after parameter. d_i are the
+    sizes of a parameter's preconditioned modes, ``layouts[p].sizes``.
 
     Args:
         params: updated in place.
         grads: same shapes; never written.
         exp_avgs, exp_avg_sqs: m and v in the eigenbasis, the parameter's shape, float32 (float64 for float64).
-        grams, bases: for each preconditioned mode G_i and Q_i, [d_i, d_i].
-        refresh_offsets: for each preconditioned mode a 0-d int64 tensor on the CPU.
+        grams, bases: G_i and Q_i, [d_i, d_i].
+        refresh_offsets: of each mode, 0-d int64 tensors on the CPU.
         state_steps: t, 0-d float32 tensors.
         layouts: how each parameter's modes lie.
         foreach, fused: which implementation; both None picks the fastest that works.
@@ -76,9 +79,7 @@ def soap(
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
     """
-    if fused is None and not foreach:
-        fused = False if foreach is False else all(_ext.unavailable(p.device.type) is None for p in params)
-    if fused:
+    if use_fused(params, foreach, fused):
         function = _fused_soap
     elif foreach is None or foreach:
         function = _multi_tensor_soap
@@ -131,6 +132,64 @@ def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm
     return scale / (max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
 
+def use_fused(tensors: list[Tensor], foreach: bool | None, fused: bool | None) -> bool:
+    """Whether the package's own kernels run: where asked for, and by default where they all exist."""
+    if fused is None and foreach is None:
+        return all(_ext.unavailable(device_type) is None for device_type in {t.device.type for t in tensors})
+    return bool(fused)
+
+
+def all_on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether the compiled CPU operators serve all of these: first gradients have no kernels of their own on CUDA."""
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def first_grams(
+    grads: list[Tensor],
+    layouts: list[Layout],
+    dtype: torch.dtype,
+    foreach: bool | None,
+    fused: bool | None,
+    grad_scale: Tensor | None,
+    shampoo_beta: float,
+) -> list[tuple[list[Tensor] | None, bool]]:
+    """Of each first gradient the Grams, (1 - shampoo_beta) times it contracted with itself, [d_i, d_i] for every mode (None
+    where the gradient is not usable, see :func:`is_usable`), and whether anything in it is not zero.
+
+    Args:
+        grads: of any dtype; never written.
+        layouts: how each one's modes lie.
+        dtype: of the state.
+        foreach, fused, grad_scale: as in :func:`soap`.
+        shampoo_beta: decay rate of the Grams.
+    """
+    if use_fused(grads, foreach, fused) and all_on_cpu(grads):
+        grams = [
+            [torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layout.sizes] for grad, layout in zip(grads, layouts)
+        ]
+        kinds = tuple(layouts)
+        squared_norms = torch.ops.soap_opt.gram_ema_(
+            grads, [g for gram in grams for g in gram], layout_table(kinds), scratch(kinds, dtype), grad_scale, shampoo_beta
+        ).tolist()
+        limit = torch.finfo(dtype).max
+        return [(gram if norm <= limit else None, norm > 0) for gram, norm in zip(grams, squared_norms)]
+    result: list[tuple[list[Tensor] | None, bool]] = []
+    for grad, layout in zip(grads, layouts):
+        grad = prepare_gradient(grad, dtype, grad_scale, maximize=False)
+        if is_usable(torch.linalg.vector_norm(grad)):
+            outers = [(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)]
+            result.append((outers, bool(grad.any())))
+        else:
+            result.append((None, True))
+    return result
+
+
+def by_parameter(matrices: list[Tensor], layouts: list[Layout]) -> list[list[Tensor]]:
+    """A flat list over modes as one list for each parameter."""
+    rest = iter(matrices)
+    return [list(itertools.islice(rest, len(layout.modes))) for layout in layouts]
+
+
 def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient of what is minimised, in the state's dtype, GradScaler's scale divided out; never p.grad's own memory
     when anything was changed."""
@@ -155,9 +214,9 @@ def _single_tensor_soap(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
+    grams: list[Tensor],
+    bases: list[Tensor],
+    refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
@@ -177,8 +236,9 @@ def _single_tensor_soap(
 ) -> list[int]:
     """The specification: one parameter after the other, step by step. Arguments and result as in :func:`soap`."""
     skipped = []
-    for i, param in enumerate(params):
-        m, v, gram, basis, layout = exp_avgs[i], exp_avg_sqs[i], grams[i], bases[i], layouts[i]
+    matrices = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
+    for i, (param, gram, basis, offsets) in enumerate(zip(params, *matrices)):
+        m, v, layout = exp_avgs[i], exp_avg_sqs[i], layouts[i]
         grad = prepare_gradient(grads[i], m.dtype, grad_scale, maximize)
         if not is_usable(torch.linalg.vector_norm(grad)):
             skipped.append(i)
@@ -214,7 +274,7 @@ def _single_tensor_soap(
         # 6 refresh:  P = G_i Q_i;  e = diag(Q_i^T P);  Q_i' = qr(P, columns by falling e).Q;  v permuted, m turned
         refreshed: dict[int, Refresh] = {}
         for k, (g, q) in enumerate(zip(gram, basis)):
-            if is_due(int(t), int(refresh_offsets[i][k]), precondition_frequency, refresh):
+            if is_due(int(t), int(offsets[k]), precondition_frequency, refresh):
                 product, eigenvalues = gram_times_basis(g, q)
                 if refresh != "adaptive" or off_diagonal_share(q, product, eigenvalues) > refresh_tolerance:
                     refreshed[k] = refresh_basis(q, product, eigenvalues)
@@ -228,9 +288,9 @@ def _multi_tensor_soap(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
+    grams: list[Tensor],
+    bases: list[Tensor],
+    refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
@@ -252,6 +312,7 @@ def _multi_tensor_soap(
     batched products for small tensors of one layout, batched QR for small bases. Arguments and result as in :func:`soap`.
     """
     skipped: list[int] = []
+    gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     for bucket in buckets(exp_avgs, layouts):
         dtype = exp_avgs[bucket[0]].dtype
         grad = {i: prepare_gradient(grads[i], dtype, grad_scale, maximize) for i in bucket}
@@ -267,7 +328,7 @@ def _multi_tensor_soap(
         # 1 project
         projected: dict[int, Tensor] = {}
         for batch in alike:
-            result = project(_stack(grad, batch), _stack_modes(bases, batch), layouts[batch[0]])
+            result = project(_stack(grad, batch), _stack_modes(basis, batch), layouts[batch[0]])
             projected.update(_unstack(result, batch))
         t = {}
         for i in bucket:
@@ -292,7 +353,7 @@ def _multi_tensor_soap(
         update = dict(zip(bucket, updates))
         del updates
         for batch in alike:
-            result = project_back(_stack(update, batch), _stack_modes(bases, batch), layouts[batch[0]])
+            result = project_back(_stack(update, batch), _stack_modes(basis, batch), layouts[batch[0]])
             update.update(_unstack(result, batch))
 
         # 4 apply
@@ -314,7 +375,7 @@ def _multi_tensor_soap(
         averaged, outers = [], []
         for batch in alike:
             for k, outer in enumerate(outer_products(_stack(grad, batch), layouts[batch[0]])):
-                averaged += [grams[i][k] for i in batch]
+                averaged += [gram[i][k] for i in batch]
                 outers += _unstack(outer, batch).values()
         if averaged:
             torch._foreach_lerp_(averaged, outers, 1 - shampoo_beta)
@@ -323,11 +384,11 @@ def _multi_tensor_soap(
         due = [
             (i, k)
             for i in bucket
-            for k, offset in enumerate(refresh_offsets[i])
+            for k, offset in enumerate(offsets[i])
             if is_due(int(t[i]), int(offset), precondition_frequency, refresh)
         ]
-        for i, refreshed in _refresh_units(due, grams, bases, refresh, refresh_tolerance).items():
-            reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)
+        for i, refreshed in _refresh_units(due, gram, basis, refresh, refresh_tolerance).items():
+            reexpress_(exp_avgs[i], exp_avg_sqs[i], basis[i], layouts[i], refreshed)
     return skipped
 
 
@@ -381,9 +442,9 @@ def _fused_soap(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
+    grams: list[Tensor],
+    bases: list[Tensor],
+    refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
@@ -392,29 +453,40 @@ def _fused_soap(
     """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA.
     Arguments and result as in :func:`soap`."""
     skipped: list[int] = []
+    ends = list(itertools.accumulate(len(layout.modes) for layout in layouts))
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, exp_avg in enumerate(exp_avgs):
         alike.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
     for (device, dtype), indices in alike.items():
+
+        def of(column: list, indices: list[int] = indices) -> list:
+            return column if len(indices) == len(column) else [column[i] for i in indices]
+
+        def of_modes(column: list, indices: list[int] = indices) -> list:
+            if len(indices) == len(params):
+                return column
+            return [x for i in indices for x in column[ends[i] - len(layouts[i].modes) : ends[i]]]
+
         if device.type == "cuda":
             # float64 has no tensor cores to gain from, and rarely a model: the multi-tensor path serves it
             step = fused_cuda_soap if dtype == torch.float32 else _multi_tensor_soap
-            lists = (params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
-            unusable = step(*([each[i] for i in indices] for each in lists), grad_scale, **options)
+            lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
+            matrices = [of_modes(grams), of_modes(bases), of_modes(refresh_offsets)]
+            unusable = step(*lists, *matrices, of(state_steps), of(layouts), grad_scale, **options)
             skipped += [indices[i] for i in unusable]
             continue
-        table = layout_table(tuple(layouts[i] for i in indices))
+        kinds = tuple(of(layouts))
         usable = torch.ops.soap_opt.step_(
-            [params[i] for i in indices],
-            [grads[i] for i in indices],
-            [exp_avgs[i] for i in indices],
-            [exp_avg_sqs[i] for i in indices],
-            [gram for i in indices for gram in grams[i]],
-            [basis for i in indices for basis in bases[i]],
-            [offset for i in indices for offset in refresh_offsets[i]],
-            [state_steps[i] for i in indices],
-            table,
-            scratch(dtype, table),
+            of(params),
+            of(grads),
+            of(exp_avgs),
+            of(exp_avg_sqs),
+            of_modes(grams),
+            of_modes(bases),
+            of_modes(refresh_offsets),
+            of(state_steps),
+            layout_table(kinds),
+            scratch(kinds, dtype),
             grad_scale,
             **options,
         )

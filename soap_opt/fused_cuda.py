@@ -127,9 +127,9 @@ def fused_cuda_soap(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh_offsets: list[list[Tensor]],
+    grams: list[Tensor],
+    bases: list[Tensor],
+    refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
@@ -154,13 +154,13 @@ def fused_cuda_soap(
     Models of more than MAX_SCRATCH_NUMEL elements take so many for each piece. Arguments as there. The result is empty:
     unusable gradients are counted on the device (:func:`skipped_on_device`).
     """
+    from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
+
     pieces = _pieces(layouts)
     if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
-        from .functional import _multi_tensor_soap, clipping_scale
-
         if max_grad_norm is not None:
             grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
-        lists = (params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
+        matrices = [by_parameter(column, layouts) for column in (grams, bases, refresh_offsets)]
         options = {
             "beta1": beta1, "beta2": beta2, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency, "normalize_grads": normalize_grads, "correct_bias": correct_bias,
@@ -168,7 +168,9 @@ def fused_cuda_soap(
         }  # fmt: skip
         unusable = []
         for piece in pieces:
-            part = [[each[i] for i in piece] for each in lists]
+            part = [[each[i] for i in piece] for each in (params, grads, exp_avgs, exp_avg_sqs)]
+            part += [[matrix for i in piece for matrix in each[i]] for each in matrices]
+            part += [[each[i] for i in piece] for each in (state_steps, layouts)]
             if layouts[piece[0]].numel > MAX_NUMEL:
                 unusable += [piece[i] for i in _multi_tensor_soap(*part, grad_scale, lr=float(lr), **options)]
             else:
@@ -192,7 +194,7 @@ def fused_cuda_soap(
         [*(tensor.data_ptr() for tensor in (grad, param, m, v, step, skip))]
         for (param, grad, m, v), step, skip in zip(arranged, steps, skipped)
     ]
-    matrices = [q.data_ptr() for basis in bases for q in basis] + [g.data_ptr() for gram in grams for g in gram]
+    matrices = [matrix.data_ptr() for matrix in (*bases, *grams)]
     plan = _plan(exp_avgs[0], layouts, [a[1] for a in arranged], params, np.asarray(own, dtype=np.int64), normalize_grads)
     plan.send(np.asarray([*(address for row in own for address in row), *matrices, *plan.shared], dtype=np.int64))
 
@@ -222,14 +224,15 @@ def fused_cuda_soap(
         if step is not state_step:
             state_step.copy_(step)
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
+    gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     before = host_steps(exp_avgs, state_steps, usable)
     due = [
         (i, k)
         for i, t in enumerate(before)
-        for k, offset in enumerate(refresh_offsets[i])
+        for k, offset in enumerate(offsets[i])
         if is_due(t + 1, int(offset), precondition_frequency, refresh)
     ]
-    _refresh(due, usable, exp_avgs, exp_avg_sqs, grams, bases, layouts, refresh, refresh_tolerance)
+    _refresh(due, usable, exp_avgs, exp_avg_sqs, gram, basis, layouts, refresh, refresh_tolerance)
     return []
 
 

@@ -74,6 +74,19 @@ class Layout:
     def _view_inverse(self) -> tuple[int, ...]:
         return _inverse(self.view_order)
 
+    # The state's keys, one for each of modes (made once: a step that formatted them would spend a microsecond each time)
+    @cached_property
+    def gram_keys(self) -> tuple[str, ...]:
+        return tuple(f"gram_{mode}" for mode in self.modes)
+
+    @cached_property
+    def basis_keys(self) -> tuple[str, ...]:
+        return tuple(f"basis_{mode}" for mode in self.modes)
+
+    @cached_property
+    def offset_keys(self) -> tuple[str, ...]:
+        return tuple(f"refresh_offset_{mode}" for mode in self.modes)
+
     def arrange(self, x: Tensor) -> Tensor:
         """[*batch, *shape] -> [*batch, *group widths], dimensions in memory order; a view unless x has other strides."""
         batch = x.dim() - len(self.shape)
@@ -87,7 +100,7 @@ class Layout:
 
     @cached_property
     def encoded(self) -> tuple[int, ...]:
-        """What csrc/cpu/layout.h decodes: ndim, order.., numel, groups, then for each group width, modes, positions.., sizes.."""
+        """One layout of :func:`layout_table`: ndim, order.., numel, groups; for each group width, modes, positions, sizes."""
         code = [len(self.memory_order), *self.memory_order, self.numel, len(self.groups)]
         for group in self.groups:
             code += [group.width, len(group.modes), *(self.modes.index(mode) for mode in group.modes), *group.sizes]
@@ -162,7 +175,7 @@ def layout_of(
     identity = tuple(range(len(shape)))
     numel = math.prod(shape)
     view_order, view_shape = identity, shape
-    if merge_dims:
+    if merge_dims and numel > 0:
         # data_format says how the dimensions are to be read, which matters only for what is a neighbour of what
         if data_format == "channels_last" and len(shape) == 4:
             view_order = (0, 3, 1, 2)
@@ -175,7 +188,7 @@ def layout_of(
     modes = tuple(i for i, size in enumerate(view_shape) if eligible and 1 < size <= max_precond_dim)
 
     # Sizes in the order of memory, each with its mode number or None
-    in_memory = range(len(view_shape)) if merge_dims else order
+    in_memory = range(len(view_shape)) if view_shape is not shape else order
     groups: list[Group] = []
     for i in in_memory:
         size = view_shape[i]
@@ -234,24 +247,29 @@ def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
 
 @lru_cache(maxsize=64)
 def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
-    """The layouts as the int64 table that the compiled operators take, [*] on the CPU."""
-    return torch.tensor([len(layouts), *(code for layout in layouts for code in layout.encoded)], dtype=torch.int64)
+    """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU: each distinct one once."""
+    distinct = {layout: place for place, layout in enumerate(dict.fromkeys(layouts))}
+    codes = [code for layout in distinct for code in layout.encoded]
+    return torch.tensor(
+        [len(distinct), len(layouts), *(distinct[layout] for layout in layouts), *codes], dtype=torch.int64, device="cpu"
+    )
 
 
 _memory = threading.local()
 
 
-def scratch(dtype: torch.dtype, table: Tensor) -> Tensor:
-    """The compiled CPU step's scratch for a table of layouts: [*] of dtype, kept between steps and shared by all optimizers
-    of a thread. A step that allocated it anew would spend as long on page faults as on the elementwise work."""
+def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
+    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
+    allocated it anew would spend as long on page faults as on the elementwise work."""
     kept: dict[torch.dtype, Tensor] = _memory.__dict__
-    needed = scratch_numel(table)
+    needed = scratch_numel(layouts, dtype, torch.get_num_threads())
     if dtype not in kept or kept[dtype].numel() < needed:
         kept.pop(dtype, None)
         kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
     return kept[dtype]
 
 
-def scratch_numel(table: Tensor) -> int:
-    """Elements of scratch: three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
-    return torch.ops.soap_opt.scratch_numel(table, torch.get_num_threads())
+@lru_cache(maxsize=64)
+def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
+    """Elements of scratch: about three buffers of the largest parameter, for each thread up to 2^21 elements and once above."""
+    return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from . import _ext
 from .checkpoint import restore_state, state_dtype
-from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases, outer_products
-from .functional import clipping_scale, is_usable, prepare_gradient, soap
+from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
+from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
 from .fused_cuda import scale_or_nan, skipped_on_device
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
@@ -30,6 +30,17 @@ _REFUSED = {
     "amsgrad": "the running maximum of v would mix coordinates of different eigenbases after every refresh",
     "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
 }
+
+
+class _Work(NamedTuple):
+    """A group's parameters that have a gradient. Parallel lists: an object for each parameter would keep Python's garbage
+    collector busy for a third of a step of 2,000 small ones."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor] | None]
+    layouts: list[Layout]
 
 
 class SOAP(Optimizer):
@@ -218,27 +229,32 @@ class SOAP(Optimizer):
 
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # Every check comes before the first change.
-        work = [(group, self._params_with_grad(group)) for group in self.param_groups]
+        work = [self._with_grad(group) for group in self.param_groups]
+        pending = [
+            (w.group, param) for w in work for param, state in zip(w.params, w.states) if not (state and state["initialized"])
+        ]
         if found_inf is not None:
-            if all(_steps_on_device(group, p) and self._is_initialized(p) for group, params in work for p in params):
+            if not pending and all(_steps_on_device(w.group, param) for w in work for param in w.params):
                 grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
             elif float(found_inf) != 0:
                 return loss
-        with full_precision_matmul({p.device.type for _, params in work for p in params}):
+        with full_precision_matmul({param.device.type for w in work for param in w.params}):
             scales = [grad_scale] * len(work)
-            pending = [[p for p in params if not self._is_initialized(p)] for _, params in work]
-            if any(pending):
-                for i, (group, params) in enumerate(work):
-                    if pending[i] and group["max_grad_norm"] is not None:  # else the steady step knows all norms itself
-                        scales[i] = clipping_scale([p.grad for p in params], grad_scale, group["max_grad_norm"])
-                self._initialize([(group, p, s) for (group, _), ps, s in zip(work, pending, scales) for p in ps])
+            if pending:
+                groups = {id(group) for group, _ in pending}
+                for i, w in enumerate(work):
+                    limit = w.group["max_grad_norm"]
+                    if limit is not None and id(w.group) in groups:  # else the steady step knows all norms itself
+                        scales[i] = clipping_scale(w.grads, grad_scale, limit)
+                self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
+                waiting = {param for _, param in pending}
                 work = [
-                    (group, [p for p in params if p not in waiting])
-                    for (group, params), waiting in zip(work, map(set, pending))
+                    _Work(w.group, *([x for x, p in zip(column, w.params) if p not in waiting] for column in w[1:]))
+                    for w in work
                 ]
-            for (group, params), scale in zip(work, scales):
-                if params:
-                    self._steady_step(group, params, scale, group["max_grad_norm"] if scale is grad_scale else None)
+            for w, scale in zip(work, scales):
+                if w.params:
+                    self._steady_step(w, scale, w.group["max_grad_norm"] if scale is grad_scale else None)
         return loss
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
@@ -333,29 +349,32 @@ class SOAP(Optimizer):
                 index += 1
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _params_with_grad(self, group: dict[str, Any]) -> list[Tensor]:
+    def _with_grad(self, group: dict[str, Any]) -> _Work:
         """The group's parameters that have a gradient, after every check that could fail."""
         check_options(group)
-        params = []
+        options = tuple(group[name] for name in LAYOUT_OPTIONS)
+        work = _Work(group, [], [], [], [])
         for param in group["params"]:
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
-            if param.grad.layout is not torch.strided:
+            if grad.layout is not torch.strided:
                 raise RuntimeError(
-                    f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {param.grad.layout}"
+                    f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {grad.layout}"
                 )
-            _require_fused(group, param.device.type)
-            self._layout(param, group)
-            params.append(param)
-        return params
+            known = self._layouts.get(param)
+            layout = known[1] if known is not None and known[0] == options else self._layout(param, group)
+            work.params.append(param)
+            work.grads.append(grad)
+            work.states.append(self.state.get(param))
+            work.layouts.append(layout)
+        for device_type in {param.device.type for param in work.params} if group["fused"] else ():
+            _require_fused(group, device_type)
+        return work
 
-    def _is_initialized(self, param: Tensor) -> bool:
-        state = self.state.get(param)
-        return bool(state) and bool(state["initialized"])
-
-    def _allocate(self, pending: list[tuple[dict[str, Any], Tensor]]) -> None:
-        """State of zeros, in which initialized is False, for each of the parameters that has none."""
-        new = [(group, p) for group, p in pending if not self.state.get(p)]
+    def _allocate(self, params: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """State without Grams and bases, in which initialized is False, for each of the parameters that has none."""
+        new = [(group, p) for group, p in params if not self.state.get(p)]
         offsets = self._refresh_offsets() if new else {}
         for group, param in new:
             layout = self._layout(param, group)
@@ -365,10 +384,8 @@ class SOAP(Optimizer):
             state["initialized"] = torch.tensor(False, device="cpu")
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            for mode, size, offset in zip(layout.modes, layout.sizes, offsets[param]):
-                state[f"gram_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
-                state[f"basis_{mode}"] = torch.zeros(size, size, dtype=dtype, device=param.device)
-                state[f"refresh_offset_{mode}"] = torch.tensor(offset, dtype=torch.int64, device="cpu")
+            for key, offset in zip(layout.offset_keys, offsets[param]):
+                state[key] = torch.tensor(offset, dtype=torch.int64, device="cpu")
 
     def _add_missing_offsets(self) -> None:
         """Offsets for state that came without them: a checkpoint of the original implementation."""
@@ -402,56 +419,66 @@ class SOAP(Optimizer):
                 offsets[param].append(offset)
         return offsets
 
-    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor, Tensor | None]]) -> None:
+    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], scales: dict[int, Tensor | None]) -> None:
         """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
-        allocate, ready, grams, owners = [], [], [], []
-        for group, param, grad_scale in pending:
-            grad = prepare_gradient(param.grad, state_dtype(param), grad_scale, maximize=False)
-            norm = torch.linalg.vector_norm(grad)
-            if not is_usable(norm):
-                self._skip(param)
-                continue
-            allocate.append((group, param))
-            if norm == 0:
-                continue
-            layout = self._layout(param, group)
-            outers = outer_products(grad, layout)
-            ready.append((param, layout, len(grams)))
-            grams += [(outer * (1 - _shampoo_beta(group))).contiguous() for outer in outers]
-            owners += [(param, mode) for mode in layout.modes]
+        usable: list[tuple[dict[str, Any], Tensor]] = []
+        unusable: list[Tensor] = []
+        grams: list[Tensor] = []
+        owners: list[tuple[Tensor, str, str]] = []  # of each Gram: the parameter, the keys of the Gram and of its basis
+        zeros: set[Tensor] = set()
+        kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor]]] = {}
+        for group, param in pending:
+            kinds.setdefault((id(group), state_dtype(param)), (group, []))[1].append(param)
+        engine = True
+        for (_, dtype), (group, params) in kinds.items():
+            gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
+            how = group["foreach"], group["fused"]
+            engine = engine and use_fused(gradients, *how) and all_on_cpu(gradients)
+            made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], _shampoo_beta(group))
+            for param, layout, (outers, says_something) in zip(params, layouts, made):
+                if outers is None:
+                    unusable.append(param)
+                    continue
+                usable.append((group, param))
+                if not says_something:
+                    zeros.add(param)
+                grams += outers
+                owners += [(param, *keys) for keys in zip(layout.gram_keys, layout.basis_keys)]
+        wanted = [i for i, (param, _, _) in enumerate(owners) if param not in zeros]
         try:
-            bases = init_bases(grams)
+            bases = dict(zip(wanted, init_bases([grams[i] for i in wanted], fused=engine)))
         except EigenDecompositionError as error:
-            param, mode = owners[error.index]
+            param, key, _ = owners[wanted[error.index]]
             state = self.state.get(param)
             raise RuntimeError(
-                f"SOAP: eigh failed on the Gram of mode {mode} of {self._describe(param)} at step "
-                f"{int(state['step']) if state else 0}, in {grams[error.index].dtype} and in float64 ({error}); "
+                f"SOAP: eigh failed on the Gram of mode {key[5:]} of {self._describe(param)} at step "
+                f"{int(state['step']) if state else 0}, in {state_dtype(param)} and in float64 ({error}); "
                 "nothing has changed"
             ) from error
 
-        self._allocate(allocate)
-        for param, layout, first in ready:
+        for param in unusable:
+            self._skip(param)
+        self._allocate(usable)
+        for i, (param, gram_key, basis_key) in enumerate(owners):
             state = self.state[param]
-            for place, mode in enumerate(layout.modes, start=first):
-                state[f"gram_{mode}"].copy_(grams[place])
-                state[f"basis_{mode}"].copy_(bases[place])
-            state["initialized"].fill_(True)
+            if param not in zeros or gram_key not in state:  # (a second gradient of zeros finds them in place)
+                state[gram_key] = grams[i]
+                state[basis_key] = bases[i] if i in bases else torch.zeros_like(grams[i])
+        for _, param in usable:
+            if param not in zeros:
+                self.state[param]["initialized"].fill_(True)
 
-    def _steady_step(
-        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float | None
-    ) -> None:
-        states = [self.state[p] for p in params]
-        layouts = [self._layout(p, group) for p in params]
+    def _steady_step(self, work: _Work, grad_scale: Tensor | None, max_grad_norm: float | None) -> None:
+        group, params, grads, states, layouts = work
         beta1, beta2 = group["betas"]
         skipped = soap(
             params,
-            [p.grad for p in params],
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [[state[f"gram_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
-            [[state[f"basis_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
-            [[state[f"refresh_offset_{i}"] for i in layout.modes] for state, layout in zip(states, layouts)],
+            [state[key] for state, layout in zip(states, layouts) for key in layout.gram_keys],
+            [state[key] for state, layout in zip(states, layouts) for key in layout.basis_keys],
+            [state[key] for state, layout in zip(states, layouts) for key in layout.offset_keys],
             [state["step"] for state in states],
             layouts,
             foreach=group["foreach"],

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import soap_opt
+
 # deadline: torch's first call of an operator is slow. derandomize in CI: a red build must be red again tomorrow.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
@@ -16,6 +18,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    params = request.node.callspec.params
+    if params.get("tested") == "fused" or params.get("flags", {}).get("fused"):
+        reason = soap_opt._ext.unavailable(request.param)
+        if reason is not None:
+            pytest.skip(reason)
     return request.param
 
 

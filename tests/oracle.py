@@ -59,7 +59,7 @@ class View:
         self.shape = tuple(shape)
         self.permutation = list(range(len(shape)))
         self.merged = list(shape)
-        if options["merge_dims"]:
+        if options["merge_dims"] and math.prod(shape) > 0:
             if options["data_format"] == "channels_last" and len(shape) == 4:
                 self.permutation = [0, 3, 1, 2]
             self.merged = merged_shape([shape[i] for i in self.permutation], options["max_precond_dim"])
@@ -84,9 +84,9 @@ def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
 
 def contraction(x: Tensor, mode: int) -> Tensor:
-    """X contracted with itself over all modes but one."""
+    """X contracted with itself over all modes but one; added up in float64, so that the oracle is not the noisy one."""
     others = [i for i in range(x.dim()) if i != mode]
-    return torch.tensordot(x, x, dims=(others, others))
+    return torch.tensordot(x.double(), x.double(), dims=(others, others)).to(x.dtype)
 
 
 def to_eigenbasis(x: Tensor, state: dict[str, Tensor], view: View) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from comparison import SoapRun, random_gradients, random_params
+from comparison import IMPLEMENTATIONS, SoapRun, every_implementation, implementations, random_gradients, random_params
 from oracle import Oracle, original_state_dict
 from test_parity import theirs_of
 from torch import nn
@@ -57,17 +57,17 @@ def assert_equal_runs(a, b):
 # ---- resuming -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("foreach", BOTH)
+@every_implementation
 @pytest.mark.parametrize("refresh", POLICIES)
-def test_a_checkpoint_of_any_step_resumes_to_the_bit(refresh, foreach):
+def test_a_checkpoint_of_any_step_resumes_to_the_bit(refresh, flags):
     """Written at each of eight steps, through a whole period and past it; options come from the checkpoint."""
-    options = {"refresh": refresh, "precondition_frequency": 3, "lr": 0.02, "foreach": foreach, "refresh_tolerance": 0.1}
+    options = {"refresh": refresh, "precondition_frequency": 3, "lr": 0.02, "refresh_tolerance": 0.1, **flags}
     gradients = random_gradients(SHAPES, 14, missing=0.1)
     run = SoapRun(random_params(SHAPES), **options)
     others = []
     for number, grads in enumerate(gradients):
         if number < 8:
-            others.append(resumed(run, foreach=foreach))
+            others.append(resumed(run, **flags))
         run.step(grads)
         for other in others if number < 8 else ():
             other.step(grads)
@@ -125,15 +125,16 @@ def test_dtypes_and_memory_formats_resume_to_the_bit(dtype):
     assert_equal_runs(run, other)
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_a_checkpoint_of_one_implementation_continues_in_the_other(foreach):
+@every_implementation
+@pytest.mark.parametrize("then", implementations("single", "multi", "fused"))
+def test_a_checkpoint_of_one_implementation_continues_in_another(flags, then):
     options = {"refresh": "staggered", "precondition_frequency": 3}
-    run = SoapRun(random_params(SHAPES), foreach=foreach, **options)
+    run = SoapRun(random_params(SHAPES), **flags, **options)
     gradients = random_gradients(SHAPES, 9)
     for grads in gradients[:5]:
         run.step(grads)
     other = resumed(run)
-    other.optimizer.param_groups[0]["foreach"] = not foreach
+    other.optimizer.param_groups[0].update({"foreach": None, "fused": None, **IMPLEMENTATIONS[then]})
     for grads in gradients[5:7]:
         run.step(grads)
         other.step(grads)
@@ -492,10 +493,10 @@ ORIGINALS = {
 }
 
 
-@pytest.mark.parametrize("foreach", BOTH)
+@every_implementation
 @pytest.mark.parametrize("space", ["eigenbasis", "parameter"])
 @pytest.mark.parametrize("case", ORIGINALS)
-def test_a_run_of_the_original_continues(case, space, foreach):
+def test_a_run_of_the_original_continues(case, space, flags):
     """The oracle's run, written as the original would, and the loaded optimizer, side by side for a dozen steps."""
     shapes, options = ORIGINALS[case]
     options = {**options, "precondition_frequency": 3, "lr": 0.01}
@@ -504,7 +505,7 @@ def test_a_run_of_the_original_continues(case, space, foreach):
     for grads in gradients[:11]:
         oracle.step(grads)
     checkpoint = original_state_dict(oracle, exp_avg_space=space, flip_size_one=True)
-    run = SoapRun(oracle.params, refresh="together", foreach=foreach, data_format=oracle.options["data_format"])
+    run = SoapRun(oracle.params, refresh="together", **flags, data_format=oracle.options["data_format"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing differs, nothing is to be said
         soap_opt.load_original_state_dict(run.optimizer, saved(checkpoint), exp_avg_space=space)

@@ -1,11 +1,20 @@
-"""The chooser; the specification against the oracle, the multi-tensor path against the specification."""
+"""The chooser; the specification against the oracle, the multi-tensor and the fused path against the specification."""
 
 import contextlib
 import re
 
 import pytest
 import torch
-from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
+from comparison import (
+    IMPLEMENTATIONS,
+    OracleRun,
+    SoapRun,
+    every_implementation,
+    implementations,
+    random_gradients,
+    random_params,
+    run_lockstep,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -40,12 +49,12 @@ STEPS = 24
 
 def lockstep(params, gradients, options, tested="multi", before_step=None):
     reference = SoapRun(params, foreach=False, **options)
-    other = OracleRun(params, **options) if tested == "oracle" else SoapRun(params, foreach=True, **options)
+    other = OracleRun(params, **options) if tested == "oracle" else SoapRun(params, **IMPLEMENTATIONS[tested], **options)
     return run_lockstep(reference, other, gradients, options, before_step)
 
 
 @pytest.mark.parametrize("refresh", POLICIES)
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 def test_lockstep_of_every_layout(device, tested, refresh):
     options = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": refresh}
     gradients = random_gradients(SHAPES, STEPS, missing=0.1, rank_one=0.2, device=device)
@@ -53,7 +62,7 @@ def test_lockstep_of_every_layout(device, tested, refresh):
     assert refreshed > 100  # 21 modes, several refreshes of each: the comparison did see refreshed bases
 
 
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_lockstep_of_dtypes(device, tested, dtype):
     options = {"lr": 0.05, "precondition_frequency": 4, "refresh": "staggered"}
@@ -61,7 +70,7 @@ def test_lockstep_of_dtypes(device, tested, dtype):
     assert lockstep(random_params(SHAPES, dtype=dtype, device=device), gradients, options, tested) > 30
 
 
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,7 +128,7 @@ def problems(draw):
     return shapes, options, dtype, kind, draw(st.integers(0, 2**20))
 
 
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 @settings(max_examples=40)
 @given(problem=problems())
 def test_lockstep_of_anything(tested, problem):
@@ -129,7 +138,7 @@ def test_lockstep_of_anything(tested, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 @settings(max_examples=250)
 @given(problem=problems())
 def test_lockstep_of_anything_at_length(tested, problem):
@@ -138,24 +147,27 @@ def test_lockstep_of_anything_at_length(tested, problem):
     lockstep(random_params(shapes, seed, dtype=dtype), gradients, options, tested)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_lockstep_of_sizes_that_are_looped(device, threads):
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tested", implementations("multi", "fused"))
+def test_lockstep_of_sizes_that_are_looped(device, tested, threads):
     """Beyond the measured sizes: bases above 64 are decomposed one by one, tensors above 4,096 elements are not stacked."""
     torch.set_num_threads(threads)
     shapes = [(96, 80), (96, 80), (70, 5), (70, 5), (20, 24, 5, 5), (20, 24, 5, 5), (64, 64), (64, 64)]
     options = {"lr": 0.01, "precondition_frequency": 3, "refresh": "staggered"}
     params = random_params(shapes, device=device)
-    assert lockstep(params, random_gradients(shapes, 8, device=device), options) > 20
+    assert lockstep(params, random_gradients(shapes, 8, device=device), options, tested) > 20
 
 
-def test_lockstep_over_several_buckets():
+@pytest.mark.parametrize("tested", implementations("multi", "fused"))
+def test_lockstep_over_several_buckets(tested):
     """More than the 2^19 elements that one bucket of the CPU path holds."""
     shapes = [(512, 1100), (8, 8), (300, 500), (700, 600), (8, 8)]
     options = {"lr": 0.01, "max_precond_dim": 16, "refresh": "together", "precondition_frequency": 2}
-    lockstep(random_params(shapes), random_gradients(shapes, 4), options)
+    lockstep(random_params(shapes), random_gradients(shapes, 4), options, tested)
 
 
-def test_lockstep_of_a_mixture_in_one_group(device):
+@pytest.mark.parametrize("tested", implementations("multi", "fused"))
+def test_lockstep_of_a_mixture_in_one_group(device, tested):
     """Dtypes and devices mixed in one group, which torch's own optimizers allow."""
     params, gradients = [], [[] for _ in range(10)]
     for place in {"cpu", device}:
@@ -164,7 +176,7 @@ def test_lockstep_of_a_mixture_in_one_group(device):
             params += random_params(shapes, len(params), dtype=dtype, device=place)
             for row, new in zip(gradients, random_gradients(shapes, 10, len(params), dtype=dtype, device=place)):
                 row += new
-    lockstep(params, gradients, {"precondition_frequency": 2, "refresh": "staggered", "lr": 0.1})
+    lockstep(params, gradients, {"precondition_frequency": 2, "refresh": "staggered", "lr": 0.1}, tested)
 
 
 def strided(x, order):
@@ -173,7 +185,7 @@ def strided(x, order):
     return x.permute(order).contiguous().permute(inverse)
 
 
-@pytest.mark.parametrize("tested", ["oracle", "multi"])
+@pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
 def test_lockstep_of_memory_formats(device, tested):
     params, gradients = [], [[] for _ in range(12)]
     cases = [
@@ -226,11 +238,11 @@ def test_parameters_that_overlap_no_memory_but_are_not_dense():
         torch.testing.assert_close(sliced.detach(), plain.params[0].detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_hyper_parameters_changed_on_the_way_take_effect(foreach):
+@every_implementation
+def test_hyper_parameters_changed_on_the_way_take_effect(flags):
     shapes = [(6, 5), (4, 3, 3, 3), (4,)]
     options = {"refresh": "together", "precondition_frequency": 3}
-    reference, tested = SoapRun(random_params(shapes), foreach=foreach, **options), OracleRun(random_params(shapes), **options)
+    reference, tested = SoapRun(random_params(shapes), **flags, **options), OracleRun(random_params(shapes), **options)
     changes = {
         2: {"lr": 0.1},
         4: {"betas": (0.5, 0.8)},
@@ -254,11 +266,11 @@ def test_hyper_parameters_changed_on_the_way_take_effect(foreach):
     run_lockstep(reference, tested, random_gradients(shapes, 26), options, change)
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_never_modified(foreach, dtype):
+def test_gradients_are_never_modified(flags, dtype):
     shapes = [(6, 5), (4, 3, 3, 3), (4,), (), (6, 5)]
-    run = SoapRun(random_params(shapes, dtype=dtype), foreach=foreach, maximize=True, normalize_grads=True)
+    run = SoapRun(random_params(shapes, dtype=dtype), **flags, maximize=True, normalize_grads=True)
     run.optimizer.grad_scale = torch.tensor(4.0)
     for grads in random_gradients(shapes, 4, dtype=dtype):
         run.step(grads)
@@ -267,11 +279,11 @@ def test_gradients_are_never_modified(foreach, dtype):
     assert all(float(run.state_of(i)["step"]) == 3 for i in range(len(shapes)))
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_grad_scale_is_divided_out_before_the_gram(foreach):
+@every_implementation
+def test_grad_scale_is_divided_out_before_the_gram(flags):
     """A power of two scales without rounding: the result is the same to the bit."""
     shapes = [(6, 5), (4, 3, 3, 3), (4,)]
-    plain, scaled = (SoapRun(random_params(shapes), foreach=foreach, precondition_frequency=2) for _ in range(2))
+    plain, scaled = (SoapRun(random_params(shapes), **flags, precondition_frequency=2) for _ in range(2))
     scaled.optimizer.grad_scale = torch.tensor([1024.0])
     for grads in random_gradients(shapes, 6):
         plain.step(grads)
@@ -282,16 +294,16 @@ def test_grad_scale_is_divided_out_before_the_gram(foreach):
             assert torch.equal(value, scaled.state_of(i)[key]), key
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@every_implementation
 @pytest.mark.parametrize("correct_bias", [True, False])
-def test_identity_bases_reduce_to_adam_one_step_later(foreach, correct_bias):
+def test_identity_bases_reduce_to_adam_one_step_later(flags, correct_bias):
     """Without modes (max_precond_dim=0) SOAP is Adam that skips its first gradient.
 
     Adam adds eps to sqrt(v / (1 - b2^t)), SOAP to sqrt(v): with eps <= 1e-8 and gradients of about 1 that is nothing.
     """
     shapes = [(6, 5), (4, 3, 3, 3), (4,), ()]
     run = SoapRun(random_params(shapes), lr=0.01, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0, max_precond_dim=0,
-                  correct_bias=correct_bias, foreach=foreach)  # fmt: skip
+                  correct_bias=correct_bias, **flags)  # fmt: skip
     twins = [nn.Parameter(p.clone()) for p in random_params(shapes)]
     adam = torch.optim.Adam(twins, lr=0.01, betas=(0.9, 0.99), eps=1e-10)
     for number, grads in enumerate(random_gradients(shapes, 40)):
@@ -311,11 +323,11 @@ def test_identity_bases_reduce_to_adam_one_step_later(foreach, correct_bias):
             assert run.state_of(i)["step"] == adam.state[twin]["step"]
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_identity_bases_in_the_state_reduce_to_adam_too(foreach):
+@every_implementation
+def test_identity_bases_in_the_state_reduce_to_adam_too(flags):
     """The mode products do nothing with Q = I; a frequency beyond the run keeps the bases as they are."""
     shapes = [(6, 5), (4, 3, 3, 3), (16, 16)]
-    run = SoapRun(random_params(shapes), lr=0.01, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0, foreach=foreach,
+    run = SoapRun(random_params(shapes), lr=0.01, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0, **flags,
                   precondition_frequency=10**9, refresh="together")  # fmt: skip
     twins = [nn.Parameter(p.clone()) for p in random_params(shapes)]
     adam = torch.optim.Adam(twins, lr=0.01, betas=(0.9, 0.99), eps=1e-10)
@@ -483,12 +495,12 @@ def test_step_size(t):
     assert step_size(0.1, t, 0.9, 0.99, False) == 0.1
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@every_implementation
 @pytest.mark.parametrize("refresh", POLICIES)
-def test_bases_stay_orthogonal_over_hundreds_of_steps(foreach, refresh):
+def test_bases_stay_orthogonal_over_hundreds_of_steps(flags, refresh):
     """Each refresh makes its basis anew by QR, so errors must not add up: after 300 refreshes as good as after one."""
     shapes = [(12, 9), (6, 4, 3, 3), (20, 4)]
-    run = SoapRun(random_params(shapes), foreach=foreach, precondition_frequency=1, refresh=refresh)
+    run = SoapRun(random_params(shapes), **flags, precondition_frequency=1, refresh=refresh)
     for grads in random_gradients(shapes, 300, rank_one=0.5):
         run.step(grads)
     for i in range(len(shapes)):

@@ -209,18 +209,19 @@ def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
     original = soap.soap
 
     def mutated(params, grads, m, v, grams, bases, offsets, steps, layouts, *args, **kwargs):
+        gram, basis = functional.by_parameter(grams, layouts), functional.by_parameter(bases, layouts)
         for k, layout in enumerate(layouts):
             due = functional.is_due(int(steps[k]) + 1, 0, kwargs["precondition_frequency"], "together")
             for i, outer in enumerate(eigenbasis.outer_products(grads[k], layout)):
                 beta = kwargs["shampoo_beta"]
-                grams[k][i].lerp_(outer, 1 - beta)
+                gram[k][i].lerp_(outer, 1 - beta)
             if due:
                 refreshed = {
                     i: eigenbasis.refresh_basis(q, *eigenbasis.gram_times_basis(g, q))
-                    for i, (g, q) in enumerate(zip(grams[k], bases[k]))
+                    for i, (g, q) in enumerate(zip(gram[k], basis[k]))
                 }
-                eigenbasis.reexpress_(m[k], v[k], bases[k], layout, refreshed)
-        kept = [[g.clone() for g in row] for row in grams]
+                eigenbasis.reexpress_(m[k], v[k], basis[k], layout, refreshed)
+        kept = [g.clone() for g in grams]
         skipped = original(
             params, grads, m, v, kept, bases, offsets, steps, layouts, *args, **{**kwargs, "precondition_frequency": 10**9}
         )
@@ -233,8 +234,8 @@ def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
 @pytest.mark.parametrize("foreach", BOTH)
 def test_gram_with_bias_correction(monkeypatch, foreach):
     """Scaling a Gram leaves its eigenvectors alone, so only a comparison of state can see it."""
-    original = soap.outer_products
-    monkeypatch.setattr(soap, "outer_products", lambda *a: [20 * outer for outer in original(*a)])
+    original = soap.first_grams
+    monkeypatch.setattr(soap, "first_grams", lambda *a: [([20 * g for g in grams], some) for grams, some in original(*a)])
     assert_lockstep_fails(foreach)
 
 
@@ -245,7 +246,7 @@ def test_first_gradient_is_used_twice(monkeypatch, foreach):
     def mutated(self, pending, grad_scale):
         original(self, pending, grad_scale)
         for group in self.param_groups:
-            self._steady_step(group, [p for g, p in pending if g is group], grad_scale)
+            self._steady_step(self._with_grad(group), grad_scale)
 
     monkeypatch.setattr(soap.SOAP, "_initialize", mutated)
     assert_caught(foreach)

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import pytorch_optimizer
 import torch
-from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
+from comparison import OracleRun, SoapRun, every_implementation, random_gradients, random_params, run_lockstep
 from oracle import Oracle, from_eigenbasis
 from torch import nn
 
@@ -51,9 +51,9 @@ def run_of(case, device="cpu", **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("foreach", [False, True])
-def test_original(device, foreach, case):
-    run = run_of(case, device, foreach=foreach)
+@every_implementation
+def test_original(device, flags, case):
+    run = run_of(case, device, **flags)
     if device != "cpu":
         step = run.step
         run.step = lambda grads: step([g.to(device) for g in grads])
@@ -104,7 +104,7 @@ def theirs_of(params, **options):
 PYTORCH_OPTIMIZER_CASES = {
     "plain": ([(8, 8), (6, 4, 3, 3), (5, 3, 4), (6,)], {}),
     "frequency 1": ([(8, 8), (6, 4, 3, 3)], {"precondition_frequency": 1}),
-    "betas": ([(7, 7), (6, 8)], {"betas": (0.9, 0.99), "shampoo_beta": 0.8, "precondition_frequency": 2}),
+    "betas": ([(7, 7), (8, 8)], {"betas": (0.9, 0.99), "shampoo_beta": 0.8, "precondition_frequency": 2}),
     "decay": ([(8, 8)], {"weight_decay": 0.3, "lr": 0.01}),
     "no bias correction": ([(8, 8)], {"correct_bias": False, "precondition_frequency": 3}),
     "normalised": ([(8, 8), (6, 6)], {"normalize_grads": True, "precondition_frequency": 5}),
@@ -118,13 +118,13 @@ PYTORCH_OPTIMIZER_CASES = {
 }
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@every_implementation
 @pytest.mark.parametrize("case", PYTORCH_OPTIMIZER_CASES)
-def test_pytorch_optimizer(case, foreach):
+def test_pytorch_optimizer(case, flags):
     """Free-running, parameters and state, with Grams of full rank. Theirs keeps m in parameter space: turned for comparison."""
     shapes, options = PYTORCH_OPTIMIZER_CASES[case]
     params = random_params(shapes, seed=3)
-    ours = SoapRun(params, **options, refresh="together", foreach=foreach)
+    ours = SoapRun(params, **options, refresh="together", **flags)
     twins, theirs = theirs_of(params, **options)
     for grads in random_gradients(shapes, 25, seed=3):
         ours.step(grads)
@@ -148,14 +148,14 @@ def test_pytorch_optimizer(case, foreach):
             assert (basis * signs - other["Q"][mode]).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@every_implementation
 @pytest.mark.parametrize("reference", ["oracle", "pytorch_optimizer"])
-def test_precondition_1d_in_lockstep(foreach, reference):
+def test_precondition_1d_in_lockstep(flags, reference):
     """1-D Grams: g g^T has rank one, so that trajectories may not be compared freely; one step from equal state may.
 
     pytorch_optimizer gets our state before each of its steps and is compared on the update."""
     shapes, options = [(6,), (9,)], {"precondition_1d": True, "precondition_frequency": 2, "weight_decay": 0.1}
-    ours = SoapRun(random_params(shapes), **options, refresh="together", foreach=foreach)
+    ours = SoapRun(random_params(shapes), **options, refresh="together", **flags)
     if reference == "oracle":
         options = {**options, "refresh": "together"}
         assert run_lockstep(ours, OracleRun(random_params(shapes), **options), random_gradients(shapes, 40), options) > 30

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from comparison import SoapRun, random_gradients, random_params
+from comparison import SoapRun, every_implementation, random_gradients, random_params
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle
@@ -12,8 +12,6 @@ from torch import nn
 
 from soap_opt import SOAP
 from soap_opt.refresh import POLICIES, balanced_offsets, is_due, unit_flops
-
-BOTH = [False, True]
 
 
 def due_steps(offset, frequency, policy, until=13):
@@ -53,16 +51,16 @@ SHAPES = [(6, 5), (4, 3, 3, 3), (4,), (6, 5), (1, 7)]
 UNITS = {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (3, 0), (3, 1), (4, 1)}
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_together_refreshes_everything_at_multiples(foreach):
-    run = SoapRun(random_params(SHAPES), refresh="together", precondition_frequency=4, foreach=foreach)
+@every_implementation
+def test_together_refreshes_everything_at_multiples(flags):
+    run = SoapRun(random_params(SHAPES), refresh="together", precondition_frequency=4, **flags)
     for t, changed in refresh_steps(run, random_gradients(SHAPES, 14)).items():
         assert changed == (UNITS if t % 4 == 0 else set())
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_staggered_refreshes_each_unit_once_a_period(foreach):
-    run = SoapRun(random_params(SHAPES), refresh="staggered", precondition_frequency=4, foreach=foreach)
+@every_implementation
+def test_staggered_refreshes_each_unit_once_a_period(flags):
+    run = SoapRun(random_params(SHAPES), refresh="staggered", precondition_frequency=4, **flags)
     changes = refresh_steps(run, random_gradients(SHAPES, 14))
     offsets = {(i, mode): int(run.state_of(i)[f"refresh_offset_{mode}"]) for i, mode in UNITS}
     assert set(offsets.values()) == {0, 1, 2, 3}
@@ -70,10 +68,10 @@ def test_staggered_refreshes_each_unit_once_a_period(foreach):
         assert changed == {unit for unit, offset in offsets.items() if (t + offset) % 4 == 0}
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_a_skipped_step_is_not_due(foreach):
+@every_implementation
+def test_a_skipped_step_is_not_due(flags):
     """Due means that the step was applied: a missing or bad gradient at t = 4 moves the refresh to the next applied one."""
-    run = SoapRun(random_params([(6, 5)]), refresh="together", precondition_frequency=4, foreach=foreach)
+    run = SoapRun(random_params([(6, 5)]), refresh="together", precondition_frequency=4, **flags)
     gradients = random_gradients([(6, 5)], 6)
     for grads in gradients[:4]:
         run.step(grads)  # t = 3
@@ -110,13 +108,13 @@ def test_the_policy_may_change_too():
     assert all(0 < len(changed) < len(UNITS) for changed in changes.values())
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_adaptive_follows_its_criterion(foreach):
+@every_implementation
+def test_adaptive_follows_its_criterion(flags):
     """A due unit is refreshed when off(B) > tolerance ||B||_F, B = Q^T G Q written out, and not otherwise."""
     shapes = [(6, 5), (7, 4), (5, 5), (8, 8)]
     gradients = random_gradients(shapes, 30)
     refreshed = passed_over = 0
-    run = SoapRun(random_params(shapes), refresh="adaptive", precondition_frequency=2, refresh_tolerance=0.25, foreach=foreach)
+    run = SoapRun(random_params(shapes), refresh="adaptive", precondition_frequency=2, refresh_tolerance=0.25, **flags)
     for t, grads in enumerate(gradients):
         before = [{k: v.clone() for k, v in run.state_of(i).items()} for i in range(len(shapes))]
         run.step(grads)
@@ -151,10 +149,10 @@ def test_adaptive_with_a_tolerance_of_zero_is_staggered_and_of_one_is_never():
     assert not any(refresh_steps(runs["none"], gradients, 10).values())
 
 
-@pytest.mark.parametrize("foreach", BOTH)
-def test_adaptive_passes_over_a_gram_that_has_become_zero(foreach):
+@every_implementation
+def test_adaptive_passes_over_a_gram_that_has_become_zero(flags):
     """||P||_F = 0 skips: 0 / 0 is not larger than the tolerance."""
-    run = SoapRun(random_params([(4, 3), (4, 3)]), refresh="adaptive", precondition_frequency=1, foreach=foreach)
+    run = SoapRun(random_params([(4, 3), (4, 3)]), refresh="adaptive", precondition_frequency=1, **flags)
     gradients = random_gradients([(4, 3), (4, 3)], 3)
     run.step(gradients[0])
     run.state_of(0)["gram_0"].zero_()

@@ -1,4 +1,4 @@
-// How a parameter's modes lie: soap_opt.plan.Layout, as the int64 table that Layout.encode() writes.
+// How a parameter's modes lie: soap_opt.plan.Layout, as the int64 table that plan.layout_table writes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,47 +32,45 @@ struct Layout {
   }
 };
 
-// [n, then for each parameter: ndim, order.., numel, groups, then for each group: width, modes, positions.., sizes..]
-inline std::vector<Layout> decode(const at::Tensor& table) {
-  TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous(), "layouts must be a contiguous int64 tensor");
-  const int64_t* next = table.const_data_ptr<int64_t>();
-  std::vector<Layout> layouts(*next++);
-  for (auto& layout : layouts) {
-    layout.order.resize(*next++);
-    for (auto& dim : layout.order) dim = *next++;
-    layout.numel = *next++;
-    layout.groups.resize(*next++);
-    for (auto& group : layout.groups) {
-      group.width = *next++;
-      const int64_t modes = *next++;
-      group.positions.assign(next, next + modes);
-      group.sizes.assign(next + modes, next + 2 * modes);
-      next += 2 * modes;
-      layout.modes += modes;
-      layout.rotating &= modes > 0;
+// Layouts of a list of parameters. Many parameters share one.
+struct Layouts {
+  std::vector<Layout> distinct;
+  const int64_t* which; // [size], into distinct; the table's own memory
+  int64_t size;
+
+  const Layout& operator[](int64_t i) const { return distinct[which[i]]; }
+
+  // [distinct layouts, parameters, which.., then for each layout: ndim, order.., numel, groups, then for each group: width,
+  // modes, positions.., sizes..]
+  explicit Layouts(const at::Tensor& table) {
+    TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous(), "layouts must be a contiguous int64 tensor");
+    const int64_t* next = table.const_data_ptr<int64_t>();
+    distinct.resize(*next++);
+    size = *next++;
+    which = next;
+    next += size;
+    for (auto& layout : distinct) {
+      layout.order.resize(*next++);
+      for (auto& dim : layout.order) dim = *next++;
+      layout.numel = *next++;
+      layout.groups.resize(*next++);
+      for (auto& group : layout.groups) {
+        group.width = *next++;
+        const int64_t modes = *next++;
+        group.positions.assign(next, next + modes);
+        group.sizes.assign(next + modes, next + 2 * modes);
+        next += 2 * modes;
+        layout.modes += modes;
+        layout.rotating &= modes > 0;
+      }
     }
   }
-  return layouts;
-}
+};
 
-// Larger parameters are stepped one at a time with all threads; smaller ones one a thread, several at once: a gemm on one
-// core runs at a higher rate than its share of one that two cores split, and needs no barrier.
+// Larger parameters are stepped one at a time, with all threads in BLAS; smaller ones one a core (blocked.h), several at once.
 constexpr int64_t kParallelNumel = int64_t(1) << 21;
 
 // Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
 constexpr int64_t kKroneckerWidth = 64;
-
-// Per worker: the gradient where it has to be converted, two buffers that products go between, and a Kronecker product
-// with its Gram.
-inline int64_t worker_scratch(int64_t largest) { return 3 * largest + 2 * kKroneckerWidth * kKroneckerWidth; }
-
-inline int64_t scratch_numel(const std::vector<Layout>& layouts, int64_t threads) {
-  int64_t small = 0, large = 0;
-  for (const auto& layout : layouts) {
-    auto& largest = layout.numel > kParallelNumel ? large : small;
-    largest = std::max(largest, layout.numel);
-  }
-  return std::max(worker_scratch(large), threads * worker_scratch(small));
-}
 
 } // namespace soap_opt

@@ -1,32 +1,20 @@
 #include "loops.h"
 
+#include <algorithm>
 #include <cmath>
 
-// GCC makes one clone per instruction set and an ifunc that picks one when the library is loaded. Elsewhere (clang, MSVC,
-// other processors, musl) the baseline is what there is.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
-#define SOAP_OPT_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define SOAP_OPT_CLONES
-#endif
-#if defined(__GNUC__)
-#define SOAP_OPT_INLINE inline __attribute__((always_inline))
-#define SOAP_OPT_RESTRICT __restrict__
-#else
-#define SOAP_OPT_INLINE inline
-#define SOAP_OPT_RESTRICT
-#endif
+#include "simd.h"
 
 namespace soap_opt {
 namespace {
 
-template <typename T>
-SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T* SOAP_OPT_RESTRICT g, int64_t n,
-                               double beta1, double beta2, double eps_) {
-  const T w1 = T(1 - beta1), b2 = T(beta2), w2 = T(1 - beta2), eps = T(eps_);
+template <typename I, typename T>
+SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T* SOAP_OPT_RESTRICT g, int64_t n, double beta1,
+                               double beta2, double eps_) {
+  const T b1 = T(beta1), w1 = T(1 - beta1), b2 = T(beta2), w2 = T(1 - beta2), eps = T(eps_);
   for (int64_t i = 0; i < n; ++i) {
     const T gi = g[i];
-    const T mi = m[i] + w1 * (gi - m[i]);
+    const T mi = b1 * m[i] + w1 * gi; // m + w1 (g - m) loses digits of g where w1 is near 1
     const T vi = b2 * v[i] + w2 * gi * gi;
     m[i] = mi;
     v[i] = vi;
@@ -34,7 +22,7 @@ SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T
   }
 }
 
-template <typename T>
+template <typename I, typename T>
 SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
   constexpr int64_t lanes = 64; // independent sums: the compiler may not reorder a single one
   T sums[lanes] = {};
@@ -47,19 +35,30 @@ SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
   return total;
 }
 
-template <typename P, typename T>
+template <typename I, typename P, typename T>
 SOAP_OPT_INLINE void apply_body(P* SOAP_OPT_RESTRICT p, const T* SOAP_OPT_RESTRICT u, int64_t n, double step_, double keep_) {
   const T step = T(step_), keep = T(keep_);
   for (int64_t i = 0; i < n; ++i) p[i] = P((T(p[i]) - step * u[i]) * keep);
 }
 
-template <typename T>
-SOAP_OPT_INLINE void lerp_body(T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y, int64_t n, double weight_) {
-  const T weight = T(weight_);
-  for (int64_t i = 0; i < n; ++i) x[i] += weight * (y[i] - x[i]);
+template <typename I, typename T>
+SOAP_OPT_INLINE void gram_from_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* SOAP_OPT_RESTRICT sum, int64_t ld, int64_t d,
+                                             double beta_) {
+  const T beta = T(beta_), weight = T(1 - beta_);
+  constexpr int64_t block = 16; // the mirrored store walks down columns: in blocks, so that their lines stay in cache
+  for (int64_t first = 0; first < d; first += block) {
+    const int64_t end = std::min(d, first + block);
+    for (int64_t left = 0; left < end; left += block)
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t right = std::min(i + 1, left + block);
+        T* row = gram + i * d;
+        for (int64_t j = left; j < right; ++j) row[j] = beta * row[j] + weight * sum[i * ld + j];
+        for (int64_t j = left; j < std::min(i, right); ++j) gram[j * d + i] = row[j];
+      }
+  }
 }
 
-template <typename T>
+template <typename I, typename T>
 SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const T* SOAP_OPT_RESTRICT a, int64_t ai, int64_t ak,
                                      const T* SOAP_OPT_RESTRICT b, int64_t bk, int64_t bj, int64_t m, int64_t n, int64_t k,
                                      double alpha_, double beta_) {
@@ -80,22 +79,22 @@ SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const 
 
 } // namespace
 
-#define SOAP_OPT_FOR(T)                                                                                                   \
-  SOAP_OPT_CLONES void adam(T* m, T* v, T* g, int64_t n, double beta1, double beta2, double eps) {                          \
-    adam_body<T>(m, v, g, n, beta1, beta2, eps);                                                                            \
-  }                                                                                                                         \
-  SOAP_OPT_CLONES T sum_squares(const T* x, int64_t n) { return sum_squares_body<T>(x, n); }                                \
-  SOAP_OPT_CLONES void lerp(T* x, const T* y, int64_t n, double weight) { lerp_body<T>(x, y, n, weight); }                  \
-  SOAP_OPT_CLONES void small_gemm(T* c, int64_t ldc, const T* a, int64_t ai, int64_t ak, const T* b, int64_t bk,             \
-                                  int64_t bj, int64_t m, int64_t n, int64_t k, double alpha, double beta) {                 \
-    small_gemm_body<T>(c, ldc, a, ai, ak, b, bk, bj, m, n, k, alpha, beta);                                                  \
-  }
+#define SOAP_OPT_FOR(T)                                                                                                       \
+  SOAP_OPT_VERSIONS(, void, adam, adam_body, (T * m, T * v, T * g, int64_t n, double beta1, double beta2, double eps),         \
+                    (m, v, g, n, beta1, beta2, eps))                                                                          \
+  SOAP_OPT_VERSIONS(, T, sum_squares, sum_squares_body, (const T* x, int64_t n), (x, n))                                      \
+  SOAP_OPT_VERSIONS(, void, gram_from_triangle, gram_from_triangle_body,                                                      \
+                    (T * gram, const T* sum, int64_t ld, int64_t d, double beta), (gram, sum, ld, d, beta))                    \
+  SOAP_OPT_VERSIONS(, void, small_gemm, small_gemm_body,                                                                      \
+                    (T * c, int64_t ldc, const T* a, int64_t ai, int64_t ak, const T* b, int64_t bk, int64_t bj, int64_t m,    \
+                     int64_t n, int64_t k, double alpha, double beta),                                                        \
+                    (c, ldc, a, ai, ak, b, bk, bj, m, n, k, alpha, beta))
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)
 #undef SOAP_OPT_FOR
 
-#define SOAP_OPT_APPLY(P, T)                                                                                              \
-  SOAP_OPT_CLONES void apply(P* p, const T* u, int64_t n, double step, double keep) { apply_body<P, T>(p, u, n, step, keep); }
+#define SOAP_OPT_APPLY(P, T)                                                                                                  \
+  SOAP_OPT_VERSIONS(, void, apply, apply_body, (P * p, const T* u, int64_t n, double step, double keep), (p, u, n, step, keep))
 SOAP_OPT_APPLY(float, float)
 SOAP_OPT_APPLY(double, double)
 SOAP_OPT_APPLY(c10::BFloat16, float)

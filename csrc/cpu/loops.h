@@ -1,4 +1,4 @@
-// Plain loops over arrays, vectorised by the compiler for several instruction sets and picked at load (no -march=native).
+// Plain loops over arrays, which the compiler vectorises.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -8,7 +8,7 @@
 
 namespace soap_opt {
 
-// m <- m + (1 - b1)(g - m);  v <- b2 v + (1 - b2) g^2;  g <- m / (sqrt(v) + eps).  All [n].
+// m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  g <- m / (sqrt(v) + eps).  All [n].
 void adam(float* m, float* v, float* g, int64_t n, double beta1, double beta2, double eps);
 void adam(double* m, double* v, double* g, int64_t n, double beta1, double beta2, double eps);
 
@@ -22,9 +22,9 @@ void apply(double* p, const double* u, int64_t n, double step, double keep);
 void apply(c10::BFloat16* p, const float* u, int64_t n, double step, double keep);
 void apply(c10::Half* p, const float* u, int64_t n, double step, double keep);
 
-// x <- x + weight (y - x)
-void lerp(float* x, const float* y, int64_t n, double weight);
-void lerp(double* x, const double* y, int64_t n, double weight);
+// gram [d, d] <- beta gram + (1 - beta) sum, sum [d, d] with row stride ld, of which only the lower triangle is read.
+void gram_from_triangle(float* gram, const float* sum, int64_t ld, int64_t d, double beta);
+void gram_from_triangle(double* gram, const double* sum, int64_t ld, int64_t d, double beta);
 
 // c[i, j] (row stride ldc) <- beta c + alpha sum_k a[i, k] b[k, j], any strides: for products too small for a BLAS call.
 void small_gemm(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak, const float* b, int64_t bk, int64_t bj,

@@ -139,61 +139,55 @@ void mirror(T* gram, int64_t d) {
     for (int64_t j = 0; j < i; ++j) gram[j * d + i] = gram[i * d + j];
 }
 
-// out [d, d] <- the Kronecker Gram [D, D] with every factor but `keep` traced out.
+// out [d, d] <- the Kronecker Gram [D, D] (row stride ld) with every factor but `keep` traced out; lower triangles.
 template <typename T>
-void partial_trace(const T* whole, const Group& group, size_t keep, T* out) {
-  const int64_t d = group.sizes[keep], width = group.width;
+void partial_trace(const T* whole, int64_t ld, const Group& group, size_t keep, T* out) {
+  const int64_t d = group.sizes[keep];
   int64_t inner = 1; // stride of the kept factor within D
   for (size_t f = keep + 1; f < group.sizes.size(); ++f) inner *= group.sizes[f];
-  const int64_t outer = width / (d * inner);
+  const int64_t outer = group.width / (d * inner);
   for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < d; ++j) {
+    for (int64_t j = 0; j <= i; ++j) {
       T sum = 0;
       for (int64_t o = 0; o < outer; ++o)
-        for (int64_t r = 0; r < inner; ++r)
-          sum += whole[((o * d + i) * inner + r) * width + (o * d + j) * inner + r];
+        for (int64_t r = 0; r < inner; ++r) sum += whole[((o * d + i) * inner + r) * ld + (o * d + j) * inner + r];
       out[i * d + j] = sum;
     }
 }
 
-// G_i <- beta G_i + (1 - beta) (x contracted with itself over all modes but i), for every preconditioned mode.
+// G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group.
 // buffer [numel] and room [2 * kKroneckerWidth^2] are scratch.
 template <typename T>
-void gram_ema(const Layout& layout, const T* x, T* const* grams, T* buffer, T* room, double beta) {
-  int64_t before = 1;
-  for (const Group& group : layout.groups) {
-    const int64_t width = group.width, after = layout.numel / (before * width);
-    if (!group.positions.empty()) {
-      const bool single = group.positions.size() == 1;
-      T* gram = single ? grams[group.positions[0]] : room;
-      double alpha = single ? 1 - beta : 1, keep = single ? beta : 0;
-      if (before == 1) {
-        gram_triangle<T>(gram, width, width, Matrix<const T>(x, width, after).t(), alpha, keep);
-      } else if (after == 1) {
-        gram_triangle<T>(gram, width, width, {x, before, width}, alpha, keep);
-      } else {
-        // A middle mode [A, D, B]: blocks of A are gathered to [D, a B], so that one product contracts a B at once
-        // (128 products over 25 run at 80 GF/s, transposed into one at 132).
-        const int64_t block = std::max<int64_t>(1, std::min<int64_t>(before, (int64_t(1) << 16) / (width * after)));
-        for (int64_t first = 0; first < before; first += block) {
-          const int64_t count = std::min(block, before - first), columns = count * after;
-          for (int64_t a = 0; a < count; ++a)
-            for (int64_t i = 0; i < width; ++i)
-              std::copy_n(x + ((first + a) * width + i) * after, after, buffer + i * columns + a * after);
-          gram_triangle<T>(gram, width, width, Matrix<const T>(buffer, width, columns).t(), alpha, first == 0 ? keep : 1);
-        }
-      }
-      if (single) {
-        if (width >= 96) mirror(gram, width);
-      } else {
-        T* trace = room + kKroneckerWidth * kKroneckerWidth;
-        for (size_t f = 0; f < group.positions.size(); ++f) {
-          partial_trace(room, group, f, trace);
-          lerp(grams[group.positions[f]], trace, group.sizes[f] * group.sizes[f], 1 - beta);
-        }
-      }
+void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t after, T* const* grams, T* buffer, T* room,
+                    double beta) {
+  const int64_t width = group.width;
+  const bool single = group.positions.size() == 1;
+  T* gram = single ? grams[group.positions[0]] : room;
+  const double alpha = single ? 1 - beta : 1, keep = single ? beta : 0;
+  if (before == 1) {
+    gram_triangle<T>(gram, width, width, Matrix<const T>(x, width, after).t(), alpha, keep);
+  } else if (after == 1) {
+    gram_triangle<T>(gram, width, width, {x, before, width}, alpha, keep);
+  } else {
+    // A middle mode [A, D, B]: blocks of A are gathered to [D, a B], so that one product contracts a B at once
+    // (128 products over 25 run at 80 GF/s, transposed into one at 132).
+    const int64_t block = std::max<int64_t>(1, std::min<int64_t>(before, (int64_t(1) << 16) / (width * after)));
+    for (int64_t first = 0; first < before; first += block) {
+      const int64_t count = std::min(block, before - first), columns = count * after;
+      for (int64_t a = 0; a < count; ++a)
+        for (int64_t i = 0; i < width; ++i)
+          std::copy_n(x + ((first + a) * width + i) * after, after, buffer + i * columns + a * after);
+      gram_triangle<T>(gram, width, width, Matrix<const T>(buffer, width, columns).t(), alpha, first == 0 ? keep : 1);
     }
-    before *= width;
+  }
+  if (single) {
+    mirror(gram, width);
+    return;
+  }
+  T* trace = room + kKroneckerWidth * kKroneckerWidth;
+  for (size_t f = 0; f < group.positions.size(); ++f) {
+    partial_trace(gram, width, group, f, trace);
+    gram_from_triangle(grams[group.positions[f]], trace, group.sizes[f], group.sizes[f], beta);
   }
 }
 

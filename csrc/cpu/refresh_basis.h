@@ -1,20 +1,26 @@
-// Refreshing bases on the CPU: LAPACK through ATen, one matrix at a time.
+// Refreshing one basis on the CPU.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include <optional>
+#include <vector>
 
 namespace soap_opt {
 
+// Larger matrices are decomposed one at a time, with all threads in LAPACK; the others one a core.
+constexpr int64_t kThreadedSize = 512;
+
+template <typename T>
 struct Refresh {
-  at::Tensor order;    // [d] int64: sorts the estimated eigenvalues, largest first
-  at::Tensor basis;    // [d, d] the new Q'
-  at::Tensor rotation; // [d, d] Q^T Q' with the unpermuted Q
+  bool done = false;          // false: the basis still diagonalises its Gram, everything else is empty
+  std::vector<int64_t> order; // [d] sorts the estimated eigenvalues, largest first
+  std::vector<T> basis;       // [d, d] the new Q'
+  std::vector<T> rotation;    // [d, d] Q^T Q' with the unpermuted Q
 };
 
-// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Empty when tolerance >= 0 and
-// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis are [d, d]; nothing is written.
-std::optional<Refresh> refresh_basis(const at::Tensor& gram, const at::Tensor& basis, double tolerance);
+// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Not done when tolerance >= 0 and
+// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis: [d, d] row-major; nothing is written.
+template <typename T>
+Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance);
 
 } // namespace soap_opt

@@ -2,16 +2,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <numeric>
-
-#include "layout.h"
-#include "loops.h"
+#include "blocked.h"
 #include "products.h"
 #include "refresh_basis.h"
+#include "task.h"
 
 namespace soap_opt {
 namespace {
@@ -24,137 +20,92 @@ struct Options {
   double scale; // the gradients are divided by it
 };
 
-// One parameter's share of the lists.
-struct Task {
-  const Layout* layout;
-  at::Tensor param, grad, exp_avg, exp_avg_sq;
-  at::Tensor step;
-  at::TensorList grams, bases;
-  std::vector<int64_t> due; // positions of the modes to refresh in this step
-  double cost;
-  bool* usable;
-};
-
-// Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
-constexpr int64_t kGrain = 1 << 15;
-
-template <typename T>
-T parallel_sum_squares(const T* x, int64_t n) {
-  if (n <= kGrain) return sum_squares(x, n);
-  return at::parallel_reduce(0, n, kGrain, T(0), [&](int64_t b, int64_t e, T sum) { return sum + sum_squares(x + b, e - b); },
-                             std::plus<T>());
+// lr c / rms(U)
+double update_size(double t, double mean_square, const Options& options) {
+  double size = options.lr;
+  if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
+  return options.normalize ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
 
-// The tensor with its dimensions in memory order, contiguous; the tensor's own memory wherever that is so already.
-at::Tensor arranged(const at::Tensor& x, const Layout& layout) { return x.permute(layout.order).contiguous(); }
-
-template <typename T, typename P>
-void apply_update(P* p, const T* u, int64_t n, double size, double keep) {
-  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(p + b, u + b, e - b, size, keep); });
-}
-
+// v [A, D, B] <- its D permuted, in place; buffer [D, B].
 template <typename T>
-void apply_update(const at::Tensor& param, const T* u, const Layout& layout, double size, double keep) {
-  const at::Tensor view = param.permute(layout.order);
-  const at::Tensor memory = view.contiguous();
-  switch (param.scalar_type()) {
-    case at::kBFloat16:
-      if constexpr (std::is_same_v<T, float>) apply_update(memory.data_ptr<at::BFloat16>(), u, layout.numel, size, keep);
-      break;
-    case at::kHalf:
-      if constexpr (std::is_same_v<T, float>) apply_update(memory.data_ptr<at::Half>(), u, layout.numel, size, keep);
-      break;
-    default:
-      apply_update(memory.data_ptr<T>(), u, layout.numel, size, keep);
+void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t after, T* buffer) {
+  const int64_t width = order.size(), slab = width * after;
+  for (int64_t a = 0; a < before; ++a, v += slab) {
+    std::copy_n(v, slab, buffer);
+    if (after == 1)
+      for (int64_t j = 0; j < width; ++j) v[j] = buffer[order[j]];
+    else
+      for (int64_t j = 0; j < width; ++j) copy_runs<T>(v + j * after, 0, buffer + order[j] * after, 0, 1, after);
   }
-  if (memory.data_ptr() != view.data_ptr()) view.copy_(memory); // strides with holes or of another order
 }
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-template <typename T>
-void refresh_modes(const Task& task, T* m, T* v, T* buffer, T* room, const Options& options) {
+// turn(group index, rotation [D, D], A, B): m <- m x_g rotation. buffer [numel].
+template <typename T, typename Turn>
+void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Turn& turn) {
   const Layout& layout = *task.layout;
-  std::vector<std::optional<Refresh>> refreshed(layout.modes);
+  std::vector<Refresh<T>> refreshed(layout.modes);
   bool any = false;
-  for (int64_t position : task.due) {
-    refreshed[position] = refresh_basis(task.grams[position], task.bases[position], options.adaptive ? options.tolerance : -1);
-    any |= refreshed[position].has_value();
+  for (int64_t k : task.due) {
+    refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0),
+                                    options.adaptive ? options.tolerance : -1);
+    any |= refreshed[k].done;
   }
   if (!any) return;
   int64_t before = 1;
-  for (const Group& group : layout.groups) {
+  for (size_t g = 0; g < layout.groups.size(); ++g) {
+    const Group& group = layout.groups[g];
     const int64_t width = group.width, after = layout.numel / (before * width);
-    if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t p) { return refreshed[p].has_value(); })) {
-      // The group's permutation and rotation: those of its modes, the identity for modes that are not due
+    if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done; })) {
+      // The group's permutation and rotation [D, D]: those of its modes, the identity for modes that are not due
       std::vector<int64_t> order(1, 0);
-      at::Tensor rotation = at::ones({1, 1}, task.exp_avg.options());
+      std::vector<T> rotation(1, T(1));
       for (size_t f = 0; f < group.positions.size(); ++f) {
-        const auto& mode = refreshed[group.positions[f]];
-        std::vector<int64_t> next;
-        const int64_t* ranks = mode ? mode->order.template const_data_ptr<int64_t>() : nullptr;
-        for (int64_t i : order)
-          for (int64_t j = 0; j < group.sizes[f]; ++j) next.push_back(i * group.sizes[f] + (ranks ? ranks[j] : j));
-        order = std::move(next);
-        rotation = at::kron(rotation, mode ? mode->rotation : at::eye(group.sizes[f], rotation.options()));
-      }
-      at::parallel_for(0, before, std::max<int64_t>(1, kGrain / (width * after)), [&](int64_t b, int64_t e) {
-        for (int64_t a = b; a < e; ++a)
-          for (int64_t j = 0; j < width; ++j) {
-            const T* from = v + (a * width + order[j]) * after;
-            T* to = buffer + (a * width + j) * after;
-            if (after == 1)
-              *to = *from;
-            else
-              std::copy_n(from, after, to);
+        const Refresh<T>& mode = refreshed[group.positions[f]];
+        const int64_t left = order.size(), d = group.sizes[f], size = left * d;
+        std::vector<int64_t> next(size);
+        std::vector<T> product(size * size, T(0));
+        for (int64_t i = 0; i < left; ++i)
+          for (int64_t k = 0; k < d; ++k) {
+            next[i * d + k] = order[i] * d + (mode.done ? mode.order[k] : k);
+            for (int64_t j = 0; j < left; ++j)
+              for (int64_t l = 0; l < d; ++l)
+                product[(i * d + k) * size + j * d + l] = rotation[i * left + j] * (mode.done ? mode.rotation[k * d + l] : T(k == l));
           }
-      });
-      std::copy_n(buffer, layout.numel, v);
-      multiply<T>(m, buffer, before, width, after, {rotation.template const_data_ptr<T>(), width, width});
-      std::copy_n(buffer, layout.numel, m);
+        order = std::move(next);
+        rotation = std::move(product);
+      }
+      permute(v, order, before, after, buffer);
+      turn(g, rotation.data(), before, after);
     }
     before *= width;
   }
-  for (int64_t position : task.due)
-    if (refreshed[position]) task.bases[position].copy_(refreshed[position]->basis);
+  for (int64_t k : task.due)
+    if (refreshed[k].done) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
 }
 
-template <typename T>
-void run(const Task& task, T* scratch, int64_t largest, const Options& options) {
+// step_large, step_blocked: false where the gradient is not usable, and nothing has changed.
+
+// A parameter that has all threads: whole-tensor stages, products in BLAS.
+template <typename T, typename P>
+bool step_large(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
-  if (n == 0) return;
-  T* converted = scratch;
-  T* ping = scratch + largest;
-  T* pong = scratch + 2 * largest;
-  T* room = scratch + 3 * largest;
+  T* ping = scratch + n;
+  T* pong = scratch + 2 * n;
+  T* room = scratch + 3 * n;
+  const T* g = arranged_gradient(task, scratch, options.scale, options.maximize);
+  if (!std::isfinite(parallel_sum_squares(g, n))) return false;
 
-  // The gradient of what is minimised, arranged; a copy only where something is to be changed
-  at::Tensor grad = arranged(task.grad, layout);
-  if (grad.scalar_type() != task.exp_avg.scalar_type() || options.scale != 1 || options.maximize) {
-    at::Tensor copy = at::from_blob(converted, {n}, task.exp_avg.options());
-    copy.copy_(grad.reshape({n}));
-    if (options.scale != 1) copy.div_(options.scale);
-    if (options.maximize) copy.neg_();
-    grad = copy;
-  }
-  const T* g = grad.const_data_ptr<T>();
-  *task.usable = std::isfinite(parallel_sum_squares(g, n));
-  if (!*task.usable) return;
-
-  const at::Tensor exp_avg = arranged(task.exp_avg, layout), exp_avg_sq = arranged(task.exp_avg_sq, layout);
-  T* m = exp_avg.data_ptr<T>();
-  T* v = exp_avg_sq.data_ptr<T>();
-  c10::SmallVector<const T*, 6> bases;
-  c10::SmallVector<T*, 6> grams;
-  for (int64_t k = 0; k < layout.modes; ++k) {
-    bases.push_back(task.bases[k].const_data_ptr<T>());
-    grams.push_back(task.grams[k].mutable_data_ptr<T>());
-  }
-  float* step = task.step.mutable_data_ptr<float>();
+  Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  T* v = exp_avg_sq.data();
 
   // 1 project
-  T* update = project(layout, g, bases.data(), ping, pong, room, /*back=*/false);
-  const double t = *step += 1;
+  T* update = project(layout, g, matrices.bases.data(), ping, pong, room, /*back=*/false);
+  const double t = *task.step->mutable_data_ptr<float>() += 1;
 
   // 2 adam
   at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
@@ -162,24 +113,177 @@ void run(const Task& task, T* scratch, int64_t largest, const Options& options) 
   });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
-  double size = options.lr;
-  if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
-  if (options.normalize) size /= 1e-30 + std::sqrt(double(parallel_sum_squares(update, n)) / n);
-  update = project(layout, static_cast<const T*>(update), bases.data(), ping, pong, room, /*back=*/true);
+  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(update, n)) / n : 1, options);
+  update = project(layout, static_cast<const T*>(update), matrices.bases.data(), ping, pong, room, /*back=*/true);
 
   // 4 apply
-  apply_update(task.param, update, layout, size, 1 - options.lr * options.weight_decay);
+  const double keep = 1 - options.lr * options.weight_decay;
+  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, update + b, e - b, size, keep); });
 
   // 5 gram EMA
-  gram_ema(layout, g, grams.data(), ping, room, options.shampoo_beta);
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    if (!group.positions.empty())
+      gram_ema_group<T>(group, g, before, n / (before * group.width), matrices.grams.data(), ping, room, options.shampoo_beta);
+    before *= group.width;
+  }
+  matrices.write_back(task);
+
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
+  return true; // 6 refresh: by refresh_alone
+}
+
+// Step 6 with all threads. buffer [numel].
+template <typename T>
+void refresh_alone(const Task& task, T* buffer, const Options& options) {
+  const Layout& layout = *task.layout;
+  const Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+    const int64_t width = layout.groups[g].width;
+    multiply<T>(m, buffer, outside, width, inside, {rotation, width, width});
+    std::copy_n(buffer, layout.numel, m);
+  });
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
+}
+// A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
+// Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
+template <typename T, typename P>
+bool step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
+  const Layout& layout = *task.layout;
+  const Cut cut(layout);
+  const Workspace<T> work(layout, cut, scratch);
+  const int64_t n = layout.numel;
+  const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
+  if (!std::isfinite(sum_squares(g, n))) return false;
+
+  Matrices<T> matrices(task);
+  const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
+  T* m = exp_avg.data();
+  T* v = exp_avg_sq.data();
+  const double t = *task.step->mutable_data_ptr<float>() += 1;
+  const double keep = 1 - options.lr * options.weight_decay;
+
+  // The matrices of the groups, [A, D, B] seen from each
+  const int64_t groups = layout.groups.size();
+  c10::SmallVector<Factor<T>, 4> forward(groups), back(groups);
+  c10::SmallVector<int64_t, 4> before(groups), after(groups);
+  for (int64_t i = 0, outside = 1; i < groups; ++i) {
+    const Group& group = layout.groups[i];
+    before[i] = outside;
+    after[i] = n / (outside * group.width);
+    outside *= group.width;
+    if (group.positions.empty()) continue;
+    const T* data = group_matrix(group, matrices.bases.data(), work.kronecker);
+    if (group.positions.size() > 1) {
+      std::copy_n(data, group.width * group.width, work.matrix[i]);
+      data = work.matrix[i];
+    }
+    forward[i] = {data, group.width, false};
+    back[i] = {data, group.width, true};
+    if (group.width <= kTileWidth && n * group.width > kLoopProduct) {
+      forward[i].pack(work.forward[i]);
+      back[i].pack(work.back[i]);
+    }
+  }
+
+  // 1 project: outer groups
+  const T* from = g;
+  T* whole = work.whole;
+  T* spare = work.spare;
+  for (size_t i = 0; i < cut.outer; ++i)
+    if (forward[i].data != nullptr) {
+      product<T>(from, whole, before[i], after[i], forward[i], work.product);
+      from = whole;
+      std::swap(whole, spare);
+    }
+  if (cut.outer_modes) std::swap(whole, spare); // `whole` holds the result
+
+  // 1 to 3 in chunks: inner groups, adam, inner groups back
+  const bool finish = !cut.outer_modes && (!options.normalize || cut.chunk() >= n);
+  double sum = 0;
+  for (int64_t start = 0; start < n; start += cut.chunk()) {
+    const int64_t size = std::min(cut.chunk(), n - start), slabs = size / cut.slab;
+    const T* x = from + start;
+    T* room[2] = {work.chunk, work.other};
+    int used = 0; // the next product goes to room[used]
+    const auto inner = [&](int64_t i, const Factor<T>& factor) {
+      product<T>(x, room[used], slabs * (before[i] / before[cut.outer]), after[i], factor, work.product);
+      x = room[used];
+      used ^= 1;
+    };
+    for (int64_t i = cut.outer; i < groups; ++i)
+      if (forward[i].data != nullptr) inner(i, forward[i]);
+    if (x == from + start) { // no inner group is preconditioned
+      std::copy_n(x, size, room[used]);
+      used ^= 1;
+    }
+    T* update = room[used ^ 1];
+    adam(m + start, v + start, update, size, options.beta1, options.beta2, options.eps);
+    if (options.normalize) sum += double(sum_squares(update, size));
+    x = update;
+    for (int64_t i = groups; i-- > int64_t(cut.outer);)
+      if (back[i].data != nullptr) inner(i, back[i]);
+    // 4 apply, where nothing is left to be done
+    if (finish)
+      apply(param + start, x, size, update_size(t, sum / n, options), keep);
+    else
+      std::copy_n(x, size, whole + start);
+  }
+
+  // 3 project back: outer groups, and 4 apply
+  const double size = update_size(t, sum / n, options);
+  bool applied = finish;
+  for (int64_t i = cut.outer; i-- > 0;) {
+    if (back[i].data == nullptr) continue;
+    if (i == 0 && back[0].packed != nullptr) {
+      product<T>(whole, static_cast<T*>(nullptr), 1, after[0], back[0], work.product,
+                 [&](int64_t place, const T* values, int64_t count) { apply(param + place, values, count, size, keep); });
+      applied = true;
+    } else {
+      product<T>(whole, spare, before[i], after[i], back[i], work.product);
+      std::swap(whole, spare);
+    }
+  }
+  if (!applied) apply(param, whole, n, size, keep);
+
+  // 5 gram EMA
+  gram_ema_blocked<T>(layout, g, matrices.grams.data(), whole, work.gram, options.shampoo_beta);
+  matrices.write_back(task);
 
   // 6 refresh
-  if (!task.due.empty()) refresh_modes(task, m, v, ping, room, options);
+  if (!task.due.empty() && !task.refresh_alone)
+    refresh_modes(task, matrices, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
+      Factor<T> factor{rotation, layout.groups[g].width};
+      if (forward[g].packed != nullptr) factor.pack(work.forward[g]);
+      product<T>(m, whole, outside, inside, factor, work.product);
+      std::copy_n(whole, n, m);
+    });
+  exp_avg.write_back();
+  exp_avg_sq.write_back();
+  return true;
+}
 
-  if (m != task.exp_avg.const_data_ptr<T>()) { // state that is not dense in the layout's order
-    task.exp_avg.permute(layout.order).copy_(exp_avg);
-    task.exp_avg_sq.permute(layout.order).copy_(exp_avg_sq);
+template <typename T>
+bool step_one(const Task& task, T* scratch, const Options& options) {
+  const Layout& layout = *task.layout;
+  if (layout.numel == 0) return true;
+  const auto run = [&](auto zero) {
+    using P = decltype(zero);
+    const Arranged<P> param(*task.param, layout);
+    const bool usable = layout.numel > kParallelNumel ? step_large<T, P>(task, param.data(), scratch, options)
+                                                      : step_blocked<T, P>(task, param.data(), scratch, options);
+    if (usable) param.write_back();
+    return usable;
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (task.param->scalar_type() == at::kBFloat16) return run(at::BFloat16());
+    if (task.param->scalar_type() == at::kHalf) return run(at::Half());
   }
+  return run(T());
 }
 
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -188,13 +292,13 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                  double beta1, double beta2, double shampoo_beta, double eps, double weight_decay,
                  int64_t precondition_frequency, bool normalize_grads, bool correct_bias, c10::string_view refresh,
                  double refresh_tolerance, bool maximize) {
-  const std::vector<Layout> layouts = decode(table);
+  const Layouts layouts(table);
   const int64_t n = params.size();
-  TORCH_CHECK(int64_t(layouts.size()) == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
+  TORCH_CHECK(layouts.size == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
                   int64_t(exp_avg_sqs.size()) == n && int64_t(state_steps.size()) == n,
-              "step_: lists of ", n, " parameters, ", layouts.size(), " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
+              "step_: lists of ", n, " parameters, ", layouts.size, " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
               ", ", exp_avg_sqs.size(), " moments and ", state_steps.size(), " steps");
-  at::Tensor usable = at::ones({n}, at::kBool);
+  at::Tensor usable = at::ones({n}, at::TensorOptions(at::kCPU).dtype(at::kBool));
   if (n == 0) return usable;
   const Options options{lr,
                         beta1,
@@ -211,89 +315,63 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                         refresh_tolerance,
                         grad_scale ? grad_scale->item<double>() : 1.0};
   const at::ScalarType dtype = exp_avgs[0].scalar_type();
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == dtype && scratch.numel() >= scratch_numel(layouts, threads),
-              "step_: scratch must be contiguous, ", dtype, ", of at least ", scratch_numel(layouts, threads), " elements, not ",
-              scratch.numel());
 
   std::vector<Task> tasks(n);
-  int64_t first = 0, small_largest = 0, large_largest = 0;
+  int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
-    Task& task = tasks[i];
     TORCH_CHECK(params[i].numel() == layout.numel && grads[i].sizes() == params[i].sizes() &&
                     exp_avgs[i].sizes() == params[i].sizes() && exp_avg_sqs[i].sizes() == params[i].sizes() &&
-                    exp_avgs[i].scalar_type() == dtype && first + layout.modes <= int64_t(grams.size()),
+                    exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype &&
+                    first + layout.modes <= int64_t(std::min(grams.size(), bases.size())),
                 "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");
-    task.layout = &layout;
-    task.param = params[i];
-    task.grad = grads[i];
-    task.exp_avg = exp_avgs[i];
-    task.exp_avg_sq = exp_avg_sqs[i];
-    task.step = state_steps[i];
-    task.grams = grams.slice(first, layout.modes);
-    task.bases = bases.slice(first, layout.modes);
-    task.usable = usable.data_ptr<bool>() + i;
-    task.cost = 3 * layout.flops() + 50.0 * layout.numel; // 50: elementwise passes, in flops of a gemm
-    const int64_t t = int64_t(*task.step.const_data_ptr<float>()) + 1;
-    for (int64_t k = 0; k < layout.modes; ++k) {
-      const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
-      if ((t + offset) % precondition_frequency == 0) {
-        task.due.push_back(k);
-        const double d = task.bases[k].size(0);
-        task.cost += 20 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+    TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1,
+                "step_: step of parameter ", i, " must be one float32, not ", state_steps[i].scalar_type());
+    Task& task = tasks[i];
+    task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
+            &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
+            {},              layout.numel > kParallelNumel, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+    const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
+    for (const Group& group : layout.groups)
+      for (size_t f = 0; f < group.positions.size(); ++f) {
+        const int64_t k = group.positions[f], d = group.sizes[f];
+        TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype &&
+                        task.grams[k].numel() == d * d && task.bases[k].numel() == d * d,
+                    "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ", dtype,
+                    ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
+        const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
+        if ((t + offset) % precondition_frequency == 0) {
+          task.due.push_back(k);
+          task.refresh_alone |= d > kThreadedSize;
+          if (!task.refresh_alone) task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+        }
       }
-    }
     first += layout.modes;
-    auto& largest = layout.numel > kParallelNumel ? large_largest : small_largest;
-    largest = std::max(largest, layout.numel);
   }
 
+  bool* flags = usable.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
-    scalar_t* memory = scratch.data_ptr<scalar_t>();
-    std::vector<Task*> small;
-    double total = 0;
-    for (Task& task : tasks) {
-      if (task.layout->numel > kParallelNumel) {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        run<scalar_t>(task, memory, large_largest, options);
-      } else {
-        small.push_back(&task);
-        total += task.cost;
-      }
-    }
-    // Longest first: the last to finish is then a short one. Tiny ones are handed out in chunks. Which thread takes which
-    // parameter does not change a bit of the result.
-    std::stable_sort(small.begin(), small.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
-    const double share = std::min(total / (8.0 * threads), 1e6);
-    std::vector<size_t> chunks{0};
-    double chunk = 0;
-    for (size_t i = 0; i < small.size(); ++i) {
-      chunk += small[i]->cost;
-      if (chunk >= share || i + 1 == small.size()) {
-        chunks.push_back(i + 1);
-        chunk = 0;
-      }
-    }
-    std::atomic<size_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      for (int64_t worker = begin; worker < end; ++worker)
-        for (size_t c; (c = next++) + 1 < chunks.size();)
-          for (size_t i = chunks[c]; i < chunks[c + 1]; ++i)
-            run<scalar_t>(*small[i], memory + worker * worker_scratch(small_largest), small_largest, options);
+    for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {
+      flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
+    for (const Task& task : tasks)
+      if (task.refresh_alone && !task.due.empty() && flags[&task - tasks.data()]) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
+      }
   });
   return usable;
 }
 
-int64_t scratch_numel_op(const at::Tensor& layouts, int64_t threads) { return scratch_numel(decode(layouts), threads); }
+int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
+  return ScratchSizes::of(Layouts(table), dtype).numel(threads);
+}
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(soap_opt, CPU, m) {
   m.impl("step_", &step_);
-  m.impl("scratch_numel", &scratch_numel_op);
+  m.impl("scratch_numel", &scratch_numel);
 }
 
 } // namespace soap_opt

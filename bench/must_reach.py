@@ -1,0 +1,140 @@
+"""``python -m bench must-reach``: the rows of issue 4's table, read from the committed results, with pass or fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .models import LIC_MODELS
+from .results import Row, read, table
+
+README = Path(__file__).with_name("README.md")
+QUIET = 0.9  # a lower ``quiet`` (see contest.py), or none, and something else may have been running
+START, END = "<!-- must-reach -->\n", "<!-- /must-reach -->"
+
+SHARE = "share_of_floor_128x128x3200"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: what, the results' files with a value for each, and what the values have to be."""
+
+    what: str
+    least: float
+    stretch: float
+    files: tuple[str, ...]
+    value: Callable[[list[Row]], float | None]
+    at_most: bool = False
+
+    def reached(self, value: float, bound: float) -> bool:
+        return value <= bound if self.at_most else value >= bound
+
+
+def ours(rows: list[Row]) -> Row:
+    return rows[0]  # the one that the others were compared with
+
+
+def share(rows: list[Row]) -> float:
+    return ours(rows)[SHARE]
+
+
+def reference_over_ours(rows: list[Row]) -> float | None:
+    """The original where it was given, else bench/reference.py."""
+    return next((row["over_first"] for row in rows if row["kind"] == "reference"), None)
+
+
+def best_peer_over_ours(rows: list[Row]) -> float | None:
+    return min((row["over_first"] for row in rows if row["kind"] == "peer"), default=None)
+
+
+def slowest_phase(rows: list[Row]) -> float:
+    return ours(rows)["slowest_phase_over_median"]
+
+
+def slowest_phase_over_bound(rows: list[Row]) -> float:
+    return ours(rows)["slowest_phase_over_median"] / ours(rows)["bound_measured"]
+
+
+def over_adam(rows: list[Row]) -> float:
+    return 1 / next(row["over_first"] for row in rows if row["optimizer"] == "Adam fused")
+
+
+def init_of(model: str) -> Callable[[list[Row]], float | None]:
+    return lambda rows: reference_over_ours([row for row in rows if row["model"].startswith(model)])
+
+
+def optimizer_share(rows: list[Row]) -> float:
+    return ours(rows)["optimizer_share"]
+
+
+def step_files(models: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"step_{model}" for model in models)
+
+
+LIC = step_files(LIC_MODELS)
+PAIR = ("bmshj2018-hyperprior", "bmshj2018-factorized")
+TINY, DOMINATED = step_files(["2000-tensors-4x4"]), step_files(["gpt2-block", "512-table"])
+TARGETS = (
+    Target("share of the 2.5 U floor", 0.60, 0.75, (*LIC, "step_512-table"), share),
+    Target("original / ours, steady step", 3.3, 4, step_files(PAIR), reference_over_ours),
+    Target("best SOAP peer / ours, LIC models", 2.6, 3.3, LIC, best_peer_over_ours),
+    Target("best SOAP peer / ours, 2,000 tensors of 4 x 4", 10, 20, TINY, best_peer_over_ours),
+    Target("best SOAP peer / ours, one product dominates", 1.5, 1.9, DOMINATED, best_peer_over_ours),
+    Target("slowest phase / median, staggered, LIC models", 1.3, 1.15, LIC, slowest_phase, at_most=True),
+    Target(
+        "slowest phase over its bound, elsewhere",
+        1.2,
+        1.2,
+        (*DOMINATED, "step_resnet50", *TINY),
+        slowest_phase_over_bound,
+        at_most=True,
+    ),
+    *(Target(f"first step, original / ours, {model}", 2, 3, ("init",), init_of(model)) for model in PAIR),
+    Target("ours / fused Adam, 2,000 tensors of 4 x 4", 5, 3, TINY, over_adam, at_most=True),
+    Target("optimizer's share of a training step, hyperprior q3", 0.05, 0.03, ("training",), optimizer_share, at_most=True),
+)
+
+EQUALITY = {
+    "target": "equality with the specification, lockstep, 100 steps",
+    "at least": "holds",
+    "": "a test",
+    "data": "[test_functional.py](../tests/test_functional.py)",
+}
+
+
+def rows() -> list[Row]:
+    """One row for each target and result; "not measured" where there is none."""
+    result = []
+    for target in TARGETS:
+        sign = "<=" if target.at_most else ">="
+        for file in target.files:
+            data = read(file)
+            value = target.value(data) if data else None
+            if value is None:
+                verdict = "not measured"
+            elif target.reached(value, target.stretch):
+                verdict = "stretch"
+            else:
+                verdict = "pass" if target.reached(value, target.least) else "FAIL"
+            if value is not None and (data[0].get("quiet") or 0) < QUIET:
+                verdict += " (busy machine)"
+            result.append(
+                {
+                    "target": target.what,
+                    "value": None if value is None else float(f"{value:.3g}"),
+                    "at least": f"{sign} {target.least:g}",
+                    "stretch": f"{sign} {target.stretch:g}",
+                    "": verdict,
+                    "data": f"[{file}.csv](results/{file}.csv)",
+                }
+            )
+    return [*result, EQUALITY]
+
+
+def write_into_readme() -> str:
+    """Put the table between README.md's markers; returns it."""
+    text = table(rows())
+    before, rest = README.read_text().split(START)
+    README.write_text(f"{before}{START}{text}\n{END}{rest.split(END)[1]}")
+    return text

@@ -1,0 +1,83 @@
+"""Whole steps: ours against peers on every model (suite "step"), and the first step, init (suite "init")."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .contest import Contest, GemmRate, quiet, spike_bound
+from .models import LIC_MODELS, MODELS, Problem
+from .peers import Contestant
+from .results import Row, significant
+
+LEADERS = ("Adam fused",)  # goes on with ours when the slow ones have stopped
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a model is measured: steady rounds of everybody, and of ours and LEADERS; who is left out."""
+
+    everybody: int
+    ours: int
+    without: tuple[str, ...] = ()
+
+
+# Where a step takes a second: two variants of ours that the other models show
+LESS = ("soap_opt fused, together", "soap_opt single tensor")
+PLANS = {
+    "bmshj2018-factorized": Plan(80, 80),
+    "bmshj2018-hyperprior": Plan(80, 80),
+    "mbt2018-mean": Plan(20, 80),
+    "cheng2020-anchor": Plan(20, 80),
+    "elic2022-official": Plan(10, 80, LESS),
+    "gpt2-block": Plan(6, 20, LESS),
+    "512-table": Plan(10, 40),
+    "resnet50": Plan(6, 20, LESS),
+    "2000-tensors-4x4": Plan(20, 80),
+}
+QUICK = Plan(3, 10)
+
+
+def contest(model: str, contestants: Sequence[Contestant], quick: bool = False) -> tuple[list[Row], Contest]:
+    """Run one model's contest; its rows, and the contest with the single times."""
+    plan = PLANS[model]
+    entries = [contestant for contestant in contestants if contestant.name not in plan.without]
+    result = Contest(MODELS[model](), entries)
+    if quick:
+        result.run(QUICK.ours, QUICK.everybody, LEADERS)
+    else:
+        result.run(plan.ours, plan.everybody, LEADERS)
+    result.close()
+    rows = result.summary()
+    rows[0] |= spike_bound(result.problem, float(rows[0]["median_ms"]))
+    return rows, result
+
+
+INIT_MODELS = (*LIC_MODELS, "2000-tensors-4x4")
+
+
+def first_steps(problem: Problem, contestants: Sequence[Contestant], repeats: int) -> list[Row]:
+    """The first step of fresh optimizers, in turn; the first round warms up and is not counted. Ratios as in a contest."""
+    entries = [c for c in contestants if c.applies_to(problem) and c.python is None]
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in entries}
+    gemm, rates = GemmRate(), []
+    for repeat in range(repeats + 1):
+        rates.append(gemm.measure())
+        for contestant in entries:
+            milliseconds = contestant.stepper(problem).step(0)
+            if repeat > 0:
+                times[contestant.name].append(milliseconds)
+    base = times[entries[0].name]
+    return [
+        {
+            "model": problem.name,
+            "optimizer": contestant.name,
+            "kind": contestant.kind,
+            "median_ms": significant(statistics.median(times[contestant.name])),
+            "over_first": significant(statistics.median(a / b for a, b in zip(times[contestant.name], base)), 3),
+            "repeats": repeats,
+            "quiet": quiet(rates),
+        }
+        for contestant in entries
+    ]

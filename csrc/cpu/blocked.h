@@ -1,0 +1,255 @@
+// Mode products and Grams of one parameter on one core, in pieces that stay in its cache (tiles.h).
+//
+// x is arranged [D_1, .., D_k] in memory order and contiguous. Seen from one group it is [A, D, B].
+#pragma once
+
+#include <algorithm>
+
+#include "layout.h"
+#include "loops.h"
+#include "products.h"
+#include "tiles.h"
+
+namespace soap_opt {
+
+// Wider modes are left to BLAS: there one product's operands no longer fit a cache, which is BLAS's own trade.
+constexpr int64_t kTileWidth = 512;
+
+// Elements of the chunks in which the inner groups are handled: 64 KiB of floats, so that a chunk, its result and the packed
+// pieces of both are in L2 together.
+constexpr int64_t kChunk = int64_t(1) << 14;
+
+// Columns of a product that are packed at once
+constexpr int64_t kColumns = 128;
+
+// Rows that a Gram adds up in registers before the sum goes to memory; also what keeps its rounding small.
+constexpr int64_t kGramRows = 256;
+
+// Products of so few multiplications are plain loops: packing would cost more.
+constexpr int64_t kLoopProduct = 16 * 16 * 16;
+
+// How a parameter is cut: groups before `outer` are multiplied over the whole tensor, the others in chunks of `count` slabs,
+// a slab being what lies behind one index of the outer groups.
+struct Cut {
+  size_t outer = 0;
+  int64_t slab = 1, count = 1;
+  bool outer_modes = false; // some outer group is preconditioned
+
+  explicit Cut(const Layout& layout) {
+    outer = layout.groups.size();
+    while (outer > 0) {
+      const Group& group = layout.groups[outer - 1];
+      if (slab * group.width > kChunk || (!group.positions.empty() && group.width > kTileWidth)) break;
+      slab *= group.width;
+      --outer;
+    }
+    for (size_t g = 0; g < outer; ++g) outer_modes |= !layout.groups[g].positions.empty();
+    const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1), most = std::min(slabs, std::max<int64_t>(1, kChunk / slab));
+    count = most;
+    // The inner groups' columns (or rows) are multiplied sixteen at a time: the count that wastes least
+    double best = 0;
+    for (int64_t n = most; outer < layout.groups.size() && most > 1 && 2 * n > most; --n) {
+      double useful = 0, padded = 0;
+      int64_t before = n;
+      for (size_t g = outer; g < layout.groups.size(); ++g) {
+        const int64_t columns = n * slab / layout.groups[g].width;
+        if (!layout.groups[g].positions.empty()) {
+          useful += double(columns) * layout.groups[g].width;
+          padded += double(panels_of<float>(columns) * kPanel<float>) * layout.groups[g].width;
+        }
+        before *= layout.groups[g].width;
+      }
+      if (padded == 0) break;
+      if (useful / padded > best + 0.005) {
+        best = useful / padded;
+        count = n;
+      }
+    }
+  }
+  int64_t chunk() const { return slab * count; }
+};
+
+// A group's matrix M [D, D], by which x_g M multiplies, or M^T.
+template <typename T>
+struct Factor {
+  const T* data = nullptr;
+  int64_t width = 0;
+  bool transposed = false;
+  const T* packed = nullptr; // the panels of M (or M^T), once pack() was called
+
+  int64_t row_stride() const { return transposed ? 1 : width; }
+  int64_t column_stride() const { return transposed ? width : 1; }
+  Matrix<const T> matrix() const { return {data, width, width, row_stride(), column_stride()}; }
+  void pack(T* room) {
+    if (transposed)
+      pack_transposed<T>(room, width, 0, data, width, width, width);
+    else
+      pack_rows<T>(room, width, 0, data, width, width, width);
+    packed = room;
+  }
+};
+
+// Elements of room that product() needs for a group of this width.
+template <typename T>
+int64_t product_room(int64_t width) {
+  return width > kTileWidth ? 0 : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
+}
+
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare. sink(offset, values, n), where given, gets the
+// result in runs instead of `to`: for a packed M, and A = 1 < B.
+struct NoSink {
+  template <typename T>
+  void operator()(int64_t, const T*, int64_t) const {}
+};
+template <typename T, typename Sink = NoSink>
+void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, T* room, const Sink& sink = {}) {
+  constexpr bool to_sink = !std::is_same_v<Sink, NoSink>;
+  const int64_t width = m.width;
+  if (m.packed == nullptr) { // too small, or too wide, for panels
+    if (before * after * width * width > kLoopProduct)
+      multiply<T>(from, to, before, width, after, m.matrix());
+    else if (after == 1)
+      small_gemm(to, width, from, width, 1, m.data, m.row_stride(), m.column_stride(), before, width, width, 1, 0);
+    else
+      for (int64_t a = 0; a < before; ++a)
+        small_gemm(to + a * width * after, after, m.data, m.column_stride(), m.row_stride(), from + a * width * after, after, 1,
+                   width, after, width, 1, 0);
+  } else if (after == 1) {
+    for (int64_t a = 0; a < before; a += kColumns) {
+      const int64_t rows = std::min(kColumns, before - a);
+      pack_transposed<T>(room, width, 0, from + a * width, width, width, rows);
+      multiply_panels<T>(to + a * width, width, rows, width, room, m.packed, width);
+    }
+  } else if (before == 1 || after >= kColumns / 2) {
+    T* result = room + packed_numel<T>(width, kColumns); // [D, kColumns]
+    for (int64_t a = 0; a < before; ++a)
+      for (int64_t b = (after - 1) / kColumns * kColumns; b >= 0; b -= kColumns) { // downwards: see multiply_panels
+        const int64_t columns = std::min(kColumns, after - b), place = a * width * after + b;
+        pack_rows<T>(room, width, 0, from + place, after, width, columns);
+        if (!to_sink) {
+          multiply_panels<T>(to + place, after, width, columns, m.packed, room, width);
+        } else {
+          multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
+          for (int64_t j = 0; j < width; ++j) sink(place + j * after, result + j * kColumns, columns);
+        }
+      }
+  } else { // [A, D, B] with a short B: columns of several a side by side
+    const int64_t most = std::max<int64_t>(1, kColumns / after);
+    T* gathered = room + packed_numel<T>(width, kColumns);
+    T* result = gathered + packed_numel<T>(width, kColumns); // [D, kColumns]
+    for (int64_t a = 0; a < before; a += most) {
+      const int64_t count = std::min(most, before - a), columns = count * after;
+      for (int64_t i = 0; i < width; ++i)
+        copy_runs<T>(gathered + i * columns, after, from + (a * width + i) * after, width * after, count, after);
+      pack_rows<T>(room, width, 0, gathered, columns, width, columns);
+      multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
+      for (int64_t j = 0; j < width; ++j)
+        copy_runs<T>(to + (a * width + j) * after, width * after, result + j * kColumns, after, count, after);
+    }
+  }
+}
+
+// Elements of room that gram_ema_blocked needs for a group of this width.
+template <typename T>
+int64_t gram_room(int64_t width) {
+  if (width > kTileWidth) return 0;
+  const int64_t padded = panels_of<T>(width) * kPanel<T>;
+  return 2 * padded * padded + padded * kGramRows;
+}
+
+// G_i <- beta G_i + (1 - beta) (x contracted with itself over all modes but i), for every preconditioned mode.
+// buffer [numel]: scratch for groups that are left to BLAS.
+template <typename T>
+void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* buffer, T* room, double beta) {
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    const int64_t width = group.width, after = layout.numel / (before * width);
+    if (group.positions.empty()) {
+    } else if (width > kTileWidth) {
+      gram_ema_group<T>(group, x, before, after, grams, buffer, room, beta);
+    } else {
+      int64_t ld = panels_of<T>(width) * kPanel<T>;
+      T* sum = room;
+      T* trace = room + ld * ld;
+      T* panels = trace + ld * ld;
+      if (layout.numel * width <= kLoopProduct) {
+        ld = width;
+        for (int64_t a = 0; a < before; ++a) {
+          const T* piece = x + a * width * after;
+          small_gemm(sum, ld, piece, after, 1, piece, 1, after, width, width, after, 1, a == 0 ? 0 : 1);
+        }
+      } else {
+        std::fill_n(sum, ld * ld, T(0));
+        if (after == 1) {
+          for (int64_t a = 0; a < before; a += kGramRows) {
+            const int64_t rows = std::min(kGramRows, before - a);
+            pack_rows<T>(panels, rows, 0, x + a * width, width, rows, width);
+            accumulate_gram<T>(sum, width, panels, rows);
+          }
+        } else if (before == 1 || after > kGramRows) {
+          for (int64_t a = 0; a < before; ++a)
+            for (int64_t b = 0; b < after; b += kGramRows) {
+              const int64_t rows = std::min(kGramRows, after - b);
+              pack_transposed<T>(panels, rows, 0, x + a * width * after + b, after, rows, width);
+              accumulate_gram<T>(sum, width, panels, rows);
+            }
+        } else {
+          const int64_t most = kGramRows / after;
+          for (int64_t a = 0; a < before; a += most) {
+            const int64_t count = std::min(most, before - a);
+            for (int64_t k = 0; k < count; ++k)
+              pack_transposed<T>(panels, count * after, k * after, x + (a + k) * width * after, after, after, width);
+            accumulate_gram<T>(sum, width, panels, count * after);
+          }
+        }
+      }
+      for (size_t f = 0; f < group.positions.size(); ++f) {
+        const int64_t d = group.sizes[f];
+        if (d == width) {
+          gram_from_triangle(grams[group.positions[f]], sum, ld, d, beta);
+        } else {
+          partial_trace(sum, ld, group, f, trace);
+          gram_from_triangle(grams[group.positions[f]], trace, d, d, beta);
+        }
+      }
+    }
+    before *= width;
+  }
+}
+
+// What one core works in: for a step, or (which needs less) for the Grams alone.
+template <typename T>
+struct Workspace {
+  T *converted, *whole, *spare, *chunk, *other, *gram;
+  c10::SmallVector<T*, 4> matrix, forward, back; // for each group: its Kronecker product, the panels of M and of M^T
+  T *kronecker, *product;
+  int64_t numel = 0;
+
+  Workspace(const Layout& layout, const Cut& cut, T* memory) {
+    const auto take = [&](int64_t n) {
+      T* place = memory == nullptr ? nullptr : memory + numel;
+      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      return place;
+    };
+    int64_t widest_product = 0, widest_gram = 0;
+    for (const Group& group : layout.groups) {
+      const int64_t width = group.width, modes = group.positions.size();
+      const int64_t packed = modes > 0 && width <= kTileWidth ? packed_numel<T>(width, width) : 0;
+      matrix.push_back(take(modes > 1 ? width * width : 0));
+      forward.push_back(take(packed));
+      back.push_back(take(packed));
+      if (modes > 0) widest_product = std::max(widest_product, product_room<T>(width));
+      if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
+    }
+    converted = take(layout.numel);
+    whole = take(layout.numel + kPanel<T>);
+    spare = take(cut.outer_modes ? layout.numel + kPanel<T> : 0);
+    chunk = take(cut.chunk() + kPanel<T>);
+    other = take(cut.chunk() + kPanel<T>);
+    kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
+    gram = take(widest_gram);
+    product = take(widest_product);
+  }
+};
+
+} // namespace soap_opt

@@ -1,0 +1,100 @@
+// Several instruction sets in one binary, picked at load: no -march=native.
+//
+// A kernel is an always-inline template over the width of a vector register. SOAP_OPT_VERSIONS compiles it once for each
+// instruction set and calls the one that this processor has. (GCC's target_clones would do for plain loops, but register
+// tiles have to know how many registers there are.)
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define SOAP_OPT_INLINE inline __attribute__((always_inline))
+#define SOAP_OPT_RESTRICT __restrict__
+#else
+#define SOAP_OPT_INLINE inline
+#define SOAP_OPT_RESTRICT
+#endif
+
+#if defined(__GNUC__) && defined(__x86_64__) // clang too
+#define SOAP_OPT_X86 1
+#else
+#define SOAP_OPT_X86 0
+#endif
+
+namespace soap_opt {
+
+// An instruction set: bytes of a vector register, and how many there are.
+template <int Bytes, int Registers>
+struct Isa {
+  static constexpr int bytes = Bytes, registers = Registers;
+};
+using Avx512 = Isa<64, 32>;
+using Avx2 = Isa<32, 16>;
+#if defined(__aarch64__)
+using Baseline = Isa<16, 32>; // NEON
+#else
+using Baseline = Isa<16, 16>; // SSE2, or whatever the compiler makes of it
+#endif
+
+// 2: AVX-512 (F, BW, DQ, VL), 1: AVX2 with FMA, 0: the compiler's baseline
+inline int isa_level() {
+#if SOAP_OPT_X86
+  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+                               ? 2
+                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1
+                                                                                             : 0;
+  return level;
+#else
+  return 0;
+#endif
+}
+
+// Lanes of T in a register of an instruction set: arithmetic element by element.
+template <typename T, typename I>
+struct Vector {
+  static constexpr int lanes = I::bytes / int(sizeof(T));
+#if defined(__GNUC__)
+  typedef T Type __attribute__((vector_size(I::bytes)));
+  Type v;
+  SOAP_OPT_INLINE void zero() { v = Type{}; }
+  SOAP_OPT_INLINE void load(const T* x) { std::memcpy(&v, x, sizeof v); }
+  SOAP_OPT_INLINE void store(T* x) const { std::memcpy(x, &v, sizeof v); }
+  SOAP_OPT_INLINE void fma(T x, const Vector& y) { v += x * y.v; }
+  SOAP_OPT_INLINE void add(const Vector& y) { v += y.v; }
+#else
+  T v[lanes];
+  void zero() { std::memset(v, 0, sizeof v); }
+  void load(const T* x) { std::memcpy(v, x, sizeof v); }
+  void store(T* x) const { std::memcpy(x, v, sizeof v); }
+  void fma(T x, const Vector& y) {
+    for (int i = 0; i < lanes; ++i) v[i] += x * y.v[i];
+  }
+  void add(const Vector& y) {
+    for (int i = 0; i < lanes; ++i) v[i] += y.v[i];
+  }
+#endif
+};
+
+} // namespace soap_opt
+
+// Defines PREFIX TYPE NAME(parameters), which runs BODY<Isa>(arguments) for the best instruction set.
+#if SOAP_OPT_X86
+#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS)                                                     \
+  namespace {                                                                                                                 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) TYPE NAME##_avx512 PARAMETERS {                      \
+    return BODY<Avx512> ARGUMENTS;                                                                                            \
+  }                                                                                                                           \
+  __attribute__((target("avx2,fma"))) TYPE NAME##_avx2 PARAMETERS { return BODY<Avx2> ARGUMENTS; }                            \
+  }                                                                                                                           \
+  PREFIX TYPE NAME PARAMETERS {                                                                                               \
+    const int level = isa_level();                                                                                            \
+    return level == 2   ? NAME##_avx512 ARGUMENTS                                                                             \
+           : level == 1 ? NAME##_avx2 ARGUMENTS                                                                               \
+                        : BODY<Baseline> ARGUMENTS;                                                                           \
+  }
+#else
+#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS)                                                     \
+  PREFIX TYPE NAME PARAMETERS { return BODY<Baseline> ARGUMENTS; }
+#endif

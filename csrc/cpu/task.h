@@ -1,0 +1,168 @@
+// One parameter's share of an operator's lists, and the order in which the cores take them.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <atomic>
+
+#include "blocked.h"
+#include "layout.h"
+#include "loops.h"
+
+namespace soap_opt {
+
+struct Task {
+  const Layout* layout;
+  const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (only grad where Grams alone are wanted)
+  at::TensorList grams, bases;
+  c10::SmallVector<int64_t, 4> due; // positions of the modes to refresh in this step
+  bool refresh_alone;               // a due mode is large: the refresh waits until all threads are free
+  double cost;                      // flops
+};
+
+// Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
+constexpr int64_t kGrain = 1 << 15;
+
+template <typename T>
+T parallel_sum_squares(const T* x, int64_t n) {
+  if (n <= kGrain) return sum_squares(x, n);
+  return at::parallel_reduce(0, n, kGrain, T(0), [&](int64_t b, int64_t e, T sum) { return sum + sum_squares(x + b, e - b); },
+                             std::plus<T>());
+}
+
+// Whether the tensor lies in memory as its layout says, without holes.
+inline bool in_order(const at::Tensor& x, const Layout& layout) {
+  int64_t expected = 1;
+  for (size_t i = layout.order.size(); i-- > 0;) {
+    const int64_t size = x.size(layout.order[i]);
+    if (size != 1 && x.stride(layout.order[i]) != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// A tensor's memory in the layout's order: its own, or a copy that is written back.
+template <typename T>
+class Arranged {
+ public:
+  Arranged(const at::Tensor& x, const Layout& layout) : x_(x), layout_(layout) {
+    if (!in_order(x, layout)) copy_ = x.permute(layout.order).contiguous();
+  }
+  T* data() const { return copy_.defined() ? copy_.template mutable_data_ptr<T>() : x_.template mutable_data_ptr<T>(); }
+  void write_back() const {
+    if (copy_.defined()) x_.permute(layout_.order).copy_(copy_);
+  }
+
+ private:
+  const at::Tensor& x_;
+  const Layout& layout_;
+  at::Tensor copy_;
+};
+
+// The gradient of what is minimised, in the layout's order; converted [numel] is used only where something is to be changed.
+template <typename T>
+const T* arranged_gradient(const Task& task, T* converted, double scale, bool maximize) {
+  const Layout& layout = *task.layout;
+  const bool same = task.grad->scalar_type() == c10::CppTypeToScalarType<T>::value;
+  if (same && scale == 1 && !maximize && in_order(*task.grad, layout)) return task.grad->const_data_ptr<T>();
+  const at::Tensor view = task.grad->permute(layout.order);
+  at::Tensor copy = at::from_blob(converted, view.sizes(), at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+  copy.copy_(view);
+  if (scale != 1) copy.div_(scale);
+  if (maximize) copy.neg_();
+  return converted;
+}
+
+// The matrices of a parameter, as pointers to row-major memory. State that is stored otherwise (a user may have put in the
+// column-major result of a LAPACK call) is copied, and the Grams are written back.
+template <typename T>
+struct Matrices {
+  c10::SmallVector<const T*, 6> bases;
+  c10::SmallVector<T*, 6> grams;
+  c10::SmallVector<at::Tensor, 0> copies;
+
+  explicit Matrices(const Task& task) {
+    for (int64_t k = 0; k < task.layout->modes; ++k) {
+      bases.push_back(row_major(task.bases[k]).template const_data_ptr<T>());
+      grams.push_back(row_major(task.grams[k]).template mutable_data_ptr<T>());
+    }
+  }
+  const at::Tensor& row_major(const at::Tensor& matrix) {
+    if (matrix.is_contiguous()) return matrix;
+    copies.push_back(matrix.contiguous());
+    return copies.back();
+  }
+  void write_back(const Task& task) const {
+    for (int64_t k = 0; k < task.layout->modes && !copies.empty(); ++k)
+      if (!task.grams[k].is_contiguous())
+        task.grams[k].copy_(at::from_blob(grams[k], task.grams[k].sizes(), task.grams[k].options()));
+  }
+};
+
+// Elements of scratch: what the largest parameter that has all threads needs, and the largest of the others for each thread.
+struct ScratchSizes {
+  int64_t large = 0, worker = 0;
+
+  template <typename T>
+  static ScratchSizes of(const Layouts& layouts) {
+    ScratchSizes sizes;
+    for (const Layout& layout : layouts.distinct) {
+      if (layout.numel > kParallelNumel) // step_large: the gradient, two buffers for products, a Kronecker product and its Gram
+        sizes.large = std::max(sizes.large, 3 * layout.numel + 2 * kKroneckerWidth * kKroneckerWidth);
+      else
+        sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
+    }
+    return sizes;
+  }
+  static ScratchSizes of(const Layouts& layouts, at::ScalarType dtype) {
+    return dtype == at::kDouble ? of<double>(layouts) : of<float>(layouts);
+  }
+  int64_t numel(int64_t threads) const { return std::max(large, threads * worker); }
+};
+
+// function(task, scratch) for every task: those that have all threads one after the other, the rest one a core.
+template <typename T, typename Function>
+void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::Tensor& scratch, const Function& function) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const ScratchSizes sizes = ScratchSizes::of<T>(layouts);
+  TORCH_CHECK(scratch.is_contiguous() && scratch.scalar_type() == c10::CppTypeToScalarType<T>::value &&
+                  scratch.numel() >= sizes.numel(threads),
+              "scratch must be contiguous, ", c10::CppTypeToScalarType<T>::value, ", of at least ", sizes.numel(threads),
+              " elements, not ", scratch.numel(), " of ", scratch.scalar_type());
+  T* memory = scratch.mutable_data_ptr<T>();
+  std::vector<Task*> small;
+  small.reserve(tasks.size());
+  double total = 0;
+  for (Task& task : tasks) {
+    if (task.layout->numel > kParallelNumel) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      function(task, memory);
+    } else {
+      small.push_back(&task);
+      total += task.cost;
+    }
+  }
+  // Longest first: the last to finish is then a short one. Tiny ones are handed out in chunks. Which thread takes which
+  // parameter does not change a bit of the result.
+  std::stable_sort(small.begin(), small.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
+  const double share = std::min(total / (8.0 * threads), 1e6);
+  std::vector<size_t> chunks{0};
+  double chunk = 0;
+  for (size_t i = 0; i < small.size(); ++i) {
+    chunk += small[i]->cost;
+    if (chunk >= share || i + 1 == small.size()) {
+      chunks.push_back(i + 1);
+      chunk = 0;
+    }
+  }
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (size_t c; (c = next++) + 1 < chunks.size();)
+        for (size_t i = chunks[c]; i < chunks[c + 1]; ++i) function(*small[i], memory + worker * sizes.worker);
+  });
+}
+
+} // namespace soap_opt

@@ -1,0 +1,154 @@
+#include "tiles.h"
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace soap_opt {
+namespace {
+
+// to [W, W] (row stride ld) <- or += a^T b for panels a, b [k, W]; only the first `valid` rows are written
+template <typename I, bool kAccumulate, typename T>
+SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
+                          int64_t k, int valid = kPanel<T>) {
+  using V = Vector<T, I>;
+  constexpr int width = kPanel<T>, columns = width / V::lanes;
+  // Half of the registers hold sums; the rest is for b's row and what the compiler keeps in flight.
+  constexpr int rows = std::min(width, I::registers / 2 / columns);
+  for (int first = 0; first < valid; first += rows) {
+    V sums[rows][columns];
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c) sums[r][c].zero();
+    for (int64_t l = 0; l < k; ++l) {
+      V line[columns];
+      for (int c = 0; c < columns; ++c) line[c].load(b + l * width + c * V::lanes);
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < columns; ++c) sums[r][c].fma(a[l * width + first + r], line[c]);
+    }
+    for (int r = 0; r < rows && first + r < valid; ++r)
+      for (int c = 0; c < columns; ++c) {
+        T* place = to + (first + r) * ld + c * V::lanes;
+        if (kAccumulate) {
+          V old;
+          old.load(place);
+          sums[r][c].add(old);
+        }
+        sums[r][c].store(place);
+      }
+  }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
+  constexpr int64_t width = kPanel<T>;
+  // Columns from the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes
+  // later. The larger matrix is read once, the smaller one, which stays in cache, for each of its panels.
+  const int64_t last = (panels_of<T>(n) - 1) * width;
+  if (m >= n) {
+    for (int64_t i = 0; i < m; i += width)
+      for (int64_t j = last; j >= 0; j -= width)
+        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+  } else {
+    for (int64_t j = last; j >= 0; j -= width)
+      for (int64_t i = 0; i < m; i += width)
+        tile<I, false>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+  }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k) {
+  constexpr int64_t width = kPanel<T>;
+  const int64_t ld = panels_of<T>(n) * width;
+  for (int64_t i = 0; i < ld; i += width)
+    for (int64_t j = 0; j <= i; j += width) tile<I, true>(c + i * ld + j, ld, a + i * k, a + j * k, k);
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void pack_rows_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n) {
+  constexpr int64_t width = kPanel<T>;
+  for (int64_t j = 0; j < n; j += width) {
+    T* to = panels + j * k + first * width;
+    const int64_t columns = std::min(width, n - j);
+    if (columns == width) {
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * width, x + r * ld + j, sizeof(T) * width);
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t q = 0; q < width; ++q) to[r * width + q] = q < columns ? x[r * ld + j + q] : T(0);
+    }
+  }
+}
+
+// [4, 4] blocks turned in registers: half the time of single elements
+SOAP_OPT_INLINE void transpose_4x4(float* to, int64_t to_ld, const float* x, int64_t ld) {
+#if defined(__GNUC__)
+  typedef float Four __attribute__((vector_size(16)));
+  Four row[4];
+  for (int r = 0; r < 4; ++r) std::memcpy(&row[r], x + r * ld, 16);
+  const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5), b = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four c = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5), d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four turned[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                          __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+  for (int r = 0; r < 4; ++r) std::memcpy(to + r * to_ld, &turned[r], 16);
+#else
+  for (int r = 0; r < 4; ++r)
+    for (int c = 0; c < 4; ++c) to[c * to_ld + r] = x[r * ld + c];
+#endif
+}
+SOAP_OPT_INLINE void transpose_4x4(double* to, int64_t to_ld, const double* x, int64_t ld) {
+  for (int r = 0; r < 4; ++r)
+    for (int c = 0; c < 4; ++c) to[c * to_ld + r] = x[r * ld + c];
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n) {
+  constexpr int64_t width = kPanel<T>;
+  for (int64_t j = 0; j < n; j += width) {
+    T* to = panels + j * k + first * width;
+    const T* from = x + j * ld;
+    const int64_t columns = std::min(width, n - j);
+    int64_t r = 0;
+    if (columns == width) {
+      // A cache line of four rows at a time: where ld is a power of two, more of them would push each other out
+      for (; r + width <= rows; r += width)
+        for (int64_t q = 0; q < width; q += 4)
+          for (int64_t s = r; s < r + width; s += 4) transpose_4x4(to + s * width + q, width, from + q * ld + s, ld);
+      for (; r + 4 <= rows; r += 4)
+        for (int64_t q = 0; q < width; q += 4) transpose_4x4(to + r * width + q, width, from + q * ld + r, ld);
+    }
+    for (; r < rows; ++r)
+      for (int64_t q = 0; q < width; ++q) to[r * width + q] = q < columns ? from[q * ld + r] : T(0);
+  }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length) {
+  for (int64_t r = 0; r < runs; ++r) {
+    T* target = to + r * to_stride;
+    const T* source = from + r * from_stride;
+    int64_t i = 0; // memcpy of a constant size is a register; of a variable one, a call that costs more than 25 floats
+    for (; i + 64 / int64_t(sizeof(T)) <= length; i += 64 / sizeof(T)) std::memcpy(target + i, source + i, 64);
+    for (; i + 16 / int64_t(sizeof(T)) <= length; i += 16 / sizeof(T)) std::memcpy(target + i, source + i, 16);
+    for (; i < length; ++i) target[i] = source[i];
+  }
+}
+
+} // namespace
+
+#define SOAP_OPT_FOR(T)                                                                                                       \
+  SOAP_OPT_VERSIONS(template <>, void, multiply_panels, multiply_panels_body,                                                            \
+                    (T * c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k), (c, ld, m, n, a, b, k))      \
+  SOAP_OPT_VERSIONS(template <>, void, accumulate_gram, accumulate_gram_body, (T * c, int64_t n, const T* a, int64_t k), (c, n, a, k))    \
+  SOAP_OPT_VERSIONS(template <>, void, pack_rows, pack_rows_body,                                                                        \
+                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),                   \
+                    (panels, k, first, x, ld, rows, n))                                                                       \
+  SOAP_OPT_VERSIONS(template <>, void, pack_transposed, pack_transposed_body,                                                            \
+                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),                   \
+                    (panels, k, first, x, ld, rows, n))                                                                       \
+  SOAP_OPT_VERSIONS(template <>, void, copy_runs, copy_runs_body,                                                                        \
+                    (T * to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length),             \
+                    (to, to_stride, from, from_stride, runs, length))
+SOAP_OPT_FOR(float)
+SOAP_OPT_FOR(double)
+#undef SOAP_OPT_FOR
+
+} // namespace soap_opt

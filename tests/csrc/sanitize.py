@@ -1,0 +1,210 @@
+"""The engine's edge shapes, for a build under AddressSanitizer and UBSan. Not a test by itself: .ci/sanitize runs it.
+
+``prepare FOLDER [--self-test]`` edits a *copy* of csrc:
+
+- Between the pieces of a core's workspace, which are parts of one tensor, lie poisoned elements; AddressSanitizer alone sees
+  only what runs over the end of the whole.
+- The instruction set can be limited at run time, so that one machine checks all that it has.
+- With --self-test, environment variables switch on errors that must be found.
+
+``run`` steps and compares with the specification; a report of a sanitizer ends the process with its own exit code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+import time
+from pathlib import Path
+
+POISON = """
+#include <sanitizer/asan_interface.h>
+"""
+
+# (file, old, new): each must be found exactly once, so that a change of csrc cannot leave the checks out unnoticed
+EDITS = [
+    (
+        "cpu/blocked.h",
+        "#include <algorithm>\n",
+        "#include <algorithm>\n#include <sanitizer/asan_interface.h>\n",
+    ),
+    (
+        "cpu/blocked.h",
+        "numel += panels_of<T>(n) * kPanel<T>; // cache lines\n",
+        "const int64_t padded = (panels_of<T>(n) + 1) * kPanel<T>; // one cache line that nobody may touch\n"
+        "      if (memory != nullptr) ASAN_POISON_MEMORY_REGION(place + n, (padded - n) * sizeof(T));\n"
+        "      numel += padded;\n",
+    ),
+    (
+        "cpu/blocked.h",
+        "  Workspace(const Layout& layout, const Cut& cut, T* memory) {\n",
+        "  T* start;\n"
+        "  Workspace(const Workspace&) = delete;\n"
+        "  ~Workspace() {\n"
+        "    if (start != nullptr) ASAN_UNPOISON_MEMORY_REGION(start, numel * sizeof(T));\n"
+        "  }\n"
+        "  Workspace(const Layout& layout, const Cut& cut, T* memory) : start(memory) {\n",
+    ),
+    (
+        "cpu/simd.h",
+        "inline int isa_level() {\n",
+        'extern "C" int soap_opt_isa_limit;\ninline int isa_available();\n'
+        "inline int isa_level() { return isa_available() < soap_opt_isa_limit ? isa_available() : soap_opt_isa_limit; }\n"
+        "inline int isa_available() {\n",
+    ),
+    ("library.cpp", "TORCH_LIBRARY(soap_opt, m) {", 'extern "C" int soap_opt_isa_limit = 2;\nTORCH_LIBRARY(soap_opt, m) {'),
+]
+
+# What each self-test does: one element behind a Gram, one behind a piece of the workspace, a signed overflow
+SELF_TESTS = ("heap", "workspace", "undefined")
+SELF_TEST_EDITS = [
+    ("cpu/loops.cpp", "#include <algorithm>\n", "#include <algorithm>\n#include <cstdlib>\n#include <cstring>\n"),
+    (
+        "cpu/loops.cpp",
+        "  const T beta = T(beta_), weight = T(1 - beta_);\n",
+        '  const char* wanted = std::getenv("SOAP_OPT_SELF_TEST");\n'
+        '  if (wanted != nullptr && std::strcmp(wanted, "heap") == 0) gram[d * d] = 0;\n'
+        '  if (wanted != nullptr && std::strcmp(wanted, "undefined") == 0) ld = (int64_t(1) << 62) * ld * 4;\n'
+        "  const T beta = T(beta_), weight = T(1 - beta_);\n",
+    ),
+    (
+        "cpu/step.cpp",
+        "  const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);\n"
+        "  if (!std::isfinite(sum_squares(g, n))) return false;\n",
+        "  const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);\n"
+        '  const char* wanted = std::getenv("SOAP_OPT_SELF_TEST");\n'
+        '  if (wanted != nullptr && std::string(wanted) == "workspace") work.whole[n + kPanel<T>] = 0;\n'
+        "  if (!std::isfinite(sum_squares(g, n))) return false;\n",
+    ),
+]
+
+
+def prepare(folder: Path, self_test: bool) -> None:
+    for name, old, new in EDITS + (SELF_TEST_EDITS if self_test else []):
+        path = folder / name
+        text = path.read_text()
+        if text.count(old) != 1:
+            sys.exit(f"tests/csrc/sanitize.py: csrc/{name} has {text.count(old)} lines like {old.strip()!r}: adapt EDITS")
+        path.write_text(text.replace(old, new))
+
+
+SIZES = [0, 1, 2, 3, 5, 15, 16, 17, 33, 64, 129, 513]
+
+
+def shapes() -> list[tuple[int, ...]]:
+    """Sizes at the edges of registers, panels, chunks and of the widest tile, in every position."""
+    result: list[tuple[int, ...]] = [()]
+    result += [(d,) for d in SIZES]
+    result += [(a, b) for a, b in itertools.product(SIZES, SIZES) if a * b <= 40_000]
+    result += [(513, 64), (64, 513)]
+    result += [(17, 3, d) for d in SIZES[1:]] + [(d, 3, 17) for d in SIZES[1:]] + [(3, d, 17) for d in SIZES[1:]]
+    result += [(2, d, 33) for d in (129, 513)] + [(0, 3, 5)]
+    result += [(a, b, 5, 5) for a in (1, 3, 16, 33, 129) for b in (1, 2, 15, 17, 64)]
+    result += [(a, b, 3, 3) for a in (5, 64) for b in (17, 33)] + [(5, 5, 17, 33), (3, 1, 129, 2), (129, 33, 1, 5)]
+    result += [(2, 3, 5, 3, 2), (1, 17, 2, 1, 15), (3, 5, 33, 2, 2), (2, 2, 2, 2, 2, 2), (15, 16, 3, 5, 5)]
+    return result
+
+
+def run() -> None:
+    import torch
+    from comparison import IMPLEMENTATIONS, SoapRun, random_gradients, random_params, run_lockstep
+
+    import soap_opt
+    from soap_opt import functional, plan
+
+    reason = soap_opt._ext.unavailable("cpu")
+    if reason is not None:
+        sys.exit(reason)
+    limit = ctypes.c_int.in_dll(ctypes.CDLL(sys.modules["soap_opt._C"].__file__), "soap_opt_isa_limit")
+
+    def exact_scratch(layouts, dtype):
+        """Made anew and not an element larger than asked for, so that running over its end is seen."""
+        return torch.empty(plan.scratch_numel(layouts, dtype, torch.get_num_threads()), dtype=dtype)
+
+    functional.scratch = exact_scratch
+
+    def lockstep(some, *, steps=3, compare=True, order=None, dtype=torch.float32, **options):
+        """compare: with the specification, too; refreshes are due at every step unless the options say otherwise."""
+        options = {"lr": 0.01, "precondition_frequency": 1, **options}
+        params, gradients = random_params(some, dtype=dtype), random_gradients(some, steps, dtype=dtype, rank_one=0.2)
+        if order is not None:
+            params = [order(p) for p in params]
+            gradients = [[order(g) for g in row] for row in gradients]
+        fused = SoapRun(params, **IMPLEMENTATIONS["fused"], **options)
+        if compare:
+            run_lockstep(SoapRun(params, **IMPLEMENTATIONS["single"], **options), fused, gradients, options)
+        else:
+            for row in gradients:
+                fused.step(row)
+            for p in fused.params:
+                assert p.isfinite().all()
+
+    def channels_last(x):
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.mT.contiguous().mT if x.dim() > 1 else x
+
+    def holes(x):
+        return torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() else x
+
+    every = shapes()
+    small = [s for s in every if 0 < torch.Size(s).numel() <= 3000]
+    wide = [(513, 5), (5, 513), (2, 513, 3), (700,), (513,), (600, 2, 2)]
+    levels = sorted({min(level, 2) for level in range(3)}, reverse=True)
+    begin = time.monotonic()
+
+    def done(what):
+        print(f"{time.monotonic() - begin:6.1f} s  {what}", flush=True)
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        lockstep(every, compare=threads == 1)
+        done(f"{len(every)} shapes, {threads} threads")
+    for level in levels:
+        limit.value = level
+        lockstep(small[:: 1 if level < 2 else 3])
+        lockstep(small[::3], dtype=torch.float64)
+        done(f"instruction set level {level} (or the best that there is below it)")
+    limit.value = 2
+    for refresh, normalize in (("together", False), ("staggered", True), ("adaptive", False)):
+        lockstep(small[::2], refresh=refresh, normalize_grads=normalize, precondition_frequency=2, refresh_tolerance=0.1)
+        done(f"refresh={refresh!r}")
+    lockstep(small[::2], order=channels_last, precondition_frequency=2)
+    lockstep(small[::4], order=holes)
+    done("other memory formats")
+    for dtype in (torch.bfloat16, torch.float16):
+        lockstep(small[::2], dtype=dtype, order=channels_last)
+        done(str(dtype))
+    lockstep(small[::3], merge_dims=True, max_precond_dim=64, precondition_1d=True, maximize=True)
+    lockstep(small[::3], max_precond_dim=16, data_format="channels_last", merge_dims=True)
+    lockstep(small[::5], max_precond_dim=0)
+    lockstep(wide, precondition_1d=True, compare=False)
+    done("merged, limited, wide modes")
+
+    # Above 2^21 elements all threads share a parameter: other code, other scratch
+    lockstep([(2100, 25, 5, 9), (2**21 + 17, 1), (3, 3)], max_precond_dim=32, compare=False, steps=2)
+    lockstep([(70, 5, 5, 1200), (64, 33, 1000)], max_precond_dim=128, compare=False, steps=2, normalize_grads=True)
+    done("parameters above 2^21 elements")
+
+    # Gradients that are not usable, then zeros
+    bad = [torch.zeros(s) for s in small[::3]]
+    fused = SoapRun(random_params(small[::3]), fused=True, precondition_frequency=1)
+    for value in (0.0, float("nan"), 1.0, float("inf"), 1e30, 1e-30):
+        fused.step([g + value for g in bad])
+    done("gradients of zeros, infinities, 1e30 and 1e-30")
+
+    sizes = [*SIZES, 25, 31, 32, 63, 65]
+    for dtype, tolerance in itertools.product((torch.float32, torch.float64), (-1.0, 0.5)):
+        data = [torch.randn(d, d + 3, dtype=dtype) for d in sizes]
+        grams = [x @ x.mT for x in data]
+        bases = torch.ops.soap_opt.init_basis(grams + grams[:5] * 8)
+        torch.ops.soap_opt.refresh_basis_(
+            [*grams, *(g.mT for g in grams)], [*bases[: 2 * len(grams)]][: len(grams)] * 2, tolerance
+        )
+    done("refresh_basis_ and init_basis")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "prepare":
+        prepare(Path(sys.argv[2]), "--self-test" in sys.argv)
+    else:
+        run()

@@ -1,0 +1,498 @@
+"""class SOAP keeps torch.optim's conventions: hooks, schedulers, copies, and whatever may stand around a step."""
+
+import copy
+import inspect
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import SoapRun, every_implementation, random_gradients, random_params
+from oracle import Oracle
+from small_model import assert_same, assert_unchanged, model_of, snapshot, train
+from torch import nn
+
+import soap_opt
+from soap_opt import SOAP, soap
+
+BOTH = [False, True]
+
+# ---- learning rate, closures, hooks, schedulers ---------------------------------------------------------------------------
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_tensor_learning_rate(flags, shape):
+    lr = torch.full(shape, 0.25)
+    by_tensor = SoapRun(random_params([(4, 3)]), lr=lr, **flags, weight_decay=0.5)
+    by_float = SoapRun(random_params([(4, 3)]), lr=0.25, **flags, weight_decay=0.5)
+    for number, grads in enumerate(random_gradients([(4, 3)], 6)):
+        if number == 3:
+            lr.fill_(0.125)  # in place, as a scheduler does
+            by_float.optimizer.param_groups[0]["lr"] = 0.125
+        by_tensor.step(grads)
+        by_float.step(grads)
+        assert torch.equal(by_tensor.params[0], by_float.params[0])
+    assert by_tensor.optimizer.param_groups[0]["lr"] is lr
+
+
+def test_the_closure_runs_with_gradients_enabled():
+    model = model_of()
+    optimizer = SOAP(model.parameters(), lr=0.01)
+    calls = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 6)).square().mean()
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    with torch.no_grad():
+        losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses == calls and losses[-1] < losses[0]
+    assert optimizer.step() is None
+
+
+def test_step_and_state_dict_hooks():
+    model = model_of()
+    optimizer = SOAP(model.parameters())
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("state_dict pre"))
+    optimizer.register_state_dict_post_hook(lambda opt, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: seen.append(f"load pre {state['extra']}"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: seen.append("load post"))
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert seen == ["pre", "post", "state_dict pre", "load pre 1", "load post"]
+
+
+def test_a_step_pre_hook_may_change_gradients_and_the_closure():
+    model, other = model_of(), model_of()
+    clipped, plain = SOAP(model.parameters()), SOAP(other.parameters())
+    clipped.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None)
+    assert not torch.equal(train(model, clipped)[0], train(other, plain)[0])
+    changed = []
+    clipped.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: changed.append(1)), {}))
+    clipped.step()
+    assert changed == [1]
+
+
+def test_global_optimizer_hooks():
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda opt, *_: seen.append(type(opt)))
+    try:
+        train(model_of(), SOAP(model_of().parameters()), 0)
+        model = model_of()
+        train(model, SOAP(model.parameters()), 2)
+    finally:
+        handle.remove()
+    assert seen == [SOAP, SOAP]
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+    "MultiplicativeLR": lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]),
+    "ConstantLR": lambda o: torch.optim.lr_scheduler.ConstantLR(o, total_iters=3),
+    "LinearLR": lambda o: torch.optim.lr_scheduler.LinearLR(o, total_iters=4),
+    "ExponentialLR": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+    "PolynomialLR": lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 5),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=2),  # cycles betas[0]
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=10),  # cycles betas[0]
+    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 1e-4, anneal_epochs=3),
+    "SequentialLR": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)], [3]
+    ),
+    "ChainedScheduler": lambda o: torch.optim.lr_scheduler.ChainedScheduler(
+        [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.5)]
+    ),
+}
+
+
+def test_every_scheduler_of_torch_is_here():
+    ours = {
+        name
+        for name, value in vars(torch.optim.lr_scheduler).items()
+        if inspect.isclass(value) and not name.startswith("_") and issubclass(value, torch.optim.lr_scheduler.LRScheduler)
+    }
+    assert ours - {"LRScheduler"} <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("tensor_lr", BOTH, ids=["float", "tensor"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name, tensor_lr):
+    """Against the oracle that is given the scheduler's lr and betas by hand: they take effect at the next step."""
+    shapes = [(4, 3), (3,)]
+    run = SoapRun(random_params(shapes), lr=torch.tensor(0.01) if tensor_lr else 0.01, refresh="together", shampoo_beta=0.9)
+    oracle = Oracle(random_params(shapes), shampoo_beta=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = SCHEDULERS[name](run.optimizer)
+    seen = set()
+    for grads in random_gradients(shapes, 8):
+        group = run.optimizer.param_groups[0]
+        seen.add((float(group["lr"]), float(group["betas"][0])))
+        oracle.options.update(lr=float(group["lr"]), betas=tuple(float(b) for b in group["betas"]))
+        run.step(grads)
+        oracle.step(grads)
+        for p, q in zip(run.params, oracle.params):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-6)
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert len(seen) > 1
+    if name in ("CyclicLR", "OneCycleLR"):
+        assert len({beta for _, beta in seen}) > 1
+    scheduler.load_state_dict(scheduler.state_dict())
+
+
+# ---- copies ---------------------------------------------------------------------------------------------------------------
+
+
+def copy_by_pickle(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("copier", [copy.deepcopy, copy_by_pickle])
+def test_copies_of_model_and_optimizer_go_on_alike(copier, before):
+    """Copied together, the copy optimises the copied model; the original is not touched by it."""
+    model = model_of()
+    optimizer = SOAP(model.parameters(), precondition_frequency=2)
+    train(model, optimizer, before)
+    other, twin = copier((model, optimizer))
+    assert twin.param_groups[0]["params"][0] is other[0].weight
+    kept = snapshot(optimizer)
+    result = train(other, twin, 5, seed=9)
+    assert_unchanged(optimizer, kept)
+    assert_same(train(model, optimizer, 5, seed=9), result)
+    assert_unchanged(optimizer, snapshot(twin))
+
+
+def test_copies_keep_the_count_of_skipped_steps():
+    run = SoapRun(random_params([(4, 3), (2,)]))
+    with pytest.warns(UserWarning, match="not finite"):
+        run.step([torch.full((4, 3), float("nan")), torch.ones(2)])
+    for copier in (copy.deepcopy, copy_by_pickle):
+        assert copier(run.optimizer).skipped_steps(per_parameter=True) == [1, 0]
+
+
+def test_setstate_fills_what_an_older_version_lacks():
+    run, plain = (SoapRun(random_params([(4, 3)]), refresh="staggered") for _ in range(2))
+    gradients = random_gradients([(4, 3)], 6)
+    for grads in gradients[:3]:
+        run.step(grads)
+        plain.step(grads)
+    state = run.optimizer.__getstate__()
+    groups = [dict(group) for group in state["param_groups"]]
+    for name in ("shampoo_beta", "refresh", "refresh_tolerance", "maximize", "capturable", "foreach", "fused", "data_format"):
+        del groups[0][name]
+    tensors = {p: {**s, "step": float(s["step"])} for p, s in state["state"].items()}
+    old = SOAP.__new__(SOAP)
+    old.__setstate__({"defaults": state["defaults"], "state": tensors, "param_groups": groups})
+    assert old.param_groups[0]["refresh"] == "staggered" and old.param_groups[0]["foreach"] is None
+    assert torch.is_tensor(old.state[run.params[0]]["step"])
+    for grads in gradients[3:]:
+        run.params[0].grad = grads[0].clone()
+        old.step()
+        plain.step(grads)
+    assert torch.equal(run.params[0], plain.params[0])
+    assert old.skipped_steps() == 0
+
+
+def child(model, optimizer, queue):
+    train(model, optimizer, 2)
+    queue.put([p.detach().sum().item() for p in model.parameters()])
+
+
+@pytest.mark.slow
+def test_shared_memory_and_another_process():
+    """A shared model trained by a child process (Hogwild): the optimizer pickles through multiprocessing."""
+    model, twin = model_of(), model_of()
+    model.share_memory()
+    optimizer, other = SOAP(model.parameters()), SOAP(twin.parameters())
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.share_memory_()
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(model, optimizer, queue))
+    process.start()
+    queue.get(timeout=120)
+    process.join(60)
+    assert process.exitcode == 0
+    train(twin, other, 2)
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert multiprocessing.active_children() == []
+
+
+def test_repr_names_the_options():
+    text = repr(SOAP([nn.Parameter(torch.ones(2, 2))], lr=0.5))
+    assert text.startswith("SOAP (") and "lr: 0.5" in text and "refresh: staggered" in text
+
+
+# ---- what may stand around a step -----------------------------------------------------------------------------------------
+
+
+def result_of(flags, around=None, **options):
+    """Parameters and state after five steps, each made inside ``around()``."""
+    shapes = [(12, 9), (6, 4, 3, 3), (4,)]
+    run = SoapRun(random_params(shapes), precondition_frequency=2, **flags, **options)
+    for grads in random_gradients(shapes, 5):
+        if around is None:
+            run.step(grads)
+        else:
+            with around():
+                run.step(grads)
+    return run
+
+
+def assert_runs_equal(a, b):
+    for i in range(len(a.params)):
+        assert torch.equal(a.params[i], b.params[i])
+        for key, value in a.state_of(i).items():
+            assert torch.equal(value, b.state_of(i)[key]), key
+            assert value.dtype == b.state_of(i)[key].dtype, key
+
+
+class Setting:
+    """Sets something for a with block and puts the old value back."""
+
+    def __init__(self, get, set_, value):
+        self.get, self.set, self.value = get, set_, value
+
+    def __enter__(self):
+        self.old = self.get()
+        self.set(self.value)
+
+    def __exit__(self, *_):
+        assert self.get() == self.value, "the step changed a global setting"
+        self.set(self.old)
+
+
+AROUND = {
+    "default dtype float64": lambda: Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default dtype float16": lambda: Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float16),
+    "default device meta": lambda: torch.device("meta"),
+    "autocast bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "matmul precision medium": lambda: Setting(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "matmul precision high": lambda: Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
+    "deterministic algorithms": lambda: Setting(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "anomaly detection": lambda: torch.autograd.detect_anomaly(check_nan=True),
+    "default device set": lambda: Setting(torch.get_default_device, torch.set_default_device, torch.device("cpu")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@every_implementation
+@pytest.mark.parametrize("name", AROUND)
+def test_what_stands_around_a_step_does_not_change_it(name, flags):
+    assert_runs_equal(result_of(flags, AROUND[name]), result_of(flags))
+
+
+def test_constructed_under_another_default_dtype_and_device():
+    with Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64), torch.device("meta"):
+        run = SoapRun([p.to("cpu", torch.float32) for p in CPU_PARAMS])
+    plain = SoapRun(CPU_PARAMS)
+    for grads in random_gradients([(4, 3)], 3):
+        run.step(grads)
+        plain.step(grads)
+    assert_runs_equal(run, plain)
+
+
+CPU_PARAMS = random_params([(4, 3)])
+
+
+# In a process of its own: torch's switch from the old settings to the new ones cannot be taken back.
+@pytest.mark.parametrize("order", ["4,3,0,4,5,1,2,4,0,2", pytest.param("0,1,2,3,4,5", marks=pytest.mark.slow)])
+def test_the_new_precision_api_mixed_with_the_old_one(order):
+    """torch raises when one is read after the other was written; a step must not, and must leave them as they were."""
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from comparison import SoapRun, random_gradients, random_params
+plain = SoapRun(random_params([(6, 5)]), precondition_frequency=2)
+for grads in random_gradients([(6, 5)], 5):
+    plain.step(grads)
+settings = [
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    lambda: torch.set_float32_matmul_precision("medium"),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+]
+def read(f):
+    try:
+        return f()
+    except RuntimeError as error:
+        return "raises"
+def all_of():
+    return [read(f) for f in (
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+        lambda: torch.backends.fp32_precision,
+        lambda: torch.get_float32_matmul_precision(),
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+    )]
+for number in map(int, sys.argv[2].split(",")):
+    try:
+        settings[number]()
+    except RuntimeError:
+        pass
+    before = all_of()
+    run = SoapRun(random_params([(6, 5)]), precondition_frequency=2)
+    for grads in random_gradients([(6, 5)], 5):
+        run.step(grads)
+    assert all_of() == before, (number, before, all_of())
+    assert torch.equal(run.params[0], plain.params[0]), number
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), order], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_inference_mode_around_every_step():
+    """State made in inference mode consists of inference tensors, as with torch.optim.Adam: it may change there only."""
+    run, plain = SoapRun(random_params([(4, 3)])), SoapRun(random_params([(4, 3)]))
+    for grads in random_gradients([(4, 3)], 5):
+        run.params[0].grad = grads[0].clone()
+        with torch.inference_mode():
+            run.optimizer.step()
+        plain.step(grads)
+    assert torch.equal(run.params[0], plain.params[0])
+
+
+@pytest.mark.slow
+@every_implementation
+def test_compiled_training_step(flags):
+    """torch.compile of forward, backward and step: one graph break around the optimizer, the same result."""
+    from torch._dynamo.utils import counters
+
+    eager, compiled = model_of(), model_of()
+    optimizers = [SOAP(m.parameters(), **flags, precondition_frequency=2) for m in (eager, compiled)]
+
+    def training_step(model, optimizer, x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def breaks(model, optimizer):
+        torch._dynamo.reset()
+        counters.clear()
+        fast = torch.compile(training_step, backend="aot_eager")
+        for number in range(5):
+            x = torch.randn(7, 6, generator=torch.Generator().manual_seed(number))
+            expected = training_step(eager, optimizers[0], x) if model is compiled else None
+            loss = fast(model, optimizer, x)
+            if expected is not None:
+                torch.testing.assert_close(loss, expected)
+        # zero_grad and backward break graphs too, in every training step
+        return {k: n for k, n in counters["graph_break"].items() if "zero_grad" not in k and "backward" not in k}
+
+    ours = breaks(compiled, optimizers[1])
+    for p, q in zip(eager.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    # One break at the call of step; dynamo counts it twice, before and inside the wrapper that torch puts around every
+    # optimizer's step.
+    assert ours and all("SOAP.step" in reason for reason in ours) and sum(ours.values()) <= 2, ours
+    other = model_of()
+    assert sum(ours.values()) <= sum(breaks(other, torch.optim.Adam(other.parameters())).values())
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_capturing_a_step_is_refused_with_a_reason():
+    run = SoapRun(random_params([(4, 3)], device="cuda"), capturable=True)
+    for grads in random_gradients([(4, 3)], 2, device="cuda"):
+        run.step(grads)
+    assert run.state_of(0)["step"].device.type == "cuda"
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="CUDA graph"), torch.cuda.graph(graph):
+        run.optimizer.step()
+
+
+def test_capturable_keeps_step_on_the_parameter_s_device(device):
+    run = SoapRun(random_params([(4, 3)], device=device), capturable=True)
+    plain = SoapRun(random_params([(4, 3)], device=device))
+    for grads in random_gradients([(4, 3)], 4, device=device):
+        run.step(grads)
+        plain.step(grads)
+    assert run.state_of(0)["step"].device.type == torch.device(device).type
+    assert torch.equal(run.params[0], plain.params[0])
+
+
+def test_a_very_large_precondition_frequency_means_never():
+    """10^12 must neither be slow nor overflow, and its offsets must not make a unit due."""
+    for refresh in ("together", "staggered", "adaptive"):
+        run = SoapRun(random_params([(6, 5), (4, 4)]), precondition_frequency=10**12, refresh=refresh)
+        gradients = random_gradients([(6, 5), (4, 4)], 6)
+        run.step(gradients[0])
+        kept = run.state_of(0)["basis_0"].clone()
+        for grads in gradients[1:]:
+            run.step(grads)
+        assert torch.equal(run.state_of(0)["basis_0"], kept)
+
+
+def test_a_frequency_given_as_a_numpy_integer():
+    import numpy
+
+    runs = [SoapRun(random_params([(4, 3)]), precondition_frequency=f) for f in (2, numpy.int64(2))]
+    for grads in random_gradients([(4, 3)], 6):
+        for run in runs:
+            run.step(grads)
+    assert torch.equal(runs[0].params[0], runs[1].params[0])
+
+
+def test_training_really_trains():
+    """Ill-conditioned least squares: SOAP is far below Adam's loss after the same steps at the same learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(256, 12, generator=generator)
+        @ torch.diag(torch.logspace(0, -2, 12))
+        @ torch.randn(12, 12, generator=generator)
+    )
+    y = x @ torch.randn(12, 8, generator=generator)
+    losses = {}
+    for name in ("SOAP", "Adam"):
+        weight = nn.Parameter(torch.zeros(12, 8))
+        optimizer = SOAP([weight], lr=0.05, weight_decay=0) if name == "SOAP" else torch.optim.Adam([weight], lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = (x @ weight - y).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses[name] = loss.item()
+    assert losses["SOAP"] < 0.5 * losses["Adam"]
+
+
+def test_public_names():
+    assert set(soap_opt.__all__) == {"SOAP", "__version__", "load_original_state_dict", "memory_report"}
+    assert soap.SOAP is SOAP and issubclass(SOAP, torch.optim.Optimizer)
+    assert "project back" in SOAP.__doc__ and "Deviations" in SOAP.__doc__

@@ -1,0 +1,103 @@
+"""memory_report counts what an optimizer holds, and foretells what it will hold."""
+
+import pytest
+import torch
+from comparison import needs_engine, random_gradients
+from torch import nn
+
+import soap_opt
+from soap_opt import SOAP, memory_report, plan
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 10), nn.LayerNorm(10))
+
+
+def held(optimizer):
+    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"merge_dims": True, "max_precond_dim": 40}, {"precondition_1d": True}, {"max_precond_dim": 7}, {"foreach": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_foretold_is_what_is_held(options, dtype):
+    net = model().to(dtype)
+    before = memory_report(net, **options)
+    optimizer = SOAP(net.named_parameters(), **options)
+    assert memory_report(optimizer).by_parameter == before.by_parameter  # no state yet: foretold
+    for param in net.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    during = memory_report(optimizer)
+    assert during.by_parameter == before.by_parameter and during.total == held(optimizer) == before.total
+    itemsize = 8 if dtype == torch.float64 else 4
+    assert before.by_kind["exp_avg"] == itemsize * sum(p.numel() for p in net.parameters())
+
+
+def test_numbers_of_one_convolution():
+    """(8, 3, 5, 5): m and v of 600 numbers, Grams and bases of 8^2 + 3^2 + 5^2 + 5^2."""
+    report = memory_report([torch.zeros(8, 3, 5, 5)])
+    row = report.by_parameter["0"]
+    assert row["exp_avg"] == row["exp_avg_sq"] == 4 * 600
+    assert row["gram"] == row["basis"] == 4 * (64 + 9 + 25 + 25)
+    assert row["other"] == 4 + 1 + 4 * 8
+
+
+def test_merging_may_cost_a_lot():
+    """The example of the warning at construction: a (64, 32) weight merged to one mode has a Gram of 2048 x 2048."""
+    plain, merged = (memory_report([torch.zeros(64, 32)], merge_dims=merge) for merge in (False, True))
+    assert plain.by_kind["gram"] == 4 * (64**2 + 32**2)
+    assert merged.by_kind["gram"] == 4 * 2048**2
+
+
+def test_the_table():
+    text = str(memory_report(model()))
+    lines = text.splitlines()
+    assert lines[0].split() == ["parameter", "shape", "exp_avg", "exp_avg_sq", "gram", "basis", "other", "total"]
+    assert any(line.startswith("3.weight") and "(10, 24)" in line for line in lines)
+    assert any(line.startswith("total") for line in lines)
+
+
+def test_frozen_parameters_have_no_state():
+    net = model()
+    net[0].requires_grad_(False)
+    assert set(memory_report(net).shapes) == {name for name, p in net.named_parameters() if p.requires_grad}
+
+
+def test_misuse():
+    optimizer = SOAP(model().parameters())
+    with pytest.raises(TypeError, match="takes no options with an optimizer, got merge_dims"):
+        memory_report(optimizer, merge_dims=True)
+    with pytest.raises(TypeError, match="SOAP has no option momentum"):
+        memory_report(model(), momentum=0.9)
+    with pytest.raises(TypeError, match="reports on soap_opt.SOAP, got Adam"):
+        memory_report(torch.optim.Adam(model().parameters()))
+
+
+@needs_engine
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scratch_is_what_the_engine_allocates(threads):
+    torch.set_num_threads(threads)
+    shapes = [(64, 48, 5, 5), (40, 30), (7,)]
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = SOAP(params, fused=True)
+    foretold = memory_report(optimizer).scratch
+    plan._memory.__dict__.clear()
+    for grads in random_gradients(shapes, 2):
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer.step()
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in plan._memory.__dict__.values())
+    assert kept == foretold == memory_report(optimizer).scratch
+    largest = 4 * max(torch.Size(shape).numel() for shape in shapes)
+    # bounded: three buffers of the largest parameter, its matrices packed, and chunks of a fixed size, for each thread
+    assert foretold <= threads * (3 * largest + 2 * 4 * 2 * 64**2 + (2 << 20))
+    assert memory_report([torch.zeros(64, 48)], foreach=True).scratch == 0
+
+
+def test_an_installed_version_is_known():
+    assert soap_opt.__version__.count(".") == 2
