@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import _ext
 from .eigenbasis import Refresh, reexpress_
 from .launch import MAX_NUMEL, SCALARS, STAGES, USABLE, WARPS, Launch, make_tables
 from .plan import Layout
@@ -28,6 +30,13 @@ PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 # With precision="high" the projections may be less exact; never the Grams.
 HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
 ACCELERATOR = "hip" if torch.version.hip else "cuda"
+
+
+def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
+    """Whether this path serves the parameter of a group: t, the guard and found_inf are the device's business then."""
+    if param.device.type != "cuda" or param.dtype == torch.float64 or options.get("foreach") is not None:
+        return False
+    return bool(options.get("fused")) or (options.get("fused") is None and _ext.unavailable("cuda") is None)
 
 
 def fused_on_cuda(exp_avgs: list[Tensor]) -> bool:
@@ -203,18 +212,20 @@ def fused_cuda_soap(
     if isinstance(lr, Tensor):
         if lr.device == device:  # the kernels read it, the host need not wait
             lr_scale, lr = lr.to(torch.float32), 1.0
-        else:
-            lr = float(lr)
+    # float: an integer would compile the kernels anew
+    lr, weight_decay, shampoo_beta, beta1, beta2, eps = map(float, (lr, weight_decay, shampoo_beta, beta1, beta2, eps))
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     sums = (plan.partials, plan.counters)
-    for each in plan.tables.launches:
-        tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
-        run_launch(
-            each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
-            first=(grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0, int(correct_bias),
-                   0.0 if max_grad_norm is None else max_grad_norm, len(params)),
-            adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
-        )  # fmt: skip
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for each in plan.tables.launches:
+            tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
+            run_launch(
+                each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
+                first=(grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0,
+                       int(correct_bias), 0.0 if max_grad_norm is None else float(max_grad_norm), len(params)),
+                adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
+            )  # fmt: skip
 
     for (param, _, m, v), *originals in zip(arranged, params, exp_avgs, exp_avg_sqs):
         for copy, original in zip((param, m, v), originals):
@@ -319,7 +330,7 @@ def host_steps(exp_avgs: list[Tensor], state_steps: list[Tensor], usable: Tensor
     flags.copy_(usable, non_blocking=True)
     if usable.device.type == "cuda":
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(usable.device))
     result = []
     for place, (exp_avg, step) in enumerate(zip(exp_avgs, state_steps)):
         identity = (step.data_ptr(), step._version)

@@ -16,7 +16,7 @@ from . import _ext
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
-from .fused_cuda import scale_or_nan, skipped_on_device
+from .fused_cuda import scale_or_nan, skipped_on_device, steps_on_device
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
 
@@ -234,7 +234,7 @@ class SOAP(Optimizer):
             (w.group, param) for w in work for param, state in zip(w.params, w.states) if not (state and state["initialized"])
         ]
         if found_inf is not None:
-            if not pending and all(_steps_on_device(w.group, param) for w in work for param in w.params):
+            if not pending and all(steps_on_device(w.group, param) for w in work for param in w.params):
                 grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
             elif float(found_inf) != 0:
                 return loss
@@ -534,15 +534,8 @@ def _shampoo_beta(group: dict[str, Any]) -> float:
 
 def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
     # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
-    device = param.device if group["capturable"] or group["fused"] or _steps_on_device(group, param) else "cpu"
+    device = param.device if group["capturable"] or group["fused"] or steps_on_device(group, param) else "cpu"
     return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def _steps_on_device(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the fused CUDA path serves the parameter: t, the guard and found_inf are the device's business then."""
-    if param.device.type != "cuda" or state_dtype(param) != torch.float32 or group["foreach"] is not None:
-        return False
-    return bool(group["fused"]) or (group["fused"] is None and _ext.unavailable("cuda") is None)
 
 
 def _users_stacklevel() -> int:
