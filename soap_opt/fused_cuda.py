@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ext
 from .eigenbasis import Refresh, reexpress_
-from .launch import MAX_NUMEL, SCALARS, STAGES, USABLE, WARPS, Launch, make_tables
+from .launch import MAX_NUMEL, SCALARS, STAGES, USABLE, WARPS, Launch, make_tables, padded
 from .plan import Layout
 from .refresh import is_due
 
@@ -117,6 +117,11 @@ def _pieces(layouts: list[Layout]) -> list[list[int]]:
         pieces[-1].append(i)
         numel += layout.numel
     return pieces
+
+
+def scratch_bytes(layouts: list[Layout]) -> int:
+    """Bytes of the two scratch buffers (partial sums of split Grams and Kronecker products come on top, a few percent)."""
+    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(layouts)), default=0)
 
 
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:

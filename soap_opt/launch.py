@@ -241,7 +241,7 @@ def make_tables(
     build = _Builder(layouts)
     products = [problems_of(layout) for layout in layouts]
     numels = [layout.numel for layout in layouts]
-    starts = np.concatenate([[0], np.cumsum([_padded(numel) for numel in numels])]).tolist()
+    starts = np.concatenate([[0], np.cumsum([padded(numel) for numel in numels])]).tolist()
     everyone = range(len(layouts))
 
     # Number of projection launches. The first one makes the Kronecker products, so that it cannot use them yet.
@@ -296,7 +296,7 @@ def make_tables(
                     kronecker_at[index, problem.group] = 4 * kronecker_numel
                     row = build.row(DEPTH=problem.depth, COUNT=len(problem.factors))
                     build.of_shared(row, Y, "kronecker", 4 * kronecker_numel)
-                    kronecker_numel += _padded(problem.depth**2)
+                    kronecker_numel += padded(problem.depth**2)
                     for place, factor in enumerate(problem.factors):
                         build.point(row, FACTORS + 2 * place, build.basis + build.first_mode[index] + factor)
                         build.rows[row][FACTORS + 2 * place + 1] = layouts[index].sizes[factor]
@@ -410,6 +410,6 @@ def make_tables(
     )
 
 
-def _padded(numel: int) -> int:
+def padded(numel: int) -> int:
     """Up to a multiple of 16 bytes, so that every piece of scratch is as aligned as its buffer."""
     return -(-numel // 4) * 4
