@@ -40,7 +40,7 @@ def test_a_ragged_mix():
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_options(options):
-    lockstep([(5,), (6, 4, 3, 3), (5, 3, 4), (1, 7), (21, 4, 5)], 4, options)
+    lockstep([(5,), (6, 4, 3, 3), (5, 3, 4), (1, 7), (21, 4, 5)], 3, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,7 +82,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), *(pytest.param(value, marks=SLOW) for value in (float("inf"), 1e20))])
 def test_an_unusable_gradient_changes_nothing_of_its_parameter(value):
     shapes = [(6, 5), (4, 3, 3, 3), (4,), (5, 5)]
-    for broken in range(len(shapes)):
+    for broken in (1, 2):  # with products, without
         reference, tested = (
             SoapRun(random_params(shapes), **flag, **OPTIONS) for flag in ({"foreach": False}, {"fused": True})
         )
@@ -141,7 +141,7 @@ def test_grams_stay_symmetric_to_the_bit():
 )
 def test_launches_of_a_steady_step(launches, shapes, options, count):
     run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, **options, "precondition_frequency": 10**6})
-    for grads in random_gradients(shapes, 3):
+    for grads in random_gradients(shapes, 2):
         launches.clear()
         run.step(grads)
     assert len(launches) == count, launches
