@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -69,12 +70,25 @@ _load_error = _load()
 _cuda_load_error = _load_cuda()
 
 
+@lru_cache
+def _triton_error() -> str | None:
+    """Import the Triton kernels; the reason when that fails. (Late: `import soap_opt` does not wait for Triton.)"""
+    try:
+        importlib.import_module("soap_opt.kernels.project")
+        importlib.import_module("soap_opt.kernels.gram_ema")
+    except ImportError as error:
+        return f"the Triton kernels do not load: {error}"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, {torch.cuda.get_device_name()} is older"
+    return None
+
+
 def unavailable(device_type: str) -> str | None:
     """Why ``fused=True`` cannot run on a device of this type; None where it can."""
     if device_type == "cpu":
         return _load_error
     if device_type == "cuda":
-        return "this version of soap_opt has no Triton kernels yet"
+        return _triton_error()
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .eigenbasis import full_precision_matmul, project
+from .fused_cuda import steps_on_device
 from .plan import Layout, layout_of, memory_order
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _restore_param(
             elif like is None:
                 value = value.contiguous()
         elif key == "step":
-            device = param.device if options.get("capturable") or options.get("fused") else "cpu"
+            on_device = options.get("capturable") or options.get("fused") or steps_on_device(options, param)
+            device = param.device if on_device else "cpu"
             value = torch.as_tensor(value).to(dtype=torch.float32, device=device)
         elif key == "initialized":
             value = torch.as_tensor(value).to(dtype=torch.bool, device="cpu")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from . import _ext
 from .checkpoint import state_dtype
 from .functional import use_fused
+from .fused_cuda import scratch_bytes
 from .plan import Layout, layout_of, memory_order, scratch_numel
 from .soap import LAYOUT_OPTIONS, SOAP
 
@@ -28,7 +29,8 @@ class MemoryReport:
         by_parameter: for each parameter (its name, or its index over all groups) the bytes of each kind in ``KINDS``.
         shapes: the parameters' shapes.
         scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
-            thread (about three times the largest parameter for each core); 0 where another implementation runs.
+            thread (about three times the largest parameter for each core), or the fused CUDA step (about two float32 for each
+            element of the largest group); 0 where another implementation runs.
     """
 
     by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
     report = MemoryReport()
     index = 0
     scratch: dict[torch.dtype, int] = {}
+    cuda_scratch = 0
     for group in groups:
         layouts: dict[torch.dtype, list[Layout]] = {}
         for place, param in enumerate(group["params"]):
@@ -127,5 +130,8 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
             for dtype, of_dtype in layouts.items():
                 needed = scratch_numel(tuple(of_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
-    report.scratch = sum(scratch.values())
+        on_cuda = all(param.device.type == "cuda" for param in group["params"])
+        if on_cuda and use_fused(group["params"], group["foreach"], group["fused"]):
+            cuda_scratch = max(cuda_scratch, scratch_bytes(layouts.get(torch.float32, [])))
+    report.scratch = sum(scratch.values()) + cuda_scratch
     return report

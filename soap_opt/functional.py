@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ext
+from .checkpoint import state_dtype
 from .eigenbasis import (
     BATCH_MAX_DIM,
     Refresh,
@@ -23,6 +24,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
+from .fused_cuda import fused_cuda_soap, fused_on_cuda
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 
@@ -53,6 +55,8 @@ def soap(
     refresh: str,
     refresh_tolerance: float,
     maximize: bool,
+    max_grad_norm: float | None = None,
+    precision: str = "highest",
 ) -> list[int]:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
@@ -69,6 +73,8 @@ def soap(
         layouts: how each parameter's modes lie.
         foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
+        max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
+        precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
 
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
@@ -79,6 +85,13 @@ def soap(
         function = _multi_tensor_soap
     else:
         function = _single_tensor_soap
+    extras: dict[str, float | str | None] = {}
+    if function is _fused_soap and fused_on_cuda(exp_avgs):
+        extras = {"max_grad_norm": max_grad_norm, "precision": precision}
+    else:
+        lr = float(lr)
+    if not extras and max_grad_norm is not None:
+        grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
     return function(
         params,
         grads,
@@ -90,7 +103,7 @@ def soap(
         state_steps,
         layouts,
         grad_scale,
-        lr=float(lr),
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         shampoo_beta=shampoo_beta,
@@ -102,7 +115,21 @@ def soap(
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,
         maximize=maximize,
+        **extras,
     )
+
+
+def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float) -> Tensor:
+    """The scale that divides gradients as ``clip_grad_norm_(params, max_grad_norm)`` would clip them, [1].
+
+    A gradient that is not usable has no part in the total norm: its parameter stays as it is and the others move on.
+    """
+    device, dtype = grads[0].device, state_dtype(grads[0])
+    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=state_dtype(grad)).to(device, dtype) for grad in grads])
+    scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device, dtype).reshape(1)
+    norms = norms / scale
+    total = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
+    return scale / (max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
 
 def use_fused(tensors: list[Tensor], foreach: bool | None, fused: bool | None) -> bool:
@@ -110,6 +137,11 @@ def use_fused(tensors: list[Tensor], foreach: bool | None, fused: bool | None) -
     if fused is None and foreach is None:
         return all(_ext.unavailable(device_type) is None for device_type in {t.device.type for t in tensors})
     return bool(fused)
+
+
+def all_on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether the compiled CPU operators serve all of these: first gradients have no kernels of their own on CUDA."""
+    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def first_grams(
@@ -131,7 +163,7 @@ def first_grams(
         foreach, fused, grad_scale: as in :func:`soap`.
         shampoo_beta: decay rate of the Grams.
     """
-    if use_fused(grads, foreach, fused):
+    if use_fused(grads, foreach, fused) and all_on_cpu(grads):
         grams = [
             [torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layout.sizes] for grad, layout in zip(grads, layouts)
         ]
@@ -418,13 +450,14 @@ def _fused_soap(
     grad_scale: Tensor | None,
     **options: float | bool | str,
 ) -> list[int]:
-    """The package's own operators: on a CPU one call for each dtype of state. Arguments and result as in :func:`soap`."""
+    """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA.
+    Arguments and result as in :func:`soap`."""
     skipped: list[int] = []
     ends = list(itertools.accumulate(len(layout.modes) for layout in layouts))
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, exp_avg in enumerate(exp_avgs):
-        by_dtype.setdefault(exp_avg.dtype, []).append(i)
-    for dtype, indices in by_dtype.items():
+        alike.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
+    for (device, dtype), indices in alike.items():
 
         def of(column: list, indices: list[int] = indices) -> list:
             return column if len(indices) == len(column) else [column[i] for i in indices]
@@ -434,6 +467,14 @@ def _fused_soap(
                 return column
             return [x for i in indices for x in column[ends[i] - len(layouts[i].modes) : ends[i]]]
 
+        if device.type == "cuda":
+            # float64 has no tensor cores to gain from, and rarely a model: the multi-tensor path serves it
+            step = fused_cuda_soap if dtype == torch.float32 else _multi_tensor_soap
+            lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
+            matrices = [of_modes(grams), of_modes(bases), of_modes(refresh_offsets)]
+            unusable = step(*lists, *matrices, of(state_steps), of(layouts), grad_scale, **options)
+            skipped += [indices[i] for i in unusable]
+            continue
         kinds = tuple(of(layouts))
         usable = torch.ops.soap_opt.step_(
             of(params),

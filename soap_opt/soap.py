@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from . import _ext
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
-from .functional import first_grams, soap, use_fused
+from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
+from .fused_cuda import scale_or_nan, skipped_on_device, steps_on_device
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
 
@@ -87,6 +88,9 @@ class SOAP(Optimizer):
             still diagonalise their Gram (default: "staggered").
         refresh_tolerance: with "adaptive", the share of Q^T G Q (Frobenius norm) that may be off the diagonal (default: 0.01).
         maximize: maximize the objective (default: False).
+        max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
+            touching them; gradients that are not usable have no part in it (default: None).
+        precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
         capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph needs the
             fused CUDA implementation, which this version does not have; it raises RuntimeError.
         foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
@@ -135,6 +139,8 @@ class SOAP(Optimizer):
         refresh: str = "staggered",
         refresh_tolerance: float = 0.01,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
+        precision: str = "highest",
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -161,6 +167,8 @@ class SOAP(Optimizer):
             "refresh": refresh,
             "refresh_tolerance": refresh_tolerance,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
+            "precision": precision,
             "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
@@ -219,27 +227,34 @@ class SOAP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # Every check comes before the first change.
         work = [self._with_grad(group) for group in self.param_groups]
         pending = [
             (w.group, param) for w in work for param, state in zip(w.params, w.states) if not (state and state["initialized"])
         ]
+        if found_inf is not None:
+            if not pending and all(steps_on_device(w.group, param) for w in work for param in w.params):
+                grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
+            elif float(found_inf) != 0:
+                return loss
         with full_precision_matmul({param.device.type for w in work for param in w.params}):
+            scales = [grad_scale] * len(work)
             if pending:
-                self._initialize(pending, grad_scale)
+                groups = {id(group) for group, _ in pending}
+                for i, w in enumerate(work):
+                    limit = w.group["max_grad_norm"]
+                    if limit is not None and id(w.group) in groups:  # else the steady step knows all norms itself
+                        scales[i] = clipping_scale(w.grads, grad_scale, limit)
+                self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
                 waiting = {param for _, param in pending}
                 work = [
                     _Work(w.group, *([x for x, p in zip(column, w.params) if p not in waiting] for column in w[1:]))
                     for w in work
                 ]
-            for w in work:
+            for w, scale in zip(work, scales):
                 if w.params:
-                    self._steady_step(w, grad_scale)
+                    self._steady_step(w, scale, w.group["max_grad_norm"] if scale is grad_scale else None)
         return loss
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
@@ -250,7 +265,8 @@ class SOAP(Optimizer):
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
         """
-        counts = [self._skipped.get(p, 0) for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        counts = [self._skipped.get(p, 0) + skipped_on_device(self.state.get(p, {}).get("exp_avg")) for p in params]
         return counts if per_parameter else sum(counts)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -279,7 +295,8 @@ class SOAP(Optimizer):
             self.__dict__.pop("_restored", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped}
+        counts = zip((p for group in self.param_groups for p in group["params"]), self.skipped_steps(per_parameter=True))
+        return {**super().__getstate__(), "_skipped": {p: count for p, count in counts if count}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -402,7 +419,7 @@ class SOAP(Optimizer):
                 offsets[param].append(offset)
         return offsets
 
-    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], grad_scale: Tensor | None) -> None:
+    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], scales: dict[int, Tensor | None]) -> None:
         """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
         usable: list[tuple[dict[str, Any], Tensor]] = []
         unusable: list[Tensor] = []
@@ -416,8 +433,8 @@ class SOAP(Optimizer):
         for (_, dtype), (group, params) in kinds.items():
             gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
             how = group["foreach"], group["fused"]
-            engine = engine and use_fused(gradients, *how)
-            made = first_grams(gradients, layouts, dtype, *how, grad_scale, _shampoo_beta(group))
+            engine = engine and use_fused(gradients, *how) and all_on_cpu(gradients)
+            made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], _shampoo_beta(group))
             for param, layout, (outers, says_something) in zip(params, layouts, made):
                 if outers is None:
                     unusable.append(param)
@@ -451,7 +468,7 @@ class SOAP(Optimizer):
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
 
-    def _steady_step(self, work: _Work, grad_scale: Tensor | None) -> None:
+    def _steady_step(self, work: _Work, grad_scale: Tensor | None, max_grad_norm: float | None) -> None:
         group, params, grads, states, layouts = work
         beta1, beta2 = group["betas"]
         skipped = soap(
@@ -479,6 +496,8 @@ class SOAP(Optimizer):
             refresh=group["refresh"],
             refresh_tolerance=group["refresh_tolerance"],
             maximize=group["maximize"],
+            max_grad_norm=max_grad_norm,
+            precision=group["precision"],
         )
         for i in skipped:
             self._skip(params[i])
@@ -500,6 +519,8 @@ _ADDED_DEFAULTS: dict[str, Any] = {
     "refresh": "staggered",
     "refresh_tolerance": 0.01,
     "maximize": False,
+    "max_grad_norm": None,
+    "precision": "highest",
     "capturable": False,
     "foreach": None,
     "fused": None,
@@ -513,7 +534,7 @@ def _shampoo_beta(group: dict[str, Any]) -> float:
 
 def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
     # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
-    device = param.device if group["capturable"] or group["fused"] else "cpu"
+    device = param.device if group["capturable"] or group["fused"] or steps_on_device(group, param) else "cpu"
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
@@ -563,5 +584,9 @@ def check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"Invalid refresh policy: {options['refresh']!r} (one of {', '.join(POLICIES)})")
     if not 0.0 <= options["refresh_tolerance"]:
         raise ValueError(f"Invalid refresh_tolerance value: {options['refresh_tolerance']}")
+    if options["max_grad_norm"] is not None and not 0.0 < options["max_grad_norm"]:
+        raise ValueError(f"Invalid max_grad_norm value: {options['max_grad_norm']}")
+    if options["precision"] not in ("highest", "high"):
+        raise ValueError(f"Invalid precision: {options['precision']!r} (highest or high)")
     if options["foreach"] and options["fused"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

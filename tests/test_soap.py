@@ -38,6 +38,8 @@ def test_signature():
         "refresh": "staggered",
         "refresh_tolerance": 0.01,
         "maximize": False,
+        "max_grad_norm": None,
+        "precision": "highest",
         "capturable": False,
         "foreach": None,
         "fused": None,

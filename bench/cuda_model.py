@@ -1,0 +1,199 @@
+"""Count what one steady step moves and computes on a GPU, from the launch plan and from the original's operations.
+
+``python -m bench.cuda_model [-o bench/results/cuda_model.csv]``. Needs no GPU, and none was used: these are counts, and times
+that an H100's published limits would allow, not measurements.
+
+What is counted. *Bytes*: what a launch must read and write in device memory if the caches are ideal inside a launch and empty
+between two. ``tensor_bytes`` are those of tensors of a parameter's size (gradient, scratch, m, v, p); ``matrix_bytes`` those of
+Grams, bases and their partial sums. *Flops*: 2 for each multiply-add that a tile executes, padding included; U = 2 numel
+sum(d_i) of one pass over all modes, of which a step needs 2.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from soap_opt import launch
+from soap_opt.launch import TILES, Tables, make_tables
+from soap_opt.plan import Layout, layout_of
+
+from .reference import ReferenceSOAP
+
+# H100 SXM: memory, TF32 tensor cores without sparsity (a float32 product takes three), time to launch a kernel
+H100 = {"bytes_per_second": 3.35e12, "float32_flops_per_second": 494e12 / 3, "seconds_per_launch": 3e-6}
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def hyperprior_shapes() -> list[tuple[int, ...]]:
+    """bmshj2018-hyperprior, quality 3, without ``.quantiles``."""
+    from compressai.zoo import image_models
+
+    net = image_models["bmshj2018-hyperprior"](quality=3, pretrained=False)
+    return [tuple(p.shape) for name, p in net.named_parameters() if not name.endswith(".quantiles")]
+
+
+def gpt2_small_shapes() -> list[tuple[int, ...]]:
+    """GPT-2 small: 12 blocks of width 768, vocabulary 50,257 (above max_precond_dim), tied head."""
+    block = [
+        (768,),
+        (768,),
+        (2304, 768),
+        (2304,),
+        (768, 768),
+        (768,),
+        (768,),
+        (768,),
+        (3072, 768),
+        (3072,),
+        (768, 3072),
+        (768,),
+    ]
+    return [(50257, 768), (1024, 768), *(block * 12), (768,), (768,)]
+
+
+def layouts_of(shapes: Sequence[tuple[int, ...]]) -> list[Layout]:
+    options = {"max_precond_dim": 10000, "merge_dims": False, "precondition_1d": False, "data_format": "channels_first"}
+    return [layout_of(shape, tuple(range(len(shape))), **options) for shape in shapes]
+
+
+def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32") -> list[dict[str, Any]]:
+    """One row for each launch of the plan: programs, flops, bytes."""
+    result = []
+    for each in tables.launches:
+        tiles = tables.tiles[each.first : each.first + each.count]
+        row: dict[str, Any] = {"launch": each.kernel, "programs": each.count, "flops": 0, "tensor_bytes": 0, "matrix_bytes": 0}
+        grams = set()
+        for (problem, kind), programs in Counter(zip(tiles[:, 0].tolist(), tiles[:, 1].tolist())).items():
+            columns = tables.problems[problem]
+            numel = layouts[columns[launch.INDEX]].numel
+            if each.kernel == "gram_ema" and kind < launch.NORM:
+                tile, splits = TILES[kind // 4], int(columns[launch.COUNT])
+                depth, factors = int(columns[launch.DEPTH]), int(columns[launch.NUMEL])
+                iterations = math.ceil(int(columns[launch.COLUMNS]) / tile.gram_deep)
+                row["flops"] += 2 * programs // splits * tile.wide**2 * iterations * tile.gram_deep
+                # both panels of a tile and all modes of a parameter read the same gradient in one launch
+                if columns[launch.INDEX] not in grams:
+                    row["tensor_bytes"] += SIZES[grad] * numel
+                    grams.add(columns[launch.INDEX])
+                kept = [int(columns[launch.FACTORS + 2 * i + 1]) for i in range(factors)]
+                row["matrix_bytes"] += 6 * sum(size**2 for size in kept)  # the lower triangle is read, all is written
+                if splits > 1 or factors > 1:
+                    row["matrix_bytes"] += 8 * programs * tile.wide**2
+            elif kind < launch.NORM:
+                tile = TILES[kind // 4]
+                depth = int(columns[launch.DEPTH])
+                row["flops"] += 2 * programs * tile.wide * tile.long * math.ceil(depth / tile.deep) * tile.deep
+                read = SIZES[grad] if each.kernel == "project_first" else 4
+                written = {"project_adam": 4 + 16, "project_apply": 8}.get(each.kernel, 4)  # u, m and v; p
+                row["tensor_bytes"] += (read + written) * numel
+                row["matrix_bytes"] += 4 * depth**2
+            elif kind == launch.KRONECKER:
+                row["matrix_bytes"] += 4 * int(columns[launch.DEPTH]) ** 2
+            else:
+                cost = {launch.NORM: SIZES[grad], launch.COPY: SIZES[grad] + 4, launch.ADAM_GRAD: SIZES[grad] + 24,
+                        launch.ADAM_SCRATCH: 4 + 20, launch.APPLY: 12}  # fmt: skip
+                row["tensor_bytes"] += cost[kind] * numel
+        result.append(row)
+    return result
+
+
+class _Count(TorchDispatchMode):
+    """Every operator that is not a view as one launch: its tensors' bytes, and the flops of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        nothing_runs = (torch.ops.aten.detach, torch.ops.aten._unsafe_view)
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket not in nothing_runs:
+            self.launches += 1
+            touched = [*args, *(kwargs or {}).values(), *(out if isinstance(out, (tuple, list)) else [out])]
+            self.bytes += sum(x.numel() * x.element_size() for x in touched if isinstance(x, torch.Tensor))
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        return out
+
+
+def original_of(shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """A steady step of bench/reference.py, which makes the original's passes, run on tensors without data."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        optimizer = ReferenceSOAP(params)
+        optimizer.step()
+        with _Count() as count:
+            optimizer.step()
+    return {"launch": "all", "launches": count.launches, "flops": count.flops, "bytes": count.bytes}
+
+
+def seconds(launches: int, flops: float, moved: float) -> float:
+    """The longest of what memory and tensor cores would take at their published limits, and the launches."""
+    return (
+        max(moved / H100["bytes_per_second"], flops / H100["float32_flops_per_second"]) + launches * H100["seconds_per_launch"]
+    )
+
+
+def model(name: str, shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Rows for one model: each of our launches, their sum, the original's sum, fused Adam's."""
+    layouts = layouts_of(shapes)
+    numel = sum(layout.numel for layout in layouts)
+    needed = 2.5 * sum(2 * layout.numel * sum(layout.sizes) for layout in layouts)
+    kinds = ["float32"] * len(layouts)
+    tables = make_tables(layouts, kinds, kinds, [True] * len(layouts), False)
+    own = [{"implementation": "soap_opt", "launches": 1, **row} for row in launches_of(tables, layouts)]
+    total = {key: sum(row[key] for row in own) for key in ("launches", "programs", "flops", "tensor_bytes", "matrix_bytes")}
+    adam = {"launch": "all", "launches": 1, "flops": 0, "bytes": 28 * numel}
+    result = [
+        *own,
+        {"implementation": "soap_opt", "launch": "all", **total},
+        {"implementation": "original SOAP", **original_of(shapes)},
+        {"implementation": "torch.optim.Adam(fused=True)", **adam},
+    ]
+    for row in result:
+        if "bytes" not in row:
+            row["bytes"] = row["tensor_bytes"] + row["matrix_bytes"]
+            row["tensor_bytes_per_parameter"] = round(row["tensor_bytes"] / numel, 1)
+            row["matrix_bytes_per_parameter"] = round(row["matrix_bytes"] / numel, 1)
+        row["bytes_per_parameter"] = round(row["bytes"] / numel, 1)
+        row["flops_per_2.5U"] = round(row["flops"] / needed, 3)
+        row["h100_model_us"] = round(1e6 * seconds(row["launches"], row["flops"], row["bytes"]), 1)
+    return [{"model": name, "parameters": numel, "tensors": len(layouts), **row} for row in result]
+
+
+MODELS = {"bmshj2018-hyperprior q3": hyperprior_shapes, "GPT-2 small": gpt2_small_shapes}
+
+COLUMNS = (
+    "model parameters tensors implementation launch launches programs flops flops_per_2.5U bytes bytes_per_parameter "
+    "tensor_bytes_per_parameter matrix_bytes_per_parameter h100_model_us"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results" / "cuda_model.csv")
+    options = parser.parse_args()
+    rows = [row for name, shapes in MODELS.items() for row in model(name, shapes())]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(options.output.read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Gram matrices of all modes of all parameters and their moving average in one launch; elementwise Adam rides along."""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+from .adam import adam_update, apply_update, finish_rms
+from .table import (
+    ARGUMENTS,
+    COLUMNS,
+    COUNT,
+    COUNTER,
+    DEPTH,
+    FACTOR,
+    FACTORS,
+    INDEX,
+    INNER,
+    NUMEL,
+    SCALARS,
+    SLOT,
+    USABLE,
+    X,
+    Y,
+    arrive,
+    only_if,
+    pointer,
+    read_tile,
+    size,
+)
+
+ADAM_GRAD = tl.constexpr(launch.ADAM_GRAD)
+ADAM_SCRATCH = tl.constexpr(launch.ADAM_SCRATCH)
+BLOCK = tl.constexpr(launch.BLOCK)
+PACK = tl.constexpr(launch.PACK)
+MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
+
+(WIDE_0, _, _, DEEP_0), (WIDE_1, _, _, DEEP_1), (WIDE_2, _, _, DEEP_2) = (map(tl.constexpr, tile) for tile in launch.TILES)
+
+
+@triton.jit
+def ema(gram, place, mirrored, outer, inside, row, scalars, beta):
+    """``gram.lerp_(outer, 1 - beta)`` for elements of the lower triangle, and their mirror images."""
+    out = scalars + tl.load(row + INDEX) * SCALARS
+    factor = tl.load(out + FACTOR)
+    inside = only_if(inside, tl.load(out + USABLE))
+    old = tl.load(gram + place, mask=inside, other=0.0)
+    new = old + (1.0 - beta) * (outer * (factor * factor) - old)
+    tl.store(gram + place, new, mask=inside)
+    tl.store(gram + mirrored, new, mask=inside)
+
+
+@triton.jit
+def partial_traces(row, slot, splits, scalars, beta, SIZE: tl.constexpr):
+    """``gram_f.lerp_(outer.diagonal(other factors).sum(-1), 1 - beta)`` for each factor f of a Kronecker group.
+
+    outer [SIZE, SIZE] (upper left [D, D] of it) is the sum of ``splits`` partial ones in ``slot``. Only its lower triangle
+    is read, so that the Grams are symmetric to the bit.
+    """
+    depth, factors = size(row, DEPTH, False), size(row, NUMEL, False)
+    u = tl.arange(0, MAX_FACTOR)[:, None]
+    w = tl.arange(0, MAX_FACTOR)[None, :]
+    after = depth
+    for factor in range(0, factors):
+        width = tl.load(row + FACTORS + 2 * factor + 1).to(tl.int32)
+        gram = tl.load(row + FACTORS + 2 * factor).to(tl.pointer_type(tl.float32))  # [width, width]
+        after = after // width
+        inside = (u < width) & (w <= u)
+        trace = tl.zeros([MAX_FACTOR, MAX_FACTOR], tl.float32)
+        for other in range(0, depth // width):
+            # the other factors' indices: those before f and those behind it
+            fixed = other // after * (after * width) + other % after
+            i, j = fixed + u * after, fixed + w * after
+            for split in range(0, splits):
+                trace += tl.load(slot + split * (SIZE * SIZE) + i * SIZE + j, mask=inside, other=0.0, cache_modifier=".cg")
+        ema(gram, u * width + w, w * width + u, trace, inside, row, scalars, beta)
+
+
+@triton.jit
+def gram_tile(
+    row, r, c, sums, beta,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), 1 - beta)`` in the lower triangle, and its mirror image.
+
+    Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
+    Gram over 16,384 columns) is cut into programs of at most launch.GRAM_MAX_ITERATIONS iterations, whose partial sums the
+    last one to arrive adds in order. The products are full float32.
+
+    Args:
+        r: the tile's place in the triangle, tile_i * PACK + tile_j.
+        c: which part of the columns.
+    """
+    scalars, partials, counters = sums
+    depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
+    if ALIGNED and not ROWS:
+        inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
+    # bfloat16 and float16 fit into TF32: one product of them is as exact as the three that float32 takes
+    EXACT: tl.constexpr = "tf32" if GRAD != tl.float32 and PRECISION == "tf32x3" else PRECISION
+    splits = size(row, COUNT, False)
+    x = pointer(row, X, GRAD, ALIGNED)  # [A, D, B], columns numbered as in product_tile
+    tile_i, tile_j = r // PACK, r % PACK
+    number = tile_i * (tile_i + 1) // 2 + tile_j
+    i = tile_i * SIZE + tl.arange(0, SIZE)
+    j = tile_j * SIZE + tl.arange(0, SIZE)
+
+    iterations = (columns + DEEP - 1) // DEEP
+    share = (iterations + splits - 1) // splits
+    outer = tl.zeros([SIZE, SIZE], tl.float32)
+    for iteration in range(c * share, min((c + 1) * share, iterations)):
+        n = iteration * DEEP + tl.arange(0, DEEP)
+        if ROWS:
+            column = n * depth
+            left = tl.load(x + column[:, None] + i[None, :], mask=(n < columns)[:, None] & (i < depth)[None, :], other=0.0)
+            right = tl.load(x + column[:, None] + j[None, :], mask=(n < columns)[:, None] & (j < depth)[None, :], other=0.0)
+            left = tl.trans(left)
+        else:
+            column = (n // inner) * (depth * inner) + n % inner
+            if ALIGNED:
+                column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
+            left = tl.load(
+                x + i[:, None] * inner + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0
+            )
+            right = tl.load(
+                x + j[:, None] * inner + column[None, :], mask=(j < depth)[:, None] & (n < columns)[None, :], other=0.0
+            )
+            right = tl.trans(right)
+        outer = tl.dot(left.to(tl.float32), right.to(tl.float32), outer, input_precision=EXACT)
+
+    factors = size(row, NUMEL, False)
+    done = True
+    slot = partials + tl.load(row + SLOT) + number * splits * (SIZE * SIZE)
+    inside_slot = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    if splits > 1 or factors > 1:
+        tl.store(slot + c * (SIZE * SIZE) + inside_slot, outer)
+        done = arrive(counters + tl.load(row + COUNTER) + number, splits)
+        if done and factors == 1:
+            outer = tl.zeros([SIZE, SIZE], tl.float32)
+            for split in range(0, splits):
+                outer += tl.load(slot + split * (SIZE * SIZE) + inside_slot, cache_modifier=".cg")
+    if done:
+        if factors > 1:
+            partial_traces(row, slot, splits, scalars, beta, SIZE)
+        else:
+            inside = (i < depth)[:, None] & (j[None, :] <= i[:, None])
+            place, mirrored = i[:, None] * depth + j[None, :], j[None, :] * depth + i[:, None]
+            ema(pointer(row, FACTORS, tl.float32, ALIGNED), place, mirrored, outer, inside, row, scalars, beta)
+
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def gram_ema_kernel(
+    tiles, problems, scalars, partials, counters, shampoo_beta, beta1, beta2, eps, normalize,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
+
+    Adam of parameters that no product of a later launch reaches runs here, in blocks: those without modes (straight from
+    the gradient), and, where no parameter has two products, those whose only one is done already (from scratch).
+    """
+    row, kind, r, c = read_tile(tiles, problems)
+    sums, adam = (scalars, partials, counters), (beta1, beta2, eps, normalize)
+    if kind == ADAM_GRAD:
+        adam_block(row, c, sums, adam, GRAD, True)
+    elif kind == ADAM_SCRATCH:
+        adam_block(row, c, sums, adam, tl.float32, False)
+    elif kind == 0:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
+    elif kind == 1:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
+    elif kind == 2:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
+    elif kind == 3:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
+    elif kind == 4:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
+    elif kind == 6:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
+    elif kind == 8:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
+    elif kind == 10:
+        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
+
+
+@triton.jit
+def adam_block(
+    row, c, sums, adam,
+    X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
+    offset = c * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size(row, NUMEL, False)
+    x = tl.load(pointer(row, X, X_DTYPE, False) + offset, mask=inside, other=0.0).to(tl.float32)
+    update = adam_update(x, offset, inside, row, sums[0], adam, False)
+    if adam[3] != 0:
+        tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
+        finish_rms(row, c, update, inside, sums)
+    elif WHOLE:
+        apply_update(update, offset, inside, row, sums[0], False)
+    else:
+        tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)

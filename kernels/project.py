@@ -1,0 +1,256 @@
+"""Mode products of all parameters in one launch: into the eigenbasis and back, the elementwise stages as epilogues."""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+from .adam import adam_update, apply_update, finish_norm, finish_rms
+from .table import (
+    ARGUMENTS,
+    COLUMNS,
+    COUNT,
+    DEPTH,
+    FACTORS,
+    INNER,
+    MATRIX,
+    NUMEL,
+    X,
+    Y,
+    pointer,
+    read_tile,
+    size,
+)
+
+NORM = tl.constexpr(launch.NORM)
+COPY = tl.constexpr(launch.COPY)
+KRONECKER = tl.constexpr(launch.KRONECKER)
+APPLY = tl.constexpr(launch.APPLY)
+BLOCK = tl.constexpr(launch.BLOCK)
+KRONECKER_WIDTH = tl.constexpr(launch.KRONECKER_WIDTH)
+
+(WIDE_0, LONG_0, DEEP_0, _), (WIDE_1, LONG_1, DEEP_1, _), (WIDE_2, LONG_2, DEEP_2, _) = (
+    map(tl.constexpr, tile) for tile in launch.TILES
+)
+
+# What happens to a tile of the product
+STORE = tl.constexpr(0)  # into scratch, for the next product
+FIRST = tl.constexpr(1)  # as STORE; x is the gradient, whose squares are summed on the way
+ADAM = tl.constexpr(2)
+UPDATE = tl.constexpr(3)
+
+
+@triton.jit
+def product_tile(
+    row, r, c, x_dtype: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+    BACK: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``torch.einsum("aib,ij->ajb", x, Q)``, or of ``"aib,ji->ajb"`` with BACK.
+
+    x [A, D, B] lies in memory as it is; its A * B columns are numbered n = a B + b and may be cut anywhere, so that a
+    5 x 5 kernel's B = 25 fills tiles as well as B = 3,200. With B = 1 the columns are rows of memory and the tile is kept
+    transposed (ROWS), so that neighbouring threads touch neighbouring addresses either way.
+
+    Pays for the mix of shapes of a whole model, where one cuBLAS call for each tensor is bound by launches. Does not pay for
+    a single large matrix: cuBLAS has larger tiles and wgmma pipelines that are tuned for it.
+
+    Args:
+        r: which WIDE of the D results j; c: which LONG of the columns. DEEP: the i of one iteration.
+
+    Returns:
+        The tile ([LONG, WIDE] with ROWS, else [WIDE, LONG]) in float32, its elements' offsets, which of them exist, and the
+        squares of the x that were read (a number when not SQUARES).
+    """
+    depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
+    if ALIGNED and not ROWS:
+        inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
+    x = pointer(row, X, x_dtype, ALIGNED)
+    matrix = pointer(row, MATRIX, tl.float32, ALIGNED)  # [D, D]
+    j = r * WIDE + tl.arange(0, WIDE)
+    n = c * LONG + tl.arange(0, LONG)
+    if ROWS:
+        column = n * depth
+    else:
+        column = (n // inner) * (depth * inner) + n % inner
+        if ALIGNED:  # four neighbours lie in one row, because B is a multiple of 4
+            column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
+
+    if ROWS:
+        product = tl.zeros([LONG, WIDE], tl.float32)
+        squares = tl.zeros([LONG, DEEP], tl.float32)
+    else:
+        product = tl.zeros([WIDE, LONG], tl.float32)
+        squares = tl.zeros([DEEP, LONG], tl.float32)
+    for first in range(0, depth, DEEP):
+        i = first + tl.arange(0, DEEP)
+        if ROWS:
+            part = tl.load(x + column[:, None] + i[None, :], mask=(n < columns)[:, None] & (i < depth)[None, :], other=0.0)
+            part = part.to(tl.float32)
+            there = (i < depth)[:, None] & (j < depth)[None, :]
+            if BACK:
+                q = tl.load(matrix + j[None, :] * depth + i[:, None], mask=there, other=0.0)
+            else:
+                q = tl.load(matrix + i[:, None] * depth + j[None, :], mask=there, other=0.0)
+            product = tl.dot(part, q, product, input_precision=PRECISION)
+        else:
+            part = tl.load(
+                x + i[:, None] * inner + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0
+            )
+            part = part.to(tl.float32)
+            there = (j < depth)[:, None] & (i < depth)[None, :]
+            if BACK:
+                q = tl.load(matrix + j[:, None] * depth + i[None, :], mask=there, other=0.0)
+            else:
+                q = tl.load(matrix + i[None, :] * depth + j[:, None], mask=there, other=0.0)
+            product = tl.dot(q, part, product, input_precision=PRECISION)
+        if SQUARES:
+            squares += part * part
+
+    if ROWS:
+        offset = column[:, None] + j[None, :]
+        inside = (n < columns)[:, None] & (j < depth)[None, :]
+    else:
+        offset = j[:, None] * inner + column[None, :]
+        inside = (j < depth)[:, None] & (n < columns)[None, :]
+    return product, offset, inside, squares
+
+
+@triton.jit
+def finished_tile(
+    row, r, c, sums, first, adam,
+    GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, LONG: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """:func:`product_tile` and its epilogue. sums: (scalars, partials, counters); first, adam: see there."""
+    product, offset, inside, squares = product_tile(
+        row, r, c, GRAD, WIDE, LONG, DEEP, ROWS, ALIGNED, BACK, STAGE == FIRST, PRECISION
+    )
+    if STAGE == STORE or STAGE == FIRST:
+        tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, product, mask=inside)
+    if STAGE == FIRST:
+        if r == 0:  # every r reads all of the same columns
+            finish_norm(row, c, squares, sums, first)
+    if STAGE == ADAM:
+        update = adam_update(product, offset, inside, row, sums[0], adam, ALIGNED)
+        tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)
+        if adam[3] != 0:
+            across = (size(row, DEPTH, False) + WIDE - 1) // WIDE
+            finish_rms(row, c * across + r, update, inside, sums)
+    if STAGE == UPDATE:
+        apply_update(product, offset, inside, row, sums[0], ALIGNED)
+
+
+@triton.jit
+def ragged_products(
+    row, kind, r, c, sums, first, adam,
+    GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile's class chooses among the sizes of launch.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
+
+    A class is a branch, not a kernel of its own, because a launch costs more than the branch.
+    """
+    if kind == 0:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_0, LONG_0, DEEP_0, False, False)  # fmt: skip
+    elif kind == 1:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_0, LONG_0, DEEP_0, False, True)  # fmt: skip
+    elif kind == 2:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_0, LONG_0, DEEP_0, True, False)  # fmt: skip
+    elif kind == 3:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_0, LONG_0, DEEP_0, True, True)  # fmt: skip
+    elif kind == 4:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_1, LONG_1, DEEP_1, False, False)  # fmt: skip
+    elif kind == 6:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_1, LONG_1, DEEP_1, True, False)  # fmt: skip
+    elif kind == 8:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_2, LONG_2, DEEP_2, False, False)  # fmt: skip
+    elif kind == 10:
+        finished_tile(row, r, c, sums, first, adam, GRAD, STAGE, BACK, PRECISION,
+                      WIDE_2, LONG_2, DEEP_2, True, False)  # fmt: skip
+
+
+@triton.jit
+def kronecker_tile(row):
+    """``torch.kron(Q_1, torch.kron(Q_2, ...))`` -> [D, D], D <= 64, for the products of later launches.
+
+    Made anew in every step: whoever changed a basis, it is up to date, and 50 of 25 x 25 are 125 KB.
+    """
+    depth, factors = size(row, DEPTH, False), size(row, COUNT, False)
+    i = tl.arange(0, KRONECKER_WIDTH)[:, None]
+    j = tl.arange(0, KRONECKER_WIDTH)[None, :]
+    inside = (i < depth) & (j < depth)
+    product = tl.full([KRONECKER_WIDTH, KRONECKER_WIDTH], 1.0, tl.float32)
+    stride = depth  # of the factor's index in i and j, once divided by its size
+    for factor in range(0, factors):
+        width = tl.load(row + FACTORS + 2 * factor + 1).to(tl.int32)
+        basis = tl.load(row + FACTORS + 2 * factor).to(tl.pointer_type(tl.float32))  # [width, width]
+        stride = stride // width
+        place = (i // stride) % width * width + (j // stride) % width
+        product *= tl.load(basis + place, mask=inside, other=0.0)
+    tl.store(pointer(row, Y, tl.float32, False) + i * depth + j, product, mask=inside)
+
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def project_first_kernel(
+    tiles, problems, scalars, partials, counters, grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign,
+    correct_bias, max_grad_norm, parameters, GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
+
+    One launch for each dtype of gradients. Parameters whose products begin in a later launch only get their norm here, in
+    blocks; one read of G more is cheaper than a launch. COPY writes the gradient to scratch as float32 on the way.
+    """
+    row, kind, r, c = read_tile(tiles, problems)
+    sums = (scalars, partials, counters)
+    first = (grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters)
+    if kind == KRONECKER:
+        kronecker_tile(row)
+    elif kind >= NORM:
+        offset = c * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < size(row, NUMEL, False)
+        grad = tl.load(pointer(row, X, GRAD, False) + offset, mask=inside, other=0.0).to(tl.float32)
+        if kind == COPY:
+            tl.store(pointer(row, Y, tl.float32, False) + offset, grad, mask=inside)
+        finish_norm(row, c, grad * grad, sums, first)
+    else:
+        ragged_products(row, kind, r, c, sums, first, None, GRAD, FIRST, False, PRECISION)
+
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr):
+    """``torch.einsum("aib,ij->ajb", x, Q)``, with BACK ``"aib,ji->ajb"``: a product between two others, scratch to scratch."""
+    row, kind, r, c = read_tile(tiles, problems)
+    ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, BACK, PRECISION)
+
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def project_adam_kernel(tiles, problems, scalars, partials, counters, beta1, beta2, eps, normalize, PRECISION: tl.constexpr):
+    """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, the product never in memory."""
+    row, kind, r, c = read_tile(tiles, problems)
+    sums, adam = (scalars, partials, counters), (beta1, beta2, eps, normalize)
+    ragged_products(row, kind, r, c, sums, None, adam, tl.float32, ADAM, False, PRECISION)
+
+
+@triton.jit(do_not_specialize=ARGUMENTS)
+def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr):
+    """``p.sub_(lr * c * torch.einsum("aib,ji->ajb", u, Q)).mul_(1 - lr * weight_decay)``: the last back-projection.
+
+    APPLY tiles do the same without a product: parameters without modes whose update had to wait for its rms.
+    """
+    row, kind, r, c = read_tile(tiles, problems)
+    if kind == APPLY:
+        offset = c * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < size(row, NUMEL, False)
+        update = tl.load(pointer(row, X, tl.float32, False) + offset, mask=inside, other=0.0)
+        apply_update(update, offset, inside, row, scalars, False)
+    else:
+        sums = (scalars, None, None)
+        ragged_products(row, kind, r, c, sums, None, None, tl.float32, UPDATE, True, PRECISION)

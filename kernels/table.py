@@ -1,0 +1,110 @@
+"""What every kernel does with the launch plan's tables: read a row, arrive, add partial sums in a fixed order.
+
+Shapes, in the words of soap_opt/launch.py, which makes all of these:
+    tiles     [T, 4] int32    for each program: row of problems, kind, two indices of the tile
+    problems  [R, WIDTH] int64  pointers and sizes of one product, Gram or elementwise pass
+    scalars   [P, SCALARS] float32  of each parameter in this step, written by the first launch
+    partials  [*] float32     partial sums of programs that work on one result
+    counters  [*] int32       how many of those programs are done; 0 between launches
+"""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+
+X = tl.constexpr(launch.X)
+Y = tl.constexpr(launch.Y)
+MATRIX = tl.constexpr(launch.MATRIX)
+DEPTH = tl.constexpr(launch.DEPTH)
+INNER = tl.constexpr(launch.INNER)
+COLUMNS = tl.constexpr(launch.COLUMNS)
+INDEX = tl.constexpr(launch.INDEX)
+EXP_AVG = tl.constexpr(launch.EXP_AVG)
+EXP_AVG_SQ = tl.constexpr(launch.EXP_AVG_SQ)
+PARAM = tl.constexpr(launch.PARAM)
+PARAM_DTYPE = tl.constexpr(launch.PARAM_DTYPE)
+SLOT = tl.constexpr(launch.SLOT)
+COUNT = tl.constexpr(launch.COUNT)
+COUNTER = tl.constexpr(launch.COUNTER)
+STEP = tl.constexpr(launch.STEP)
+SKIPPED = tl.constexpr(launch.SKIPPED)
+NUMEL = tl.constexpr(launch.NUMEL)
+FACTORS = tl.constexpr(launch.FACTORS)
+WIDTH = tl.constexpr(launch.WIDTH)
+
+USABLE = tl.constexpr(launch.USABLE)
+FACTOR = tl.constexpr(launch.FACTOR)
+STEP_SIZE = tl.constexpr(launch.STEP_SIZE)
+DECAY = tl.constexpr(launch.DECAY)
+RESCALE = tl.constexpr(launch.RESCALE)
+NORM_SQUARED = tl.constexpr(launch.NORM_SQUARED)
+SCALARS = tl.constexpr(launch.SCALARS)
+
+# No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
+# compiles is what runs, and the first steps compile nothing that the second does not use.
+ARGUMENTS = (
+    "tiles problems scalars partials counters grad_scale lr_scale lr weight_decay log_beta1 log_beta2 sign correct_bias "
+    "max_grad_norm parameters beta1 beta2 eps normalize shampoo_beta"
+).split()
+
+# Terms of a partial sum that one pass of `total` reads
+CHUNK = tl.constexpr(512)
+
+
+@triton.jit
+def read_tile(tiles, problems):
+    """``row, kind, r, c = tiles[program]``, the row as a pointer to its WIDTH int64."""
+    tile = tiles + tl.program_id(0) * 4
+    row = problems + tl.load(tile).to(tl.int64) * WIDTH
+    return row, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+
+
+@triton.jit
+def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of a row. An int64 says nothing about alignment: the tile's class does (ALIGNED: 16 bytes)."""
+    address = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def size(row, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
+    """A size as int32 (plans refuse tensors of 2^31 elements); a multiple of 4 in aligned classes."""
+    value = tl.load(row + COLUMN).to(tl.int32)
+    if ALIGNED:
+        value = tl.multiple_of(value, 4)
+    return value
+
+
+@triton.jit
+def arrive(counter, count):
+    """Whether this program is the last of ``count`` to come here; it then sees what all the others stored before.
+
+    The barrier puts every thread's stores before the one thread's atomic; its release and the last program's acquire do the
+    rest. The last one sets the counter back to 0 for the next step. Who is last varies from run to run, what it computes
+    does not: it adds in the order of the slots.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def total(partials, count):
+    """``partials[:count].sum()``, always in the same order."""
+    lanes = tl.arange(0, CHUNK)
+    sums = tl.zeros([CHUNK], tl.float32)
+    for first in range(0, count, CHUNK):
+        # .cg: not from this multiprocessor's L1, which may hold what stood there before
+        sums += tl.load(partials + first + lanes, mask=first + lanes < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def only_if(inside, flag):
+    """``inside & (flag != 0)`` for a number. (Triton's interpreter makes floats of a scalar condition that it broadcasts.)"""
+    return inside & (tl.zeros(inside.shape, tl.float32) + flag != 0.0)

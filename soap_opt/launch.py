@@ -1,0 +1,415 @@
+"""The tables that one launch for all parameters reads: ragged problems, tiles, pointers, scratch.
+
+A *problem* is one product, one Gram or one elementwise pass of one parameter: a row of int64 (pointers, sizes). A *tile* is
+what one program of a launch does: (row of problems, kind, r, c) as int32. kernels/README.md works three parameters through.
+
+Everything here is derived from layouts, dtypes and pointers, and disposable. Needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from .plan import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH, Layout
+
+# Columns of a row of problems
+X = 0  # pointer to what is read: a gradient, or scratch
+Y = 1  # pointer to what is written in scratch
+MATRIX = 2  # pointer to Q or a Kronecker product of them, [D, D]
+DEPTH = 3  # D, the width of the group of modes
+INNER = 4  # B, the number of elements behind the group: memory is [A, D, B]
+COLUMNS = 5  # A * B
+INDEX = 6  # number of the parameter: its row of scalars
+EXP_AVG, EXP_AVG_SQ, PARAM = 7, 8, 9  # pointers
+PARAM_DTYPE = 10  # place in DTYPES
+SLOT = 11  # first partial sum
+COUNT = 12  # how many programs share a result (Kronecker products: how many factors)
+COUNTER = 13  # the first counter of arrivals
+STEP, SKIPPED = 14, 15  # pointers: t (float32), how many gradients were not usable (int32)
+NUMEL = 16  # elements of the parameter (Grams: how many factors)
+FACTORS = 17  # pointer and size of each factor: bases of a Kronecker product, Grams
+MAX_FACTORS = int(math.log2(KRONECKER_MAX_WIDTH))
+WIDTH = FACTORS + 2 * MAX_FACTORS
+
+# Columns of a row of scalars, which the first launch writes for each parameter
+USABLE = 0  # 1 when the gradient is finite and so is its squared norm
+FACTOR = 1  # multiplies the raw gradient: sign / grad_scale
+STEP_SIZE = 2  # lr * c
+DECAY = 3  # 1 - lr * weight_decay
+RESCALE = 4  # 1 / (1e-30 + rms(U)), or 1
+NORM_SQUARED = 5  # ||G||_F^2, 0 when it is not usable; only with max_grad_norm
+SCALARS = 8
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Kinds of tiles. 0 .. 11 are the classes of products and Grams: 4 * (place in TILES) + 2 * ROWS + ALIGNED.
+NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY = 12, 13, 14, 15, 16, 17
+
+BLOCK = 2048  # elements of an elementwise tile
+KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR
+PACK = 1 << 12  # a Gram tile's r is tile_i * PACK + tile_j
+GRAM_MAX_ITERATIONS = 64
+MAX_NUMEL = (1 << 31) - (1 << 16)  # offsets inside a tensor are int32
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile, in the words of kernels/project.py and kernels/gram_ema.py."""
+
+    wide: int  # of the group's dimension D, up to which the class serves
+    long: int  # columns of a product's tile
+    deep: int  # i of one iteration of a product
+    gram_deep: int  # columns of one iteration of a Gram
+
+
+# A group of width D takes the smallest tile that holds it, so that 3 x 3 and 5 x 5 kernels (9 and 25 wide) are padded to 16
+# and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256.
+# Eight warps and 16 i at a time, because with four warps, or with 32 i, every kernel spills on sm_80 and most do on sm_90
+# (bench/compile_kernels.py). All of it was chosen from compilers' figures, not from measurements on a GPU.
+TILES = (Tile(64, 64, 16, 16), Tile(32, 128, 16, 32), Tile(16, 128, 16, 64))
+# By the kind of accelerator. AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
+WARPS = {"cuda": 8, "hip": 4}
+STAGES = 3
+
+
+class Problem(NamedTuple):
+    """One [A, D, B] view of a parameter that a matrix multiplies."""
+
+    group: int  # place in layout.groups
+    before: int  # A
+    depth: int  # D
+    inner: int  # B
+    factors: tuple[int, ...]  # places in layout.modes, several for a Kronecker product
+
+    @property
+    def columns(self) -> int:
+        return self.before * self.inner
+
+
+def problems_of(layout: Layout) -> list[Problem]:
+    """A parameter's products in the order of their launches: Kronecker products last, since the first launch makes them."""
+    problems, before = [], 1
+    for place, group in enumerate(layout.groups):
+        before *= group.width
+        if group.modes:
+            factors = tuple(layout.modes.index(mode) for mode in group.modes)
+            problems.append(Problem(place, before // group.width, group.width, layout.numel // before, factors))
+    return sorted(problems, key=lambda problem: len(problem.factors) > 1)
+
+
+def kind_of(problem: Problem, aligned: bool) -> int:
+    """The tile's class, from the shape and whether every pointer is a multiple of 16 bytes."""
+    place = next(i for i in reversed(range(len(TILES))) if problem.depth <= TILES[i].wide or i == 0)
+    rows = problem.inner == 1
+    # Vectors of four along memory: of a row (B = 1) four i, else four columns, which must not straddle two rows. D too, for Q.
+    aligned = aligned and place == 0 and problem.depth % 4 == 0 and (rows or problem.inner % 4 == 0)
+    return 4 * place + 2 * rows + aligned
+
+
+def gram_splits(problem: Problem, tile: Tile) -> int:
+    """Into how many programs a Gram tile's columns are cut."""
+    return math.ceil(math.ceil(problem.columns / tile.gram_deep) / GRAM_MAX_ITERATIONS)
+
+
+@dataclass
+class Launch:
+    """One launch: tiles [first, first + count) of the plan's tile table."""
+
+    kernel: str  # "project_first", "gram_ema", "project", "project_adam", "back" or "project_apply"
+    grad_dtype: str  # of DTYPES; "float32" in launches that read scratch
+    first: int
+    count: int
+
+
+@dataclass
+class Tables:
+    """The plan of one step on one device.
+
+    Attributes:
+        launches: in their order.
+        tiles: [T, 4] int32.
+        problems: [R, WIDTH] int64, pointers filled in by :meth:`fill`.
+        scratch_numel: elements of each of the two scratch buffers (float32).
+        partials_numel, counters: elements of partial sums (float32), arrival counters (int32).
+        kronecker_numel: elements of all Kronecker products (float32).
+    """
+
+    launches: list[Launch]
+    tiles: np.ndarray
+    problems: np.ndarray
+    scratch_numel: int
+    partials_numel: int
+    counters: int
+    kronecker_numel: int
+    _places: np.ndarray = field(repr=False, default=None)  # [n] flat places in problems that hold pointers
+    _sources: np.ndarray = field(repr=False, default=None)  # [n] which of fill's pointers
+    _offsets: np.ndarray = field(repr=False, default=None)  # [n] bytes behind it
+
+    def fill(self, pointers: np.ndarray) -> np.ndarray:
+        """problems with these pointers, [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
+        self.problems.reshape(-1)[self._places] = pointers[self._sources] + self._offsets
+        return self.problems
+
+
+# The order of the pointers that Tables.fill takes: for each parameter these, then every basis, every Gram, the shared ones.
+PER_PARAMETER = ("grad", "param", "exp_avg", "exp_avg_sq", "step", "skipped")
+SHARED = ("scratch_0", "scratch_1", "kronecker")
+
+
+class _Builder:
+    """Collects rows, pointers and tiles while the launches are laid out one after the other."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self.rows: list[list[int]] = []
+        self.places: list[tuple[int, int, int]] = []  # (flat place, source, offset)
+        self.tiles: list[np.ndarray] = []
+        self.launches: list[Launch] = []
+        self.pending: list[np.ndarray] = []
+        self.partials, self.counters = 0, 1  # counter 0: parameters whose norm is known
+        parameters = len(layouts)
+        self.first_mode = np.concatenate([[0], np.cumsum([len(layout.modes) for layout in layouts])]).tolist()
+        modes = self.first_mode[-1]
+        self.basis = len(PER_PARAMETER) * parameters
+        self.gram = self.basis + modes
+        self.shared = self.gram + modes
+
+    def row(self, **columns: int) -> int:
+        values = [0] * WIDTH
+        for name, value in columns.items():
+            values[globals()[name]] = value
+        self.rows.append(values)
+        return len(self.rows) - 1
+
+    def point(self, row: int, column: int, source: int, offset: int = 0) -> None:
+        self.places.append((row * WIDTH + column, source, offset))
+
+    def of_parameter(self, row: int, column: int, index: int, name: str) -> None:
+        self.point(row, column, index * len(PER_PARAMETER) + PER_PARAMETER.index(name))
+
+    def of_shared(self, row: int, column: int, name: str, offset: int) -> None:
+        self.point(row, column, self.shared + SHARED.index(name), offset)
+
+    def state(self, row: int, index: int) -> None:
+        for column, name in ((EXP_AVG, "exp_avg"), (EXP_AVG_SQ, "exp_avg_sq"), (PARAM, "param")):
+            self.of_parameter(row, column, index, name)
+
+    def sums(self, row: int, partials: int, count: int, counters: int) -> None:
+        values = self.rows[row]
+        values[SLOT], values[COUNT], values[COUNTER] = self.partials, count, self.counters
+        self.partials += partials
+        self.counters += counters
+
+    def grid(self, row: int, kind: int, across: Sequence[int] | int, down: int) -> None:
+        """Tiles (r, c) for r in across and c < down; r fastest, so that tiles that read the same columns run together."""
+        r = np.asarray(range(across) if isinstance(across, int) else across, dtype=np.int32)
+        tiles = np.empty((down * len(r), 4), dtype=np.int32)
+        tiles[:, 0], tiles[:, 1] = row, kind
+        tiles[:, 2] = np.tile(r, down)
+        tiles[:, 3] = np.repeat(np.arange(down, dtype=np.int32), len(r))
+        self.pending.append(tiles)
+
+    def launch(self, kernel: str, grad_dtype: str = "float32") -> None:
+        if self.pending:
+            tiles = np.concatenate(self.pending)
+            self.launches.append(Launch(kernel, grad_dtype, sum(map(len, self.tiles)), len(tiles)))
+            self.tiles.append(tiles)
+            self.pending = []
+
+
+def make_tables(
+    layouts: Sequence[Layout],
+    grad_dtypes: Sequence[str],
+    param_dtypes: Sequence[str],
+    aligned: Sequence[bool],
+    normalize_grads: bool,
+) -> Tables:
+    """Lay out the launches of one step: project 1, Gram, project 2 .. k (Adam), back 1 .. k (apply).
+
+    A parameter with fewer products than others starts its projections, and its back-projections, later, so that Adam is the
+    epilogue of one launch for all and the application that of the last; the first launch then only takes its norm.
+
+    Args:
+        layouts: of each parameter.
+        grad_dtypes, param_dtypes: of DTYPES.
+        aligned: whether all pointers of a parameter are multiples of 16 bytes.
+        normalize_grads: the updates wait for their rms.
+    """
+    build = _Builder(layouts)
+    products = [problems_of(layout) for layout in layouts]
+    numels = [layout.numel for layout in layouts]
+    starts = np.concatenate([[0], np.cumsum([padded(numel) for numel in numels])]).tolist()
+    everyone = range(len(layouts))
+
+    # Number of projection launches. The first one makes the Kronecker products, so that it cannot use them yet.
+    orders = [len(p) + (1 if p and len(p[0].factors) > 1 else 0) for p in products]
+    stages = max(orders, default=0)
+    backs = max((len(p) for p in products), default=0)
+    first_stage = [stages - len(p) for p in products]  # 0-based launch of the first projection
+    in_scratch = [0] * len(layouts)  # which buffer holds a parameter's latest result
+
+    def scratch(row: int, column: int, index: int, buffer: int) -> None:
+        build.of_shared(row, column, f"scratch_{buffer}", 4 * starts[index])
+
+    def product(index: int, problem: Problem, read: Callable[[int], None], written: int | None, kronecker_at: dict) -> int:
+        """The row of one mode product; returns it. ``written``: the scratch buffer, None for an epilogue that writes p."""
+        row = build.row(
+            DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, INDEX=index, NUMEL=numels[index],
+            PARAM_DTYPE=DTYPES.index(param_dtypes[index]),
+        )  # fmt: skip
+        read(row)
+        if written is not None:
+            scratch(row, Y, index, written)
+            in_scratch[index] = written
+        if len(problem.factors) > 1:
+            build.of_shared(row, MATRIX, "kronecker", kronecker_at[index, problem.group])
+        else:
+            build.point(row, MATRIX, build.basis + build.first_mode[index] + problem.factors[0])
+        return row
+
+    def product_grid(index: int, problem: Problem, row: int) -> tuple[int, int]:
+        kind = kind_of(problem, aligned[index])
+        tile = TILES[kind // 4]
+        across, down = math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long)
+        build.grid(row, kind, across, down)
+        return across, down
+
+    def from_grad(index: int) -> Callable[[int], None]:
+        return lambda row: build.of_parameter(row, X, index, "grad")
+
+    def from_scratch(index: int) -> Callable[[int], None]:
+        return lambda row: scratch(row, X, index, in_scratch[index])
+
+    # -- project 1, norms, Kronecker products
+    kronecker_at: dict[tuple[int, int], int] = {}
+    kronecker_numel = 0
+    copied = set()
+    for dtype in DTYPES:
+        for index in everyone:
+            if grad_dtypes[index] != dtype:
+                continue
+            for problem in products[index]:
+                if len(problem.factors) > 1:
+                    kronecker_at[index, problem.group] = 4 * kronecker_numel
+                    row = build.row(DEPTH=problem.depth, COUNT=len(problem.factors))
+                    build.of_shared(row, Y, "kronecker", 4 * kronecker_numel)
+                    kronecker_numel += padded(problem.depth**2)
+                    for place, factor in enumerate(problem.factors):
+                        build.point(row, FACTORS + 2 * place, build.basis + build.first_mode[index] + factor)
+                        build.rows[row][FACTORS + 2 * place + 1] = layouts[index].sizes[factor]
+                    build.grid(row, KRONECKER, 1, 1)
+            if products[index] and first_stage[index] == 0:
+                problem = products[index][0]
+                row = product(index, problem, from_grad(index), 0, kronecker_at)
+                count = product_grid(index, problem, row)[1]
+            else:
+                row = build.row(NUMEL=numels[index], INDEX=index)
+                build.of_parameter(row, X, index, "grad")
+                count = math.ceil(numels[index] / BLOCK)
+                if products[index] and dtype != "float32":  # what later launches read is float32
+                    copied.add(index)
+                    scratch(row, Y, index, 0)
+                build.grid(row, COPY if index in copied else NORM, 1, count)
+            build.sums(row, count, count, 1)
+            build.of_parameter(row, STEP, index, "step")
+            build.of_parameter(row, SKIPPED, index, "skipped")
+        build.launch("project_first", dtype)
+
+    # -- Grams; Adam of parameters without products, and of all where no parameter has two
+    waiting = []
+    for dtype in DTYPES:
+        for index in everyone:
+            if grad_dtypes[index] != dtype:
+                continue
+            if not products[index] or stages == 1:
+                row = build.row(NUMEL=numels[index], INDEX=index, PARAM_DTYPE=DTYPES.index(param_dtypes[index]))
+                count = math.ceil(numels[index] / BLOCK)
+                if products[index]:
+                    scratch(row, X, index, 0)
+                    scratch(row, Y, index, 1)
+                    in_scratch[index] = 1
+                else:
+                    build.of_parameter(row, X, index, "grad")
+                    scratch(row, Y, index, 0)
+                    waiting += [index] if normalize_grads else []
+                build.state(row, index)
+                build.sums(row, count, count, 1)
+                build.grid(row, ADAM_SCRATCH if products[index] else ADAM_GRAD, 1, count)
+            for problem in products[index]:
+                kind = kind_of(problem, aligned[index])
+                tile = TILES[kind // 4]
+                splits = gram_splits(problem, tile)
+                row = build.row(
+                    DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, INDEX=index, NUMEL=len(problem.factors)
+                )
+                build.of_parameter(row, X, index, "grad")
+                for place, factor in enumerate(problem.factors):
+                    build.point(row, FACTORS + 2 * place, build.gram + build.first_mode[index] + factor)
+                    build.rows[row][FACTORS + 2 * place + 1] = layouts[index].sizes[factor]
+                across = math.ceil(problem.depth / tile.wide)
+                triangle = [i * PACK + j for i in range(across) for j in range(i + 1)]
+                stored = splits > 1 or len(problem.factors) > 1
+                build.sums(row, stored * len(triangle) * splits * tile.wide**2, splits, stored * len(triangle))
+                build.grid(row, kind, triangle, splits)
+        build.launch("gram_ema", dtype)
+
+    # -- project 2 .. k, the last with Adam
+    for stage in range(1, stages):
+        last = stage == stages - 1
+        for index in everyone:
+            place = stage - first_stage[index]
+            if not products[index] or place < 0:
+                continue
+            begins = place == 0
+            read = from_grad(index) if begins and index not in copied else from_scratch(index)
+            written = 0 if begins and index not in copied else 1 - in_scratch[index]
+            problem = products[index][place]
+            row = product(index, problem, read, written, kronecker_at)
+            across, down = product_grid(index, problem, row)
+            if last:
+                build.state(row, index)
+                build.sums(row, across * down, across * down, 1)
+        build.launch("project_adam" if last else "project")
+
+    # -- back 1 .. k, the last applies; the order of modes does not matter
+    for stage in range(backs):
+        last = stage == backs - 1
+        for index in everyone:
+            place = stage - (backs - len(products[index]))
+            if not products[index] or place < 0:
+                continue
+            problem = products[index][place]
+            row = product(index, problem, from_scratch(index), None if last else 1 - in_scratch[index], kronecker_at)
+            product_grid(index, problem, row)
+            if last:
+                build.state(row, index)
+        if not last:
+            build.launch("back")
+    for index in waiting:
+        row = build.row(NUMEL=numels[index], INDEX=index, PARAM_DTYPE=DTYPES.index(param_dtypes[index]))
+        scratch(row, X, index, 0)
+        build.state(row, index)
+        build.grid(row, APPLY, 1, math.ceil(numels[index] / BLOCK))
+    build.launch("project_apply")
+
+    places = np.asarray(build.places, dtype=np.int64).reshape(-1, 3)
+    return Tables(
+        launches=build.launches,
+        tiles=np.concatenate(build.tiles) if build.tiles else np.empty((0, 4), np.int32),
+        problems=np.asarray(build.rows, dtype=np.int64).reshape(-1, WIDTH),
+        scratch_numel=starts[-1],
+        partials_numel=build.partials,
+        counters=build.counters,
+        kronecker_numel=kronecker_numel,
+        _places=places[:, 0],
+        _sources=places[:, 1],
+        _offsets=places[:, 2],
+    )
+
+
+def padded(numel: int) -> int:
+    """Up to a multiple of 16 bytes, so that every piece of scratch is as aligned as its buffer."""
+    return -(-numel // 4) * 4

@@ -1,0 +1,233 @@
+"""Each kernel alone, on hand-made rows of the tables, against the torch expression in its docstring (in float64)."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+
+from soap_opt import launch
+from soap_opt.kernels.gram_ema import gram_ema_kernel
+from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
+from soap_opt.launch import TILES, WIDTH, Problem, gram_splits, kind_of
+
+EPS = torch.finfo(torch.float32).eps
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# (A, D, B): every class of tiles, with and without whole tiles
+VIEWS = [(1, 64, 64), (3, 65, 5), (70, 130, 1), (65, 64, 1), (2, 25, 33), (130, 25, 1), (1, 9, 17), (200, 9, 1), (2, 68, 12)]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+class Table:
+    """Rows and tiles of one launch."""
+
+    def __init__(self):
+        self.rows, self.tiles, self.kept = [], [], []
+
+    def row(self, **columns):
+        values = [0] * WIDTH
+        for name, value in columns.items():
+            if isinstance(value, torch.Tensor):
+                assert value.is_contiguous()
+                self.kept.append(value)
+                value = value.data_ptr()
+            values[getattr(launch, name)] = value
+        self.rows.append(values)
+        return len(self.rows) - 1
+
+    def product(self, problem, aligned, **columns):
+        kind = kind_of(problem, aligned)
+        tile = TILES[kind // 4]
+        across, down = math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long)
+        row = self.row(DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, **columns)
+        self.tiles += [(row, kind, r, c) for c in range(down) for r in range(across)]
+        return across, down
+
+    def tensors(self):
+        return torch.tensor(self.tiles, dtype=torch.int32), torch.from_numpy(np.asarray(self.rows, dtype=np.int64))
+
+
+def close(got, want, scale, what):
+    """Inner products of K terms: a few eps of the product of the norms."""
+    error = (got.double() - want).abs()
+    assert (error <= 4 * EPS * scale).all(), f"{what}: {float((error / scale).max() / EPS)} eps"
+
+
+@pytest.mark.parametrize(("back", "aligned"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.slow)])
+def test_project(back, aligned):
+    table, wanted = Table(), []
+    for before, depth, inner in VIEWS:
+        x, q, y = random(before, depth, inner), random(depth, depth, seed=1), torch.full((before, depth, inner), torch.nan)
+        table.product(Problem(0, before, depth, inner, (0,)), aligned, X=x, MATRIX=q, Y=y)
+        q = q.double().T if back else q.double()
+        scale = torch.einsum("aib,ij->ajb", x.double().square(), q.square()).sqrt() * depth**0.5
+        wanted.append((y, torch.einsum("aib,ij->ajb", x.double(), q), scale))
+    tiles, problems = table.tensors()
+    assert len(set(tiles[:, 1].tolist())) >= 6  # the classes
+    project_kernel[(len(tiles),)](tiles, problems, BACK=back, PRECISION="ieee")
+    for (y, want, scale), view in zip(wanted, VIEWS):
+        close(y, want, scale, view)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project_first_takes_the_norm_and_counts_the_step(dtype):
+    table, checks = Table(), []
+    for index, (before, depth, inner) in enumerate(VIEWS):
+        x, q, y = random(before, depth, inner).to(dtype), random(depth, depth), torch.empty(before, depth, inner)
+        if index == 2:
+            x[3, 7] = torch.nan
+        step, skipped = torch.tensor(4.0), torch.tensor([2], dtype=torch.int32)
+        columns = {"X": x, "MATRIX": q, "Y": y, "STEP": step, "SKIPPED": skipped, "INDEX": index, "NUMEL": x.numel()}
+        _, down = table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
+        table.rows[-1][launch.SLOT : launch.COUNTER + 1] = [1000 * index, down, index]
+        checks.append((x, q, y, step, skipped))
+    tiles, problems = table.tensors()
+    scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
+    project_first_kernel[(len(tiles),)](
+        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.ones(1), 0.1, 0.5,
+        math.log(0.9), math.log(0.99), -1.0, 1, 0.0, 1, GRAD=DTYPES[dtype], PRECISION="ieee",
+    )  # fmt: skip
+    assert not counters.any()
+    for index, (x, q, y, step, skipped) in enumerate(checks):
+        usable = index != 2
+        assert (float(step), int(skipped)) == ((5.0, 2) if usable else (4.0, 3))
+        assert scalars[index, launch.USABLE] == usable
+        assert scalars[index, launch.FACTOR] == -0.5
+        if usable:
+            want = torch.einsum("aib,ij->ajb", x.double(), q.double())
+            scale = torch.einsum("aib,ij->ajb", x.double().square(), q.double().square()).sqrt() * q.shape[0] ** 0.5
+            close(y, want, scale, VIEWS[index])
+            size = 0.1 * (1 - 0.99**5) ** 0.5 / (1 - 0.9**5)
+            assert float(scalars[index, launch.STEP_SIZE]) == pytest.approx(size, rel=4 * EPS)
+            assert float(scalars[index, launch.DECAY]) == pytest.approx(0.95, rel=EPS)
+
+
+@pytest.mark.parametrize("t", [1, 2, 1000, 100000])
+@pytest.mark.parametrize("beta2", [0.95, 0.9999])
+def test_bias_correction_keeps_its_digits(t, beta2):
+    """1 - 0.9999^1 would be wrong by 3e-4 in float32."""
+    table = Table()
+    grad, step, skipped = torch.ones(3), torch.tensor(t - 1.0), torch.zeros(1, dtype=torch.int32)
+    row = table.row(X=grad, NUMEL=3, COUNT=1, STEP=step, SKIPPED=skipped)
+    table.tiles = [(row, launch.NORM, 0, 0)]
+    scalars = torch.zeros(1, launch.SCALARS)
+    project_first_kernel[(1,)](
+        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.ones(1), 1.0, 0.0,
+        math.log(0.95), math.log(beta2), 1.0, 1, 0.0, 1, GRAD=tl.float32, PRECISION="ieee",
+    )  # fmt: skip
+    want = (1 - beta2**t) ** 0.5 / (1 - 0.95**t)
+    assert float(scalars[0, launch.STEP_SIZE]) == pytest.approx(want, rel=8 * EPS)
+
+
+def scalars_of(usable=1.0, factor=-0.5, step_size=0.1, decay=0.9, rescale=1.0):
+    row = torch.zeros(1, launch.SCALARS)
+    places = [launch.USABLE, launch.FACTOR, launch.STEP_SIZE, launch.DECAY, launch.RESCALE]
+    row[0, places] = torch.tensor([usable, factor, step_size, decay, rescale])
+    return row
+
+
+@pytest.mark.parametrize("usable", [0.0, 1.0])
+def test_adam_epilogue(usable):
+    for before, depth, inner in VIEWS:
+        x, q = random(before, depth, inner), torch.linalg.qr(random(depth, depth)).Q.contiguous()
+        m, v, u = random(before, depth, inner, seed=2), random(before, depth, inner, seed=3).square(), torch.zeros_like(x)
+        old = m.double(), v.double()
+        table = Table()
+        columns = {"X": x, "MATRIX": q, "Y": u, "EXP_AVG": m, "EXP_AVG_SQ": v, "NUMEL": x.numel()}
+        across, down = table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
+        table.rows[-1][launch.COUNT] = across * down
+        scalars = scalars_of(usable)
+        tiles, problems = table.tensors()
+        sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
+        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, 0.9, 0.99, 1e-8, 1, PRECISION="ieee")
+        if not usable:
+            assert torch.equal(m.double(), old[0]) and torch.equal(v.double(), old[1])
+            continue
+        g = -0.5 * torch.einsum("aib,ij->ajb", x.double(), q.double())
+        delta = 8 * EPS * float(x.norm())  # rounding of an entry of g
+        want_m, want_v = 0.9 * old[0] + 0.1 * g, 0.99 * old[1] + 0.01 * g.square()
+        assert ((m - want_m).abs() <= 0.1 * delta + 4 * EPS * want_m.abs().max()).all()
+        assert ((v - want_v).abs() <= 8 * EPS * want_v + 0.02 * delta * g.abs() + 0.01 * delta**2).all()
+        update = m.double() / (v.double().sqrt() + 1e-8)
+        assert ((u - update).abs() <= 8 * EPS * update.abs()).all()
+        rescale = 1 / (1e-30 + update.square().mean().sqrt())
+        assert float(scalars[0, launch.RESCALE]) == pytest.approx(float(rescale), rel=16 * EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("usable", [0.0, 1.0])
+def test_apply_epilogue(dtype, usable):
+    for before, depth, inner in VIEWS:
+        x, q = random(before, depth, inner), torch.linalg.qr(random(depth, depth)).Q.contiguous()
+        p = random(before, depth, inner, seed=4).to(dtype)
+        old, table = p.double(), Table()
+        columns = {"X": x, "MATRIX": q, "PARAM": p, "PARAM_DTYPE": list(DTYPES).index(dtype)}
+        table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
+        tiles, problems = table.tensors()
+        project_apply_kernel[(len(tiles),)](tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
+        want = (old - 0.1 * 2.0 * torch.einsum("aib,ji->ajb", x.double(), q.double())) * 0.9 if usable else old
+        # one rounding to dtype (the interpreter truncates where a GPU rounds), and the product's own
+        error = (p.double() - want).abs()
+        assert (error <= torch.finfo(dtype).eps * want.abs() + 8 * EPS * float(x.norm())).all()
+        assert usable or torch.equal(p.double(), old)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("aligned", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_gram_ema(dtype, aligned):
+    """With 3,000 columns several programs share a tile."""
+    for before, depth, inner in [*VIEWS, (1, 70, 3000), (5000, 9, 1)]:
+        x = random(before, depth, inner).to(dtype)
+        gram = random(depth, depth, seed=5)
+        gram = gram + gram.T
+        old, table = gram.double(), Table()
+        problem = Problem(0, before, depth, inner, (0,))
+        kind = kind_of(problem, aligned)
+        tile = TILES[kind // 4]
+        splits, across = gram_splits(problem, tile), math.ceil(depth / tile.wide)
+        row = table.row(X=x, FACTORS=gram, DEPTH=depth, INNER=inner, COLUMNS=problem.columns, COUNT=splits, NUMEL=1)
+        triangle = [(i, j) for i in range(across) for j in range(i + 1)]
+        table.tiles = [(row, kind, i * launch.PACK + j, c) for i, j in triangle for c in range(splits)]
+        tiles, problems = table.tensors()
+        sums = torch.empty(len(tiles) * tile.wide**2), torch.zeros(len(triangle), dtype=torch.int32)
+        # the programs that arrive last are not always those of the last columns
+        order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
+        gram_ema_kernel[(len(tiles),)](
+            tiles[order].contiguous(), problems, scalars_of(), *sums, 0.75, 0.0, 0.0, 0.0, 0,
+            GRAD=DTYPES[dtype], PRECISION="ieee",
+        )  # fmt: skip
+        outer = torch.einsum("aib,ajb->ij", x.double(), x.double())
+        want = 0.75 * old + 0.25 * 0.25 * outer
+        assert torch.equal(gram, gram.T)
+        assert float((gram - want).norm()) <= 1e-6 * float(want.norm())
+        assert not sums[1].any()
+
+
+def split_tf32(x):
+    """High part that TF32 keeps (10 bits of mantissa, as the tensor core truncates) and the rest, likewise."""
+    high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    low = x - high
+    return high, (low.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_three_tf32_products_are_full_float32_and_one_is_not():
+    """The interpreter ignores input_precision, so the split is emulated here: what "tf32x3" means for a Gram's gate of 1e-6."""
+    x = random(96, 400)
+    exact = x.double() @ x.double().T
+    (high, low) = (part.double() for part in split_tf32(x))
+    three = high @ high.T + high @ low.T + low @ high.T
+    one = high @ high.T
+    assert float((three - exact).norm() / exact.norm()) < 1e-6
+    assert float((one - exact).norm() / exact.norm()) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_fit_into_one_tf32_product(dtype):
+    x = random(1000).to(dtype).float()
+    high, low = split_tf32(x)
+    assert torch.equal(high, x) and not low.any()

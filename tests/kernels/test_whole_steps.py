@@ -1,0 +1,292 @@
+"""Whole steps of the Triton path in lockstep with the specification, parameters and state."""
+
+import copy
+
+import pytest
+import torch
+from comparison import SoapRun, random_gradients, random_params, run_lockstep
+
+from soap_opt import fused_cuda
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+# Ranks 0 to 5; sizes around the tiles' 16, 32, 64 and odd ones; pairs of tiny modes
+MIX = [(), (5,), (17, 33), (65, 2), (1, 130), (3, 17, 5), (6, 5, 3, 3), (4, 3, 5, 5), (2, 3, 1, 5, 2), (64, 8, 4)]
+OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": "staggered"}
+
+
+def lockstep(shapes, steps, options, dtype=torch.float32, **kind):
+    options = {**OPTIONS, **options}
+    params = random_params(shapes, dtype=dtype)
+    reference, tested = SoapRun(params, foreach=False, **options), SoapRun(params, fused=True, **options)
+    return run_lockstep(reference, tested, random_gradients(shapes, steps, dtype=dtype, **kind), options)
+
+
+def test_a_ragged_mix():
+    # 5 steps: each unit of a frequency of 3 is refreshed once at least, and the steps after it use what it made
+    assert lockstep(MIX, 5, {}, missing=0.1, rank_one=0.2) >= 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize_grads": True, "maximize": True},
+        {"precondition_1d": True, "correct_bias": False, "weight_decay": 0.0},
+        {"merge_dims": True, "max_precond_dim": 20, "data_format": "channels_last"},
+        {"max_precond_dim": 5, "betas": (0.0, 0.5), "eps": 1e-3},
+        {"max_precond_dim": 0, "normalize_grads": True},
+        {"refresh": "adaptive", "refresh_tolerance": 0.2, "betas": (0.9, 0.999), "shampoo_beta": 0.7},
+    ],
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_options(options):
+    lockstep([(5,), (6, 4, 3, 3), (5, 3, 4), (1, 7), (21, 4, 5)], 3, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    lockstep([(5,), (6, 4, 3, 3), (17, 5), (5, 5)], 4, {"lr": 0.05}, dtype=dtype)
+
+
+def test_dtypes_mixed_in_one_group():
+    params, gradients = [], [[] for _ in range(4)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        shapes = [(6, 5), (5, 5), (4,), (3, 4, 3)]
+        params += random_params(shapes, len(params), dtype=dtype)
+        for row, new in zip(gradients, random_gradients(shapes, 4, len(params), dtype=dtype)):
+            row += new
+    reference, tested = SoapRun(params, foreach=False, **OPTIONS), SoapRun(params, fused=True, **OPTIONS)
+    run_lockstep(reference, tested, gradients, OPTIONS)
+
+
+def strided(x, order):
+    return x.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
+
+
+def test_memory_formats():
+    """channels_last, transposed, and gradients that lie otherwise than their parameters."""
+    cases = [((6, 4, 3, 3), (0, 2, 3, 1), (0, 2, 3, 1)), ((6, 4, 3, 3), (0, 1, 2, 3), (0, 2, 3, 1)), ((5, 7), (1, 0), (0, 1))]
+    params, gradients = [], [[] for _ in range(4)]
+    for i, (shape, order, grad_order) in enumerate(cases):
+        params.append(strided(random_params([shape], i)[0], order))
+        for row, (grad,) in zip(gradients, random_gradients([shape], 4, i)):
+            row.append(strided(grad, grad_order))
+    for merging in ({}, {"merge_dims": True, "max_precond_dim": 12, "data_format": "channels_last"}):
+        options = {**OPTIONS, **merging}
+        run_lockstep(SoapRun(params, foreach=False, **options), SoapRun(params, fused=True, **options), gradients, options)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("value", [float("nan"), *(pytest.param(value, marks=SLOW) for value in (float("inf"), 1e20))])
+def test_an_unusable_gradient_changes_nothing_of_its_parameter(value):
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), (5, 5)]
+    for broken in (1, 2):  # with products, without
+        reference, tested = (
+            SoapRun(random_params(shapes), **flag, **OPTIONS) for flag in ({"foreach": False}, {"fused": True})
+        )
+        gradients = random_gradients(shapes, 3)
+        gradients[2][broken].view(-1)[1] = value
+        with pytest.warns(UserWarning, match="not finite"):  # the specification's
+            run_lockstep(reference, tested, gradients, OPTIONS)
+        assert tested.optimizer.skipped_steps(per_parameter=True) == [int(i == broken) for i in range(len(shapes))]
+        assert float(tested.state_of(broken)["step"]) == 1
+
+
+def test_grad_scale_and_found_inf():
+    """A power of two scales without rounding: the result is the same to the bit. NaN as scale is found_inf."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,)]
+    plain, scaled = (SoapRun(random_params(shapes), fused=True, **OPTIONS) for _ in range(2))
+    for grads in random_gradients(shapes, 4):
+        plain.step(grads)
+        scaled.optimizer.grad_scale = torch.tensor([1024.0])
+        scaled.step([grad * 1024 for grad in grads])
+        if scaled.state_of(0)["step"] > 0:
+            before = [scaled.params[0].clone(), *(value.clone() for value in scaled.state_of(0).values())]
+            scale = fused_cuda.scale_or_nan(scaled.optimizer.grad_scale, torch.tensor([1.0]))
+            scaled.optimizer.grad_scale = scale
+            scaled.step(grads)
+            for old, new in zip(before, [scaled.params[0], *scaled.state_of(0).values()]):
+                assert torch.equal(old, new)
+    assert scaled.optimizer.skipped_steps() == 0
+    for i in range(len(shapes)):
+        assert torch.equal(plain.params[i], scaled.params[i])
+        for key, value in plain.state_of(i).items():
+            assert torch.equal(value, scaled.state_of(i)[key]), key
+
+
+def test_grams_stay_symmetric_to_the_bit():
+    shapes = [(17, 33), (6, 5, 3, 3), (70, 3)]
+    run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
+    for grads in random_gradients(shapes, 3):
+        run.step(grads)
+    for i in range(len(shapes)):
+        for key, gram in run.state_of(i).items():
+            assert not key.startswith("gram") or torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "count"),
+    [
+        ([(6, 5), (7, 3), (5, 4)], {}, 5),  # matrices
+        ([(6, 5), (5,), (), (6, 9, 4)], {}, 7),
+        ([(9, 10, 11, 12), (6, 5), (3, 4, 3, 3)], {}, 9),  # 4-D
+        ([(9, 10, 3, 3), (9,), (6, 5)], {}, 7),  # 3 x 3 is one Kronecker product
+        ([(5,), (7,)], {"precondition_1d": True}, 3),
+        ([(40, 5, 5)], {"max_precond_dim": 16}, 4),  # a Kronecker product alone cannot be used by the launch that makes it
+        ([(5,), (7,)], {}, 2),  # the norm before the update
+        ([(5,), (7,)], {"normalize_grads": True}, 3),  # and its rms before it is applied
+    ],
+)
+def test_launches_of_a_steady_step(launches, shapes, options, count):
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, **options, "precondition_frequency": 10**6})
+    for grads in random_gradients(shapes, 2):
+        launches.clear()
+        run.step(grads)
+    assert len(launches) == count, launches
+    orders = [len(run.optimizer._layout(p, run.optimizer.param_groups[0]).modes) for p in run.params]
+    assert count <= 1 + 2 * max(orders) or max(orders) == 0
+
+
+def test_dtypes_multiply_only_the_gram_and_the_first_projection(launches):
+    params = random_params([(6, 5)]) + random_params([(6, 5), (5,)], dtype=torch.bfloat16)
+    run = SoapRun(params, fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
+    gradients = [[grad.to(p.dtype) for grad, p in zip(grads, params)] for grads in random_gradients([(6, 5), (6, 5), (5,)], 2)]
+    run.step(gradients[0])
+    run.step(gradients[1])
+    assert launches == ["project_first_kernel"] * 2 + ["gram_ema_kernel"] * 2 + ["project_adam_kernel", "project_kernel",
+                                                                                 "project_apply_kernel"]  # fmt: skip
+
+
+def test_pointers_are_sent_only_when_they_changed(monkeypatch):
+    sent = []
+    original = fused_cuda.Plan.send
+
+    def send(self, pointers):
+        before = self.pointers
+        original(self, pointers)
+        sent.append(self.pointers is not before)
+
+    monkeypatch.setattr(fused_cuda.Plan, "send", send)
+    plans = []
+    monkeypatch.setattr(fused_cuda, "make_tables", lambda *a, _f=fused_cuda.make_tables: plans.append(a) or _f(*a))
+    shapes = [(6, 5), (5, 4, 3, 3)]
+    run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
+    run.step(random_gradients(shapes, 1)[0])
+    kept = []
+    for number in range(6):
+        if number == 3:  # new memory for a gradient; the old one is kept, lest the new one gets its address
+            kept.append(run.params[0].grad)
+            run.params[0].grad = run.params[0].grad.clone()
+        run.optimizer.step()
+    assert sent == [True, False, False, True, False, False]
+    assert len(plans) == 1
+
+
+def test_a_step_is_the_same_to_the_bit_every_time():
+    shapes = [(17, 33), (70, 65), (6, 5, 3, 3), (5,)]
+    first, second = (SoapRun(random_params(shapes), fused=True, **OPTIONS) for _ in range(2))
+    for grads in random_gradients(shapes, 3):
+        first.step(grads)
+        second.step(grads)
+    for a, b in zip(first.params, second.params):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["together", "staggered", "adaptive"])
+@pytest.mark.parametrize("normalize_grads", [False, True])
+def test_every_size_in_every_rank(refresh, normalize_grads):
+    sizes = [1, 2, 3, 5, 17, 33, 65, 130]
+    shapes = [(size,) for size in sizes] + [(a, b) for a in sizes for b in sizes]
+    shapes += [
+        (17, 3, 5),
+        (2, 33, 65),
+        (130, 1, 3),
+        (5, 17, 3, 3),
+        (33, 3, 5, 5),
+        (3, 5, 17, 2),
+        (2, 3, 2, 5, 3),
+        (1, 17, 1, 5, 2),
+    ]
+    options = {"refresh": refresh, "normalize_grads": normalize_grads, "precondition_1d": normalize_grads}
+    lockstep(shapes, 8, options, rank_one=0.2, missing=0.1)
+
+
+@pytest.mark.slow
+def test_several_splits_of_a_gram():
+    """More columns than one program of a Gram takes: 1,024 (D > 32), 2,048 (D <= 32) and 4,096 (D <= 16)."""
+    lockstep([(40, 2300), (20, 4500), (9000, 3), (3, 9000), (500, 4, 5, 5)], 4, {"max_precond_dim": 64})
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 20.0])
+def test_max_grad_norm(launches, max_norm):
+    """Against the specification, which folds clip_grad_norm_'s factor into grad_scale (tests/test_clipping.py)."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), (7, 3)]
+    options = {**OPTIONS, "max_grad_norm": max_norm}
+    reference, tested = (
+        SoapRun(random_params(shapes), foreach=False, **options),
+        SoapRun(random_params(shapes), fused=True, **options),
+    )
+    for grads in random_gradients(shapes, 5, missing=0.1):
+        total = torch.stack([grad.norm() for grad in grads if grad is not None]).norm()
+        small = [None if grad is None else grad * (max_norm / (total + 1e-6)).clamp(max=1.0) for grad in grads]
+
+        class Raw:  # judged by the tolerances of the clipped gradient, run on the raw one
+            def __init__(self, run):
+                self.run, self.params, self.state_of, self.adopt = run, run.params, run.state_of, run.adopt
+
+            def step(self, _, grads=grads):
+                launches.clear()
+                self.run.step(grads)
+
+        run_lockstep(Raw(reference), Raw(tested), [small], OPTIONS)
+    assert len(launches) == 7  # none of its own
+
+
+def test_the_host_reads_t_once_and_then_follows(monkeypatch):
+    """No host synchronisation in a steady step: t is read when it is not known, and again when somebody wrote to it."""
+    made = []
+    original = fused_cuda._HostStep.__init__
+    monkeypatch.setattr(fused_cuda._HostStep, "__init__", lambda self, *a: made.append(a[1]) or original(self, *a))
+    shapes = [(6, 5), (4, 3, 3)]
+    run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
+    gradients = random_gradients(shapes, 9)
+    gradients[4][0][0, 0] = torch.nan
+    for number, grads in enumerate(gradients):
+        if number == 7:
+            run.state_of(0)["step"].fill_(20.0)
+        run.step(grads)
+    assert made == [0, 0, 20]
+    steps = [fused_cuda._host_steps[run.state_of(i)["exp_avg"]].before_this_step() for i in range(2)]
+    assert steps == [22, 8] == [int(run.state_of(i)["step"]) for i in range(2)]
+
+
+def test_a_learning_rate_that_is_a_tensor():
+    shapes = [(6, 5), (4,)]
+    plain, tensor = (SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "lr": lr}) for lr in (0.25, torch.tensor(0.25)))
+    for grads in random_gradients(shapes, 3):
+        plain.step(grads)
+        tensor.step(grads)
+    assert all(torch.equal(p, q) for p, q in zip(plain.params, tensor.params))
+
+
+def test_a_model_larger_than_the_scratch_is_stepped_in_pieces(monkeypatch, launches):
+    shapes = [(6, 5), (5,), (9, 4), (7, 3, 2)]
+    monkeypatch.setattr(fused_cuda, "MAX_SCRATCH_NUMEL", 40)
+    assert lockstep(shapes, 4, {"max_grad_norm": 1e6}) > 3
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
+    for grads in random_gradients(shapes, 2):
+        launches.clear()
+        run.step(grads)
+    assert len(launches) == 3 * 5  # (6, 5) and (5,); (9, 4); (7, 3, 2), two of whose modes are one product
+
+
+def test_counts_of_skipped_gradients_survive_a_copy():
+    run = SoapRun(random_params([(6, 5)]), fused=True, **OPTIONS)
+    for grads in random_gradients([(6, 5)], 2):
+        run.step(grads)
+    run.step([torch.full((6, 5), torch.nan)])
+    copied = copy.deepcopy(run.optimizer)
+    assert run.optimizer.skipped_steps() == copied.skipped_steps() == 1

@@ -1,0 +1,109 @@
+"""The fused CUDA path on a GPU (skipped without one), and what of it can be seen without."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import SoapRun, random_gradients, random_params, run_lockstep
+
+import soap_opt
+from soap_opt import _ext
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available() or _ext.unavailable("cuda") is not None, reason="no GPU for Triton")
+
+SIZES = [1, 2, 3, 5, 17, 33, 65, 130]
+MIX = [(), *((size,) for size in SIZES), *((a, b) for a in SIZES for b in SIZES), (17, 3, 5), (2, 33, 65), (128, 64, 5, 5)]
+MIX += [(33, 3, 5, 5), (64, 128, 3, 3), (3, 5, 17, 2), (2, 3, 2, 5, 3), (1, 17, 1, 5, 2), (300, 200), (50, 3000)]
+OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": "staggered"}
+NEVER = {**OPTIONS, "precondition_frequency": 10**6}
+
+
+def run_python(code: str) -> str:
+    root = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def test_import_neither_needs_nor_waits_for_triton():
+    code = "import sys; sys.modules['triton'] = None; import soap_opt; print(soap_opt._ext.unavailable('cuda'))"
+    assert "Triton kernels do not load" in run_python(code)
+    assert run_python("import sys, soap_opt; print('soap_opt.kernels' in sys.modules)").strip() == "False"
+
+
+def test_kernels_go_by_one_name_only():
+    code = "import sys; sys.path.insert(0, '.')\ntry:\n    import kernels\nexcept ImportError as error:\n    print(error)"
+    assert run_python(code).strip() == "import soap_opt.kernels, not kernels"
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize_grads", [False, True])
+def test_lockstep_with_the_specification(dtype, normalize_grads):
+    options = {**OPTIONS, "normalize_grads": normalize_grads}
+    params = random_params(MIX, dtype=dtype, device="cuda")
+    reference, tested = SoapRun(params, foreach=False, **options), SoapRun(params, fused=True, **options)
+    gradients = random_gradients(MIX, 10, dtype=dtype, device="cuda", missing=0.1, rank_one=0.2)
+    assert run_lockstep(reference, tested, gradients, options) > 300
+
+
+@gpu
+def test_the_chooser_takes_it():
+    assert soap_opt._ext.active("cuda") == "fused"
+    run = SoapRun(random_params([(6, 5)], device="cuda"))
+    for grads in random_gradients([(6, 5)], 2, device="cuda"):
+        run.step(grads)
+    assert run.state_of(0)["step"].device.type == "cuda" and float(run.state_of(0)["step"]) == 1
+
+
+@gpu
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_steady_step_does_not_wait_for_the_device(max_grad_norm):
+    run = SoapRun(random_params(MIX, device="cuda"), max_grad_norm=max_grad_norm, lr=torch.tensor(0.01, device="cuda"))
+    gradients = random_gradients(MIX, 14, device="cuda")
+    for grads in gradients[:3]:
+        run.step(grads)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for grads in gradients[3:]:  # refreshes among them: staggered, every tenth step of each unit
+            run.step(grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_an_unusable_gradient_is_skipped_and_counted_on_the_device():
+    run = SoapRun(random_params([(6, 5), (7,)], device="cuda"), fused=True, **OPTIONS)
+    gradients = random_gradients([(6, 5), (7,)], 6, device="cuda")
+    gradients[3][0][0, 0] = torch.nan
+    for grads in gradients:
+        run.step(grads)
+    assert run.optimizer.skipped_steps(per_parameter=True) == [1, 0]
+    assert [float(run.state_of(i)["step"]) for i in range(2)] == [4, 5]
+    assert all(torch.isfinite(p).all() for p in run.params)
+
+
+@gpu
+def test_grad_scaler_skips_a_step():
+    param = torch.nn.Parameter(torch.randn(6, 5, device="cuda"))
+    optimizer, scaler = soap_opt.SOAP([param], fused=True, lr=0.1), torch.amp.GradScaler("cuda", init_scale=1024.0)
+    for number in range(5):
+        optimizer.zero_grad()
+        scaler.scale(
+            (param.square() * torch.arange(5, device="cuda")).sum() * (float("inf") if number == 3 else 1.0)
+        ).backward()
+        before = param.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, param) == (number in (0, 3))
+    assert float(optimizer.state[param]["step"]) == 3
+    assert optimizer.skipped_steps() == 0
+
+
+@gpu
+def test_a_step_is_the_same_to_the_bit_every_time():
+    first, second = (SoapRun(random_params(MIX, device="cuda"), fused=True, **NEVER) for _ in range(2))
+    for grads in random_gradients(MIX, 4, device="cuda"):
+        first.step(grads)
+        second.step(grads)
+    assert all(torch.equal(a, b) for a, b in zip(first.params, second.params))

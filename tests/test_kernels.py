@@ -1,0 +1,58 @@
+"""Runs tests/kernels under Triton's interpreter, in a process of its own: the variable counts when Triton is imported, and
+would break torch.compile's tests in this process on a machine with a GPU."""
+
+import csv
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_tritons_interpreter(marker):
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, "tests/kernels"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+RESULTS = ROOT / "bench" / "results" / "kernels.csv"
+
+
+def test_the_table_of_compiled_kernels_is_complete_and_nothing_spills():
+    compile_kernels = pytest.importorskip("bench.compile_kernels")
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [{"target": name, **row} for name in compile_kernels.TARGETS for row in compile_kernels.named_variants(name)]
+    assert [{key: row[key] for key in expected[0]} for row in rows] == expected
+    for row in rows:
+        registers, shared = compile_kernels.LIMITS[row["target"]]
+        assert int(row["stack_bytes"]) == 0, row
+        assert int(row["registers"]) <= registers and int(row["shared_bytes"]) <= shared, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_variant_compiles_to_the_committed_figures(target, tmp_path):
+    """In a process of its own, where TRITON_INTERPRET is not set."""
+    pytest.importorskip("bench.compile_kernels")
+    with RESULTS.open() as file:
+        committed = [row for row in csv.DictReader(file) if row["target"] == target]
+    if committed[0]["triton"] != importlib.metadata.version("triton"):
+        pytest.skip("the table was made with another version of Triton")
+    output = tmp_path / "kernels.csv"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compile_kernels", "-o", str(output), target]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    with output.open() as file:
+        assert list(csv.DictReader(file)) == committed

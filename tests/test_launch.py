@@ -1,0 +1,133 @@
+"""The tables, checked as data: no Triton, no GPU."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soap_opt import launch
+from soap_opt.launch import TILES, kind_of, make_tables, problems_of
+from soap_opt.plan import layout_of
+
+
+def layouts_of(shapes, max_precond_dim=10000, precondition_1d=False):
+    options = {"max_precond_dim": max_precond_dim, "merge_dims": False, "data_format": "channels_first"}
+    return [layout_of(shape, tuple(range(len(shape))), precondition_1d=precondition_1d, **options) for shape in shapes]
+
+
+def tables_of(layouts, dtype="float32", normalize=False):
+    kinds = [dtype] * len(layouts)
+    return make_tables(layouts, kinds, kinds, [True] * len(layouts), normalize)
+
+
+def test_the_worked_example_of_the_readme():
+    tables = tables_of(layouts_of([(128, 64, 5, 5), (192, 128), (128,)]))
+    found = []
+    for each in tables.launches:
+        tiles = tables.tiles[each.first : each.first + each.count]
+        counts = Counter((int(row), int(kind)) for row, kind in tiles[:, :2])
+        found.append((each.kernel, [(kind, count) for (_, kind), count in counts.items()]))
+    assert found == [
+        ("project_first", [(launch.KRONECKER, 1), (1, 50), (launch.NORM, 12), (launch.NORM, 1)]),
+        ("gram_ema", [(1, 6), (0, 4), (6, 4), (1, 6), (3, 3), (launch.ADAM_GRAD, 1)]),
+        ("project", [(0, 50), (1, 6)]),
+        ("project_adam", [(6, 64), (3, 6)]),
+        ("back", [(1, 50)]),
+        ("back", [(0, 50), (1, 6)]),
+        ("project_apply", [(6, 64), (3, 6)]),
+    ]
+
+
+SHAPE = st.lists(st.integers(1, 70), max_size=4).filter(lambda sizes: math.prod(sizes) < 1 << 17).map(tuple)
+
+
+@settings(max_examples=60)
+@given(
+    shapes=st.lists(SHAPE, min_size=1, max_size=5),
+    max_precond_dim=st.sampled_from([0, 8, 40, 10000]),
+    precondition_1d=st.booleans(),
+    dtype=st.sampled_from(launch.DTYPES),
+    normalize=st.booleans(),
+)  # fmt: skip
+def test_every_element_is_covered_and_the_launches_are_few(shapes, max_precond_dim, precondition_1d, dtype, normalize):
+    layouts = layouts_of(shapes, max_precond_dim, precondition_1d)
+    tables = tables_of(layouts, dtype, normalize)
+    most = max(len(layout.modes) for layout in layouts)
+    assert len(tables.launches) <= (1 + 2 * most if most else 2 + normalize)
+
+    written = Counter()
+    for each in tables.launches:
+        tiles = tables.tiles[each.first : each.first + each.count]
+        assert len(np.unique(tiles, axis=0)) == len(tiles)  # no tile twice
+        for row in np.unique(tiles[:, 0]):
+            mine = tiles[tiles[:, 0] == row]
+            columns, kind = tables.problems[row], int(mine[0, 1])
+            depth, total = int(columns[launch.DEPTH]), int(columns[launch.COLUMNS])
+            if kind == launch.KRONECKER:
+                continue
+            if kind > 11:
+                covered = len(mine) * launch.BLOCK - int(columns[launch.NUMEL])
+                assert 0 <= covered < launch.BLOCK
+            elif each.kernel == "gram_ema":
+                tile, splits = TILES[kind // 4], int(columns[launch.COUNT])
+                across = math.ceil(depth / tile.wide)
+                assert len(mine) == across * (across + 1) // 2 * splits
+                iterations = math.ceil(total / tile.gram_deep)
+                assert math.ceil(iterations / splits) <= launch.GRAM_MAX_ITERATIONS
+            else:
+                tile = TILES[kind // 4]
+                assert len(mine) == math.ceil(depth / tile.wide) * math.ceil(total / tile.long)
+            finishes = each.kernel == "project_adam" or kind in (launch.ADAM_GRAD, launch.ADAM_SCRATCH)
+            written[int(columns[launch.INDEX])] += finishes
+    assert written == {i: 1 for i in range(len(layouts))}  # Adam once for each parameter
+
+    slots = []  # partial sums of different results do not overlap
+    for row in tables.problems:
+        assert 0 <= row[launch.SLOT] <= tables.partials_numel
+    for each in tables.launches:
+        for row in np.unique(tables.tiles[each.first : each.first + each.count, 0]):
+            slots.append((int(tables.problems[row, launch.COUNTER]), int(row)))
+    assert max((counter for counter, _ in slots), default=0) <= tables.counters
+
+
+@pytest.mark.parametrize(("depth", "place"), [(1, 2), (16, 2), (17, 1), (32, 1), (33, 0), (10000, 0)])
+def test_the_smallest_tile_that_holds_a_group(depth, place):
+    assert kind_of(launch.Problem(0, 1, depth, 1, (0,)), False) // 4 == place
+
+
+def test_alignment_needs_the_pointers_and_the_shape():
+    assert kind_of(launch.Problem(0, 1, 64, 8, (0,)), True) == 1
+    assert kind_of(launch.Problem(0, 1, 64, 8, (0,)), False) == 0
+    assert kind_of(launch.Problem(0, 1, 64, 6, (0,)), True) == 0  # rows of six: every other vector would straddle
+    assert kind_of(launch.Problem(0, 1, 66, 8, (0,)), True) == 0
+    assert kind_of(launch.Problem(0, 9, 64, 1, (0,)), True) == 3
+
+
+def test_kronecker_products_come_last():
+    (layout,) = layouts_of([(5, 5, 40, 60)])
+    assert [problem.depth for problem in problems_of(layout)] == [40, 60, 25]
+
+
+def test_pointers_are_filled_in_where_they_belong():
+    layouts = layouts_of([(6, 5), (4,)])
+    tables = tables_of(layouts)
+    count = len(launch.PER_PARAMETER) * 2 + 2 * 2 + len(launch.SHARED)
+    filled = tables.fill(np.arange(1, count + 1, dtype=np.int64) << 32)
+    first = tables.launches[0]
+    row = filled[tables.tiles[first.first, 0]]
+    assert row[launch.X] >> 32 == 1  # the first parameter's gradient
+    assert row[launch.MATRIX] >> 32 == 1 + len(launch.PER_PARAMETER) * 2  # the first basis
+    assert row[launch.Y] >> 32 == count - len(launch.SHARED) + 1  # scratch 0
+
+
+def test_scratch_is_what_the_tables_ask_for(monkeypatch):
+    from soap_opt import fused_cuda
+
+    layouts = layouts_of([(6, 5), (4,), (3, 3, 3)])
+    assert fused_cuda.scratch_bytes(layouts) == 2 * 4 * tables_of(layouts).scratch_numel
+    monkeypatch.setattr(fused_cuda, "MAX_SCRATCH_NUMEL", 40)  # (6, 5) and (4,) together, (3, 3, 3) after them
+    assert fused_cuda.scratch_bytes(layouts) == 2 * 4 * 36
+    assert fused_cuda.scratch_bytes([]) == 0
