@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from soap_opt.refresh import unit_flops
+from soap_opt.refresh_basis import refresh_bases_
 
 from .models import Problem
 from .peers import Contestant, peer_versions
@@ -180,7 +181,7 @@ def unit_milliseconds(numel: int, d: int, repeats: int = 3) -> float:
     out, times = torch.empty_like(moment), []
     for _ in range(repeats):
         start = time.perf_counter()
-        _, rotations = torch.ops.soap_opt.refresh_basis_([gram], [basis])
-        torch.mm(moment, rotations[0], out=out)
+        refreshed, _ = refresh_bases_([gram], [basis])
+        torch.mm(moment, refreshed[0].rotation, out=out)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)

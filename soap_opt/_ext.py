@@ -92,6 +92,14 @@ def unavailable(device_type: str) -> str | None:
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 
+def is_default(device_type: str) -> bool:
+    """Whether ``foreach=None, fused=None`` picks the package's own kernels on a device of this type.
+
+    On CUDA it does not: the Triton path has been proved under the interpreter and by compilation, but never run on a GPU.
+    """
+    return device_type == "cpu" and unavailable(device_type) is None
+
+
 def active(device_type: str) -> str:
     """Name of the implementation that ``foreach=None, fused=None`` picks on a device of this type."""
-    return "fused" if unavailable(device_type) is None else "multi tensor"
+    return "fused" if is_default(device_type) else "multi tensor"

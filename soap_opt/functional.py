@@ -135,7 +135,7 @@ def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm
 def use_fused(tensors: list[Tensor], foreach: bool | None, fused: bool | None) -> bool:
     """Whether the package's own kernels run: where asked for, and by default where they all exist."""
     if fused is None and foreach is None:
-        return all(_ext.unavailable(device_type) is None for device_type in {t.device.type for t in tensors})
+        return all(_ext.is_default(device_type) for device_type in {t.device.type for t in tensors})
     return bool(fused)
 
 

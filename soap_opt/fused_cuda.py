@@ -36,7 +36,7 @@ def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
     """Whether this path serves the parameter of a group: t, the guard and found_inf are the device's business then."""
     if param.device.type != "cuda" or param.dtype == torch.float64 or options.get("foreach") is not None:
         return False
-    return bool(options.get("fused")) or (options.get("fused") is None and _ext.unavailable("cuda") is None)
+    return bool(options.get("fused")) or (options.get("fused") is None and _ext.is_default("cuda"))
 
 
 def fused_on_cuda(exp_avgs: list[Tensor]) -> bool:

@@ -45,7 +45,8 @@ def report() -> str:
         lines.append("  single tensor  available (pure PyTorch, foreach=False: the specification)")
         lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
         reason = _ext.unavailable(device_type)
-        lines.append("  fused          " + ("available (fused=True)" if reason is None else f"not available: {reason}"))
+        on_request = "available (fused=True)" + (", by request only: never run on a GPU yet" if device_type == "cuda" else "")
+        lines.append("  fused          " + (on_request if reason is None else f"not available: {reason}"))
     lines.append(f"  CUDA refresh   {'built' if _ext._cuda_load_error is None else f'not built: {_ext._cuda_load_error}'}")
     return "\n".join(lines)
 

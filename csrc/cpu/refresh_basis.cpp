@@ -105,7 +105,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
     T largest = 0;
     for (T x : result.basis) largest = std::max(largest, std::abs(x));
     if (largest > 0) {
-      const T scale = std::ldexp(T(1), -std::clamp(std::ilogb(largest), -120, 120));
+      const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
+      const T scale = std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
       for (T& x : result.basis) x *= scale;
     }
     householder_q(result.basis.data(), d);

@@ -118,6 +118,7 @@ def run(short: bool) -> None:
 
     import soap_opt
     from soap_opt import functional, plan
+    from soap_opt.refresh_basis import refresh_bases_
 
     reason = soap_opt._ext.unavailable("cpu")
     if reason is not None:
@@ -207,9 +208,7 @@ def run(short: bool) -> None:
         data = [torch.randn(d, d + 3, dtype=dtype) for d in sizes]
         grams = [x @ x.mT for x in data]
         bases = torch.ops.soap_opt.init_basis(grams + grams[:5] * 8)
-        torch.ops.soap_opt.refresh_basis_(
-            [*grams, *(g.mT for g in grams)], [*bases[: 2 * len(grams)]][: len(grams)] * 2, tolerance
-        )
+        refresh_bases_(grams, bases[: len(grams)], tolerance)
     done("refresh_basis_ and init_basis")
 
 
