@@ -1,4 +1,4 @@
-"""``python -m bench must-reach``: the rows of issue 4's table, read from the committed results, with pass or fail."""
+"""``python -m bench must-reach``: what the CPU engine has to reach, read from the committed results, with pass or fail."""
 
 from __future__ import annotations
 

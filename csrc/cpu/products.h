@@ -1,4 +1,4 @@
-// Mode products and Grams of one parameter, arranged [D_1, .., D_k] in memory order.
+// Products by plain loops or BLAS, Kronecker products and their partial traces.
 #pragma once
 
 #include <ATen/ATen.h>

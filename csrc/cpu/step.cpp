@@ -175,6 +175,7 @@ void refresh_alone(const Task& task, T* buffer, const Options& options) {
   exp_avg.write_back();
   exp_avg_sq.write_back();
 }
+
 // A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
 // Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
 template <typename T, typename P>
