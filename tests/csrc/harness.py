@@ -92,7 +92,7 @@ def launch(
                 np.array([len(gram), *(due or [True])], dtype=np.int64).tofile(file)
                 np.ascontiguousarray(gram, dtype=np.float32).tofile(file)
                 np.ascontiguousarray(basis, dtype=np.float32).tofile(file)
-        arguments = [f"seed={seed}", f"skip={skip}", f"limit={limit}", f"tolerance={tolerance!r}"]
+        arguments = [f"seed={seed}", f"skip={skip}", f"limit={limit}", f"tolerance={float(tolerance)!r}"]
         done = subprocess.run([program, into, out, *arguments], capture_output=True, text=True, timeout=timeout)
         results = []
         if done.returncode == 0:
