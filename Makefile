@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-test
 
 # The dependencies first (each built as its own authors ask), then this package in place, without build isolation, so that
 # its compiled parts are built against the torch that they will run with.
-$(VENV)/.installed-%: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*) | $(VENV)/bin/python
+$(VENV)/.installed-%: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
 	$(PIP) --upgrade pip "setuptools>=77" ninja
 	SOAP_OPT_BUILD=0 $(PIP) -e ".[$*]"
 	$(PIP) --no-build-isolation --no-deps -e .

@@ -17,7 +17,7 @@ def _load() -> str | None:
         note = Path(__file__).with_name("_build_failure.txt")
         if note.exists():
             return f"building soap_opt._C failed when soap_opt was installed: {note.read_text().strip()}"
-        return "soap_opt was installed without its compiled part (see Install in the README)"
+        return "soap_opt was installed without its compiled part (see the first section of the README)"
     except ImportError as error:
         return f"soap_opt._C does not load with torch {torch.__version__}: {error}"
     built_with, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (_C.torch_version, torch.__version__))

@@ -101,7 +101,7 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
       pack_transposed<T>(room, width, 0, from + a * width, width, width, rows);
       multiply_panels<T>(to + a * width, width, rows, width, room, m.packed, width);
     }
-  } else if (before == 1 || after >= kColumns / 2) {
+  } else if (to_sink || after >= kColumns / 2) {
     T* result = room + packed_numel<T>(width, kColumns); // [D, kColumns]
     for (int64_t a = 0; a < before; ++a)
       for (int64_t b = (after - 1) / kColumns * kColumns; b >= 0; b -= kColumns) { // downwards: see multiply_panels
@@ -260,8 +260,8 @@ struct LargeWorkspace {
     }
     room = panels_of<T>(room) * kPanel<T>;
     converted = take(layout.numel);
-    whole = take(layout.numel);
-    spare = take(layout.numel);
+    whole = take(layout.numel + kPanel<T>);
+    spare = take(layout.numel + kPanel<T>);
     kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
     packed = take(packed_numel<T>(kTileWidth, kTileWidth));
     gram = take(widest_gram);

@@ -132,7 +132,7 @@ struct ScratchSizes {
   static ScratchSizes of(const Layouts& layouts, int64_t threads) {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
-      if (layout.numel > kParallelNumel || (threads > 1 && 3 * layout.flops() > kWorthThreads / 2))
+      if (layout.numel > kParallelNumel || threads > 1) // any may come to be alone, by a due refresh too
         sizes.large = std::max(sizes.large, LargeWorkspace<T>(layout, threads, nullptr).numel);
       if (layout.numel <= kParallelNumel)
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
