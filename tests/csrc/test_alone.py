@@ -1,4 +1,4 @@
-"""Parameters that have all threads because they, or their due refreshes, outweigh the rest: scratch and slabs of every thread."""
+"""Parameters that have all threads because they, or their due refreshes, outweigh the rest: each thread's scratch and slab."""
 
 import pytest
 import torch
