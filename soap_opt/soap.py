@@ -78,7 +78,7 @@ class SOAP(Optimizer):
         precondition_frequency: steps between two refreshes of a basis (default: 10).
         max_precond_dim: larger modes are not preconditioned, their basis is the identity (default: 10000).
         merge_dims: merge neighbouring dimensions while their product is at most max_precond_dim (default: False).
-        precondition_1d: precondition 0-D and 1-D parameters too; otherwise they get plain Adam (default: False).
+        precondition_1d: precondition 1-D parameters too; otherwise they get plain Adam, as 0-D ones always do (default: False).
         normalize_grads: divide the update by its root mean square, layer by layer (default: False).
         data_format: "channels_first" or "channels_last": how the dimensions of a 4-D parameter are to be read when
             merge_dims merges them; it says nothing about memory formats (default: "channels_first").
@@ -91,8 +91,8 @@ class SOAP(Optimizer):
         max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
             touching them; gradients that are not usable have no part in it (default: None).
         precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
-        capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph needs the
-            fused CUDA implementation, which this version does not have; it raises RuntimeError.
+        capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph raises
+            RuntimeError in this version.
         foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
         fused: True the package's own kernels, or RuntimeError with the reason where they are missing. foreach and fused
             both None: the fastest that works.
