@@ -110,7 +110,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
 
 
 def run_growth(arguments: argparse.Namespace) -> None:
-    fused, _, multi, _ = OURS
+    fused, _, multi, *_ = OURS
     adam_fused = OTHERS[1]
     print("\n### Growth at a layer width of 256\n")
     report(arguments, "growth_parameters", growth.by_parameters([fused, adam_fused], arguments.quick), growth.COLUMNS)

@@ -62,6 +62,7 @@ OURS = (
     _soap_opt("fused", fused=True),
     _soap_opt("fused, together", fused=True, refresh="together"),
     _soap_opt("multi tensor", foreach=True),
+    _soap_opt("multi tensor, together", foreach=True, refresh="together"),
     _soap_opt("single tensor", foreach=False),
 )
 STRAIGHTFORWARD = Contestant("bench/reference.py", "reference", "bench.reference:ReferenceSOAP", SOAP_OPTIONS)

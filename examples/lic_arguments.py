@@ -10,7 +10,7 @@ from lic_training import OPTIMIZERS, read_checkpoint
 
 CHECKPOINT = "checkpoint.pth.tar"
 LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "sgd": 1e-2}
-STEPS = 2500
+STEPS = 3500
 # What a resumed run may be given anew. Everything else comes from the checkpoint, or the result would be another's.
 MAY_CHANGE = {"resume", "save", "num_workers", "device", "steps", "epochs", "compare", "compare_learning_rate"}
 

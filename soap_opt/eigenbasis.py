@@ -20,7 +20,7 @@ from .plan import Layout
 BATCH_MAX_DIM = 64
 
 # Blocks of a Gram narrower than this lose more in gemm efficiency than the triangle saves
-TRIANGLE_MIN_BLOCK = 48
+TRIANGLE_MIN_BLOCK = 64
 
 # A BLAS may add the rows of a narrow product one after the other: MKL's sgemm leaves 2e-4 of a 7 x 7 Gram over 307,200 rows
 # in rounding. So these are added in pieces.

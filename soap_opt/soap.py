@@ -559,7 +559,8 @@ def check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    elif not 0.0 <= lr:
+        lr = lr.item()
+    if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= options["eps"]:
         raise ValueError(f"Invalid epsilon value: {options['eps']}")

@@ -322,6 +322,14 @@ def _norm_close(got: Tensor, want: Tensor, relative: float, what: str) -> None:
     assert difference <= relative * norm, f"{what} differs by {difference:.3g} of {norm:.3g}"
 
 
+# Every rank from 0 to 5, sizes of 0 and 1, Kronecker pairs
+RAGGED = [(8, 8), (6, 4, 3, 3), (5,), (), (17, 3, 4), (1, 7), (2, 3, 1, 4, 2), (0, 3), (40, 33)]
+
+
+def random_basis(d, dtype=torch.float32):
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q.to(dtype).contiguous()
+
+
 def random_params(shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype=torch.float32, device="cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [(0.1 * torch.randn(shape, generator=generator)).to(device=device, dtype=dtype) for shape in shapes]

@@ -62,6 +62,8 @@ def test_one_line_replaces_adam():
     [
         ({"lr": -1}, ValueError, "Invalid learning rate: -1"),
         ({"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "Invalid learning rate: -1"),
+        ({"lr": torch.tensor(float("nan"))}, ValueError, "Invalid learning rate: nan"),
         ({"lr": torch.tensor([1.0, 2.0])}, ValueError, "Tensor lr must be 1-element"),
         ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),

@@ -41,6 +41,17 @@ inline bool is_wide(int64_t width, int64_t before, int64_t after) {
   return width > kTileWidth && (after == 1 || before == 1 || after >= kWideColumns / 4);
 }
 
+// Columns that a thread takes at once of `columns`: few enough to fit kWideColumns, and in as many pieces as keep all
+// threads busy to the end (768 columns on two threads are four pieces of 192, not three of 256), whole panels.
+template <typename T>
+int64_t wide_columns(int64_t columns, int64_t slabs, int64_t threads) {
+  constexpr int64_t panel = kPanel<T>;
+  int64_t pieces = (columns + kWideColumns - 1) / kWideColumns;
+  if (slabs % threads != 0) pieces = (pieces + threads - 1) / threads * threads;
+  const int64_t even = (columns + pieces - 1) / pieces;
+  return std::min(kWideColumns, (even + panel - 1) / panel * panel);
+}
+
 // to <- from x_g M, both [A, D, B], `to` and `from` different buffers. rooms [threads, wide_room].
 template <typename T>
 void product_wide(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, int64_t threads, T* rooms,
@@ -48,14 +59,15 @@ void product_wide(const T* from, T* to, int64_t before, int64_t after, const Fac
   constexpr int64_t panel = kPanel<T>;
   const int64_t width = m.width;
   const bool rows = after == 1; // the pieces of the gradient are rows [A, D], otherwise columns of [D, B]
-  const int64_t chunks = rows ? (before + kWideColumns - 1) / kWideColumns : (after + kWideColumns - 1) / kWideColumns;
-  parallel_with_room(rows ? chunks : before * chunks, threads, rooms, room_numel, [&](int64_t begin, int64_t end, T* room) {
+  const int64_t columns = rows ? before : after, slabs = rows ? 1 : before;
+  const int64_t chunk = wide_columns<T>(columns, slabs, threads), chunks = (columns + chunk - 1) / chunk;
+  parallel_with_room(slabs * chunks, threads, rooms, room_numel, [&](int64_t begin, int64_t end, T* room) {
     T* piece = room;                       // panels [depth, kWideColumns]
     T* matrix = piece + kDepth * kWideColumns; // one panel [depth, W]
     T* result = matrix + kDepth * panel;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t a = rows ? 0 : unit / chunks, first = (rows ? unit : unit % chunks) * kWideColumns;
-      const int64_t count = std::min(kWideColumns, (rows ? before : after) - first);
+      const int64_t a = rows ? 0 : unit / chunks, first = (rows ? unit : unit % chunks) * chunk;
+      const int64_t count = std::min(chunk, columns - first);
       const T* x = rows ? from + first * width : from + a * width * after + first;
       T* place = rows ? to + first * width : to + a * width * after + first;
       // Tiles write whole panels: in place where a row ends with one, or else beside it
