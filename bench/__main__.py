@@ -128,12 +128,15 @@ def run_memory(arguments: argparse.Namespace) -> None:
 def run_training(arguments: argparse.Namespace) -> None:
     print("\n### The optimizer's share of a training step\n")
     entries = [OURS[0], arguments.reference or STRAIGHTFORWARD, OTHERS[1]]
-    report(arguments, "training", training.measure(entries, 1 if arguments.quick else 2))
+    rows = training.measure(entries, 1 if arguments.quick else 2)
+    report(arguments, "training", rows)
+    print("\n### Where the optimizer's time goes\n")
+    report(arguments, "training_profile", training.profile(OURS[0], rows[0]["training_step_ms"], 1 if arguments.quick else 3))
 
 
 def run_must_reach(arguments: argparse.Namespace) -> None:
     print("\n### Must reach\n")
-    print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_readme())
+    print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_readmes())
 
 
 SUITES = {

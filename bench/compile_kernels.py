@@ -21,10 +21,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from soap_opt.fused_cuda import HIGH_PRECISION, PRECISION
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
-from soap_opt.launch import DTYPES, STAGES, WARPS
+from soap_opt.kernels.reexpress import due_kernel, reexpress_kernel
+from soap_opt.launch import DTYPES, HIGH_PRECISION, PRECISION, STAGES, WARPS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,6 +38,7 @@ LIMITS = {"sm_80": (255, 163 << 10), "sm_90": (255, 227 << 10), "sm_100": (255, 
 
 ARGUMENTS = {
     **{"tiles": "*i32", "problems": "*i64", "scalars": "*fp32", "partials": "*fp32", "counters": "*i32"},
+    **{"units": "*i64", "due": "*u8", "count": "i32", "frequency": "i32"},
     **{"grad_scale": "*fp32", "lr_scale": "*fp32", **dict.fromkeys(("correct_bias", "parameters", "normalize"), "i32")},
     **dict.fromkeys(
         ("lr", "weight_decay", "log_beta1", "log_beta2", "sign", "max_grad_norm", "beta1", "beta2", "eps", "shampoo_beta"),
@@ -50,6 +51,8 @@ def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Each kernel with each set of its constants that soap_opt.fused_cuda can ask for."""
     for dtype in DTYPES:
         yield gram_ema_kernel, {"GRAD": dtype, "PRECISION": PRECISION[backend]}
+    yield reexpress_kernel, {"PRECISION": PRECISION[backend]}
+    yield due_kernel, {}
     for precision in dict.fromkeys((PRECISION[backend], HIGH_PRECISION[backend])):
         for dtype in DTYPES:
             yield project_first_kernel, {"GRAD": dtype, "PRECISION": precision}
@@ -87,7 +90,7 @@ def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
         "kernel": kernel.__name__,
         "grad": constants.get("GRAD", ""),
         "back": str(constants.get("BACK", "")),
-        "precision": constants["PRECISION"],
+        "precision": constants.get("PRECISION", ""),
     }
 
 

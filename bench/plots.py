@@ -108,7 +108,7 @@ def share() -> Figure:
     """Share of the flop floor at the gemm rate of the same run."""
     data = [read(f"step_{model}") for model in (*LIC_MODELS, "512-table", "gpt2-block", "resnet50")]
     data = [rows for rows in data if rows]
-    column = "share_of_floor_128x128x3200"
+    column = "share_of_floor_1024^3"
     figure, axis = plt.subplots(figsize=(9, 0.55 * len(data) + 1.2), layout="constrained")
     names = [f"{rows[0]['model']}" for rows in data]
     ours = [rows[0][column] for rows in data]

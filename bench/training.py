@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .contest import PERIOD, WARMUP, GemmRate, quiet
-from .models import LAMBDA, crops, lic_network, main_parameters
+from .models import LAMBDA, MODELS, crops, lic_network, main_parameters
 from .peers import Contestant
 from .results import Row, significant
-from .worker import load
+from .worker import Stepper, load
 
 MODEL, BATCH_SIZE, PATCH = "bmshj2018-hyperprior", 8, 128
 
@@ -72,3 +72,47 @@ def measure(contestants: Sequence[Contestant], periods: int = 3) -> list[Row]:
             }
         )
     return rows
+
+
+def profile(contestant: Contestant, training_step_ms: float, periods: int = 3) -> list[Row]:
+    """Where the optimizer's time in a training step goes: what a step takes without its refreshes, and without any matrix.
+
+    Args:
+        contestant: one that takes SOAP's options.
+        training_step_ms: of :func:`measure`, that the shares are of.
+    """
+    problem = MODELS[MODEL]()
+    variants = {
+        "whole": {},
+        "no refresh": {"precondition_frequency": 10**9},
+        "no matrices": {"max_precond_dim": 0},
+    }
+    steppers = {
+        name: Stepper(problem.params, problem.grads, contestant.target, {**contestant.options, **options})
+        for name, options in variants.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    gemm, rates = GemmRate(), []
+    for k in range(WARMUP + periods * PERIOD):
+        rates.append(gemm.measure())
+        for name, stepper in steppers.items():
+            times[name].append(stepper.step(k))
+    whole, steady, elementwise = (statistics.mean(times[name][WARMUP:]) for name in variants)
+    rate = statistics.median(each["1024^3"] for each in rates)
+    floor = problem.floor_flops / rate / 1e6
+    parts = {
+        "optimizer.step(), mean over periods": whole,
+        "refreshes": whole - steady,
+        "projections, back-projections and Grams": steady - elementwise,
+        f"of these, their 2.5 U = {problem.floor_flops / 1e9:.3g} GF at the 1024^3 rate of {rate:.0f} GF/s": floor,
+        "Adam, weight decay, application, Python": elementwise,
+    }
+    return [
+        {
+            "part": part,
+            "ms": significant(milliseconds),
+            "share_of_training_step": significant(milliseconds / training_step_ms, 3),
+            "quiet": quiet(rates),
+        }
+        for part, milliseconds in parts.items()
+    ]

@@ -29,6 +29,8 @@ COUNT = tl.constexpr(launch.COUNT)
 COUNTER = tl.constexpr(launch.COUNTER)
 STEP = tl.constexpr(launch.STEP)
 SKIPPED = tl.constexpr(launch.SKIPPED)
+OUTCOMES = tl.constexpr(launch.OUTCOMES)
+UNITS = tl.constexpr(launch.UNITS)
 NUMEL = tl.constexpr(launch.NUMEL)
 FACTORS = tl.constexpr(launch.FACTORS)
 WIDTH = tl.constexpr(launch.WIDTH)
@@ -45,7 +47,7 @@ SCALARS = tl.constexpr(launch.SCALARS)
 # compiles is what runs, and the first steps compile nothing that the second does not use.
 ARGUMENTS = (
     "tiles problems scalars partials counters grad_scale lr_scale lr weight_decay log_beta1 log_beta2 sign correct_bias "
-    "max_grad_norm parameters beta1 beta2 eps normalize shampoo_beta"
+    "max_grad_norm parameters beta1 beta2 eps normalize shampoo_beta units due count frequency"
 ).split()
 
 # Terms of a partial sum that one pass of `total` reads

@@ -9,17 +9,27 @@ from pathlib import Path
 import torch
 
 
+def _imported(name: str, absent: str) -> str | None:
+    """Import soap_opt.NAME; the reason when that fails: ``absent`` where it was not to be built."""
+    try:
+        importlib.import_module(f"soap_opt.{name}")
+    except ModuleNotFoundError:
+        note = Path(__file__).with_name("_build_failure.txt" if name == "_C" else "_cuda_build_failure.txt")
+        if note.exists():
+            return f"building soap_opt.{name} failed when soap_opt was installed: {note.read_text().strip()}"
+        return absent
+    except ImportError as error:
+        return f"soap_opt.{name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
 def _load() -> str | None:
     """Load soap_opt._C, which registers torch.ops.soap_opt.*; the reason when that fails."""
-    try:
-        _C = importlib.import_module("soap_opt._C")
-    except ModuleNotFoundError:
-        note = Path(__file__).with_name("_build_failure.txt")
-        if note.exists():
-            return f"building soap_opt._C failed when soap_opt was installed: {note.read_text().strip()}"
-        return "soap_opt was installed without its compiled part (see the first section of the README)"
-    except ImportError as error:
-        return f"soap_opt._C does not load with torch {torch.__version__}: {error}"
+    reason = _imported("_C", "soap_opt was installed without its compiled part (see the first section of the README)")
+    if reason is not None:
+        return reason
+    from . import _C
+
     built_with, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (_C.torch_version, torch.__version__))
     if built_with != running:
         return f"soap_opt._C was built with torch {_C.torch_version}, this is {torch.__version__}; reinstall soap_opt"
@@ -52,18 +62,8 @@ def _load_cuda() -> str | None:
 
     It loads without a GPU too: the CUDA runtime in it is not touched before the first call.
     """
-    if _load_error is not None:
-        return _load_error
-    try:
-        importlib.import_module("soap_opt._C_cuda")
-    except ModuleNotFoundError:
-        note = Path(__file__).with_name("_cuda_build_failure.txt")
-        if note.exists():
-            return f"building soap_opt._C_cuda failed when soap_opt was installed: {note.read_text().strip()}"
-        return "soap_opt was installed without its CUDA part: there was no CUDA toolkit, or SOAP_OPT_BUILD_CUDA=0"
-    except ImportError as error:
-        return f"soap_opt._C_cuda does not load with torch {torch.__version__}: {error}"
-    return None
+    absent = "soap_opt was installed without its CUDA part: there was no CUDA toolkit, or SOAP_OPT_BUILD_CUDA=0"
+    return _load_error or _imported("_C_cuda", absent)
 
 
 _load_error = _load()

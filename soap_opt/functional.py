@@ -7,6 +7,7 @@ the same state, and is tested against it.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .eigenbasis import (
     refresh_basis,
 )
 from .fused_cuda import fused_cuda_soap, fused_on_cuda
+from .overlap import Overlap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 
@@ -57,6 +59,8 @@ def soap(
     maximize: bool,
     max_grad_norm: float | None = None,
     precision: str = "highest",
+    overlap: Overlap | None = None,
+    capturable: bool = False,
 ) -> list[int]:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
@@ -75,6 +79,8 @@ def soap(
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
         max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
         precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
+        overlap: what runs the fused CUDA path's refreshes behind the step; None, and the other paths, in place.
+        capturable: get ready for a CUDA graph (fused CUDA path).
 
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
@@ -85,9 +91,9 @@ def soap(
         function = _multi_tensor_soap
     else:
         function = _single_tensor_soap
-    extras: dict[str, float | str | None] = {}
+    extras: dict[str, Any] = {}
     if function is _fused_soap and fused_on_cuda(exp_avgs):
-        extras = {"max_grad_norm": max_grad_norm, "precision": precision}
+        extras = {"max_grad_norm": max_grad_norm, "precision": precision, "overlap": overlap, "capturable": capturable}
     else:
         lr = float(lr)
     if not extras and max_grad_norm is not None:
@@ -448,7 +454,7 @@ def _fused_soap(
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
-    **options: float | bool | str,
+    **options: Any,
 ) -> list[int]:
     """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA.
     Arguments and result as in :func:`soap`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,24 +12,40 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _ext
-from .eigenbasis import Refresh, reexpress_
-from .launch import MAX_NUMEL, SCALARS, STAGES, USABLE, WARPS, Launch, make_tables, padded
+from . import _ext, refresh_basis
+from .launch import (
+    ACCELERATOR,
+    HIGH_PRECISION,
+    MAX_NUMEL,
+    PRECISION,
+    SCALARS,
+    USABLE,
+    Launch,
+    launch,
+    make_tables,
+    padded,
+)
+from .overlap import Overlap
 from .plan import Layout
 from .refresh import is_due
+from .refresh_cuda import (
+    Buffers,
+    DeviceTable,
+    GraphRefresh,
+    GroupedRefresh,
+    groupable,
+    on_device,
+    refresh_due,
+    refresh_due_through_torch,
+    scratch_of_stream,
+    to_device,
+)
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
 
 # Elements of one plan, which has two float32 scratch buffers of that many: 2 GiB. Larger models are stepped piece by piece.
 MAX_SCRATCH_NUMEL = 1 << 28
-
-# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
-# tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
-# With precision="high" the projections may be less exact; never the Grams.
-HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
-ACCELERATOR = "hip" if torch.version.hip else "cuda"
 
 
 def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
@@ -45,53 +61,62 @@ def fused_on_cuda(exp_avgs: list[Tensor]) -> bool:
     return len(kinds) == 1 and exp_avgs[0].device.type == "cuda" and exp_avgs[0].dtype == torch.float32
 
 
+# What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads
+PlanKey = tuple[tuple[Layout, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]
+
+
 class Plan:
     """One step's tables on the device, its scratch, and the pointers that they were last filled with."""
 
-    def __init__(self, layouts: list[Layout], grads: list[Tensor], params: list[Tensor], aligned: np.ndarray, normalize: bool):
-        device = params[0].device
-        self.aligned = aligned
+    def __init__(self, key: PlanKey, aligned: np.ndarray, device: torch.device) -> None:
+        layouts, grad_dtypes, param_dtypes, normalize = key
+        self.layouts, self.aligned = list(layouts), aligned
         self.tables = make_tables(
             layouts,
-            [str(grad.dtype).removeprefix("torch.") for grad in grads],
-            [str(param.dtype).removeprefix("torch.") for param in params],
+            [str(dtype).removeprefix("torch.") for dtype in grad_dtypes],
+            [str(dtype).removeprefix("torch.") for dtype in param_dtypes],
             aligned.tolist(),
             normalize,
         )
-        self.tiles = torch.from_numpy(self.tables.tiles).to(device)  # [T, 4] int32
-        self.problems = torch.empty(self.tables.problems.shape, dtype=torch.int64, device=device)  # [R, WIDTH]
-        self.scalars = torch.zeros(len(params), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
+        self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
+        self.problems = DeviceTable(self.tables.problems.shape, device)  # [R, WIDTH]
+        self.scalars = torch.zeros(len(layouts), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
         self.one = torch.ones(1, dtype=torch.float32, device=device)  # the scale when there is none
-        self.scratch = _scratch(device, self.tables.scratch_numel)  # two of [scratch_numel]
-        self.shared = [*(buffer.data_ptr() for buffer in self.scratch), self.kronecker.data_ptr()]
-        self.pointers: np.ndarray | None = None
+        self.scratch: tuple[Tensor, Tensor] | None = None  # two of [scratch_numel]; None: those of the stream
+        self.buffers = Buffers(device)  # of the refreshes
+        self.refreshes: dict[tuple, GroupedRefresh] = {}  # by their due units
+        self.for_graph: Plan | None = None  # what the next capture takes
+        self.graph_refresh: GraphRefresh | None = None
 
-    def send(self, pointers: np.ndarray) -> None:
-        """Fill the table of problems; nothing is sent to the device when the pointers are those of the step before."""
-        if self.pointers is not None and np.array_equal(pointers, self.pointers):
-            return
-        self.pointers = pointers
-        table = torch.from_numpy(self.tables.fill(pointers))
-        if self.problems.device.type == "cuda":
-            # A pinned copy of its own for every transfer: the caching host allocator keeps it until the transfer is done.
-            table = table.pin_memory()
-        self.problems.copy_(table, non_blocking=True)
+    def shared(self) -> list[int]:
+        """Pointers in the order of launch.SHARED."""
+        scratch = self.scratch or scratch_of_stream(self.one.device, self.tables.scratch_numel)
+        return [*(buffer.data_ptr() for buffer in scratch), self.kronecker.data_ptr()]
+
+    def reserve(self, grouped: list[int]) -> Plan:
+        """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
+        self.problems.reserve()
+        self.graph_refresh = GraphRefresh(self.layouts, grouped, self.aligned, self.buffers)
+        return self
+
+    def begin_capture(self) -> None:
+        """Scratch from the graph's own pool: replays run on any stream, beside anything."""
+        numel, device = max(1, self.tables.scratch_numel), self.one.device
+        self.scratch = tuple(torch.empty(numel, dtype=torch.float32, device=device) for _ in range(2))
+        self.graph_refresh.refresh.scratch = self.scratch
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> {what the plan depends on: Plan}
+_captured: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> the plans of CUDA graphs, as long as the state lives
 _skipped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> [1] int32, how many gradients were not usable
-_buffers: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-def _scratch(device: torch.device, numel: int) -> tuple[Tensor, Tensor]:
-    """Two float32 buffers of at least ``numel`` for the current stream, shared by all plans."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _buffers or _buffers[key][0].numel() < numel:
-        _buffers[key] = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=device) for _ in range(2))
-    return _buffers[key]
+def is_recording(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def scale_or_nan(grad_scale: Tensor | None, found_inf: Tensor) -> Tensor:
@@ -131,11 +156,6 @@ def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)
 
 
-def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
-    """Every launch of the fused step goes through here."""
-    kernel[grid](*arguments, **constants, num_warps=WARPS[ACCELERATOR], num_stages=STAGES)
-
-
 def fused_cuda_soap(
     params: list[Tensor],
     grads: list[Tensor],
@@ -162,11 +182,16 @@ def fused_cuda_soap(
     maximize: bool,
     max_grad_norm: float | None = None,
     precision: str = "highest",
+    overlap: Overlap | None = None,
+    capturable: bool = False,
 ) -> list[int]:
     """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
 
     Models of more than MAX_SCRATCH_NUMEL elements take so many for each piece. Arguments as there. The result is empty:
-    unusable gradients are counted on the device (:func:`skipped_on_device`).
+    unusable gradients are counted on the device (:func:`skipped_on_device`). Refreshes come after, in one call of the compiled
+    operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a step is
+    made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device decides
+    what is due.
     """
     from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
 
@@ -188,7 +213,9 @@ def fused_cuda_soap(
             if layouts[piece[0]].numel > MAX_NUMEL:
                 unusable += [piece[i] for i in _multi_tensor_soap(*part, grad_scale, lr=float(lr), **options)]
             else:
-                fused_cuda_soap(*part, grad_scale, lr=lr, precision=precision, **options)
+                fused_cuda_soap(
+                    *part, grad_scale, lr=lr, precision=precision, overlap=overlap, capturable=capturable, **options
+                )
         return unusable
 
     device = params[0].device
@@ -209,8 +236,19 @@ def fused_cuda_soap(
         for (param, grad, m, v), step, skip in zip(arranged, steps, skipped)
     ]
     matrices = [matrix.data_ptr() for matrix in (*bases, *grams)]
-    plan = _plan(exp_avgs[0], layouts, [a[1] for a in arranged], params, np.asarray(own, dtype=np.int64), normalize_grads)
-    plan.send(np.asarray([*(address for row in own for address in row), *matrices, *plan.shared], dtype=np.int64))
+    recording = is_recording(device)
+    key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize_grads)
+    # grad, param, exp_avg, exp_avg_sq: of those the kernels read vectors
+    aligned = (np.asarray(own, dtype=np.int64)[:, :4] % 16 == 0).all(1)
+    if recording:
+        plan = _plan_of_graph(exp_avgs, key, aligned)
+    else:
+        plan = _plan(exp_avgs[0], key, aligned)
+        if capturable and plan.for_graph is None:
+            units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
+            plan.for_graph = Plan(key, aligned, device).reserve(groupable(units, exp_avgs, exp_avg_sqs, layouts))
+    pointers = np.asarray([*(address for row in own for address in row), *matrices, *plan.shared()], dtype=np.int64)
+    plan.problems.send(pointers, plan.tables.fill)
 
     grad_scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
     lr_scale = plan.one
@@ -221,10 +259,9 @@ def fused_cuda_soap(
     lr, weight_decay, shampoo_beta, beta1, beta2, eps = map(float, (lr, weight_decay, shampoo_beta, beta1, beta2, eps))
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     sums = (plan.partials, plan.counters)
-    # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         for each in plan.tables.launches:
-            tables = (plan.tiles[each.first : each.first + each.count], plan.problems)
+            tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
             run_launch(
                 each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
                 first=(grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0,
@@ -241,6 +278,12 @@ def fused_cuda_soap(
             state_step.copy_(step)
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
     gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
+    how = (refresh, refresh_tolerance)
+    if recording:
+        plan.graph_refresh.run(
+            exp_avgs, exp_avg_sqs, gram, basis, offsets, steps, layouts, plan.scalars, precondition_frequency, how
+        )
+        return []
     before = host_steps(exp_avgs, state_steps, usable)
     due = [
         (i, k)
@@ -248,7 +291,18 @@ def fused_cuda_soap(
         for k, offset in enumerate(offsets[i])
         if is_due(t + 1, int(offset), precondition_frequency, refresh)
     ]
-    _refresh(due, usable, exp_avgs, exp_avg_sqs, gram, basis, layouts, refresh, refresh_tolerance)
+    if not due:
+        return []
+    state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, how)
+    if refresh_basis.unavailable(device.type) is not None:
+        refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind
+    elif overlap is None:
+        refresh_due(plan, *state)
+    else:
+        owners = {i for i, _ in due}
+        touched = [plan.scalars, *plan.buffers.tensors()]
+        touched += [x for i in owners for x in (exp_avgs[i], exp_avg_sqs[i], *gram[i], *basis[i])]
+        overlap.behind(device, partial(refresh_due, plan, *state), touched)
     return []
 
 
@@ -285,22 +339,33 @@ def run_launch(
         launch(project_kernel, grid, *tables, BACK=each.kernel == "back", PRECISION=precision)
 
 
-def _plan(
-    owner: Tensor, layouts: list[Layout], grads: list[Tensor], params: list[Tensor], own: np.ndarray, normalize: bool
-) -> Plan:
-    """The kept plan for these parameters, or a new one."""
+def _plan(owner: Tensor, key: PlanKey, aligned: np.ndarray) -> Plan:
+    """The kept plan for the parameters of which ``owner`` is the first exp_avg, or a new one."""
     plans = _plans.get(owner)
     if plans is None:
         plans = _plans[owner] = OrderedDict()
-    key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize)
-    # grad, param, exp_avg, exp_avg_sq: of those the kernels read vectors
-    aligned = (own[:, :4] % 16 == 0).all(1)
     plan = plans.get(key)
     if plan is None or (plan.aligned & ~aligned).any():
-        plan = plans[key] = Plan(layouts, grads, params, aligned, normalize)
+        plan = plans[key] = Plan(key, aligned, owner.device)
         if len(plans) > MAX_PLANS:
             plans.popitem(last=False)
     plans.move_to_end(key)
+    return plan
+
+
+def _plan_of_graph(exp_avgs: list[Tensor], key: PlanKey, aligned: np.ndarray) -> Plan:
+    """The plan that an earlier step made ready, which is the graph's from now on."""
+    made = _plans.get(exp_avgs[0], {}).get(key)
+    plan = None if made is None else made.for_graph
+    if plan is None or (plan.aligned & ~aligned).any():
+        raise RuntimeError(
+            "a step of SOAP is recorded into a CUDA graph after a step with capturable=True that was not, with gradients for "
+            "the same parameters and of the same dtypes: make one before each capture"
+        )
+    made.for_graph = None
+    plan.begin_capture()
+    for exp_avg in exp_avgs:
+        _captured.setdefault(exp_avg, []).append(plan)
     return plan
 
 
@@ -340,38 +405,10 @@ def host_steps(exp_avgs: list[Tensor], state_steps: list[Tensor], usable: Tensor
     for place, (exp_avg, step) in enumerate(zip(exp_avgs, state_steps)):
         identity = (step.data_ptr(), step._version)
         known = _host_steps.get(exp_avg)
-        if known is None or known.identity != identity:
+        if known is None or known.identity != identity or exp_avg in _captured:  # (replays move t without a new version)
             if event is not None:
                 event.synchronize()
             known = _host_steps[exp_avg] = _HostStep(identity, int(step) - int(flags[place]))
         result.append(known.before_this_step())
         known.last = (event, flags, place)
     return result
-
-
-def _refresh(
-    due: list[tuple[int, int]],
-    usable: Tensor,
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    layouts: list[Layout],
-    refresh: str,
-    refresh_tolerance: float,
-) -> None:
-    """Refresh the due units (parameter, position of the mode) with the multi-tensor path's functions, for now.
-
-    A unit whose step the device skipped is refreshed to what it was; "adaptive" asks the device which units want it.
-    """
-    from .functional import _refresh_units
-
-    for i, refreshed in _refresh_units(due, grams, bases, refresh, refresh_tolerance).items():
-        for k, new in refreshed.items():
-            counts, size = usable[i] != 0, bases[i][k].shape[0]
-            refreshed[k] = Refresh(
-                torch.where(counts, new.order, torch.arange(size, device=usable.device)),
-                torch.where(counts, new.basis, bases[i][k]),
-                torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
-            )
-        reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .plan import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH, Layout
 
@@ -31,8 +33,9 @@ SLOT = 11  # first partial sum
 COUNT = 12  # how many programs share a result (Kronecker products: how many factors)
 COUNTER = 13  # the first counter of arrivals
 STEP, SKIPPED = 14, 15  # pointers: t (float32), how many gradients were not usable (int32)
+OUTCOMES, UNITS = 14, 15  # re-expressing: pointer to what became of the parameter's first unit (int32), how many it has
 NUMEL = 16  # elements of the parameter (Grams: how many factors)
-FACTORS = 17  # pointer and size of each factor: bases of a Kronecker product, Grams
+FACTORS = 17  # pointer and size of each factor: bases of a Kronecker product, Grams, orders (size + (stride << 32))
 MAX_FACTORS = int(math.log2(KRONECKER_MAX_WIDTH))
 WIDTH = FACTORS + 2 * MAX_FACTORS
 
@@ -48,7 +51,10 @@ SCALARS = 8
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Kinds of tiles. 0 .. 11 are the classes of products and Grams: 4 * (place in TILES) + 2 * ROWS + ALIGNED.
-NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY = 12, 13, 14, 15, 16, 17
+NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY, PERMUTE = 12, 13, 14, 15, 16, 17, 18
+
+# An outcome of soap_opt::refresh_basis_: the basis is another
+REFRESHED = 1
 
 BLOCK = 2048  # elements of an elementwise tile
 KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR
@@ -74,6 +80,18 @@ TILES = (Tile(64, 64, 16, 16), Tile(32, 128, 16, 32), Tile(16, 128, 16, 64))
 # By the kind of accelerator. AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
 WARPS = {"cuda": 8, "hip": 4}
 STAGES = 3
+ACCELERATOR = "hip" if torch.version.hip else "cuda"
+
+# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
+# tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
+PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+# With precision="high" the projections may be less exact; never the Grams.
+HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
+
+
+def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
+    """Every launch of the fused step goes through here."""
+    kernel[grid](*arguments, **constants, num_warps=WARPS[ACCELERATOR], num_stages=STAGES)
 
 
 class Problem(NamedTuple):
@@ -119,7 +137,7 @@ def gram_splits(problem: Problem, tile: Tile) -> int:
 class Launch:
     """One launch: tiles [first, first + count) of the plan's tile table."""
 
-    kernel: str  # "project_first", "gram_ema", "project", "project_adam", "back" or "project_apply"
+    kernel: str  # "project_first", "gram_ema", "project", "project_adam", "back", "project_apply" or "reexpress"
     grad_dtype: str  # of DTYPES; "float32" in launches that read scratch
     first: int
     count: int
@@ -218,6 +236,21 @@ class _Builder:
             self.launches.append(Launch(kernel, grad_dtype, sum(map(len, self.tiles)), len(tiles)))
             self.tiles.append(tiles)
             self.pending = []
+
+    def tables(self, scratch_numel: int, kronecker_numel: int) -> Tables:
+        places = np.asarray(self.places, dtype=np.int64).reshape(-1, 3)
+        return Tables(
+            launches=self.launches,
+            tiles=np.concatenate(self.tiles) if self.tiles else np.empty((0, 4), np.int32),
+            problems=np.asarray(self.rows, dtype=np.int64).reshape(-1, WIDTH),
+            scratch_numel=scratch_numel,
+            partials_numel=self.partials,
+            counters=self.counters,
+            kronecker_numel=kronecker_numel,
+            _places=places[:, 0],
+            _sources=places[:, 1],
+            _offsets=places[:, 2],
+        )
 
 
 def make_tables(
@@ -395,19 +428,112 @@ def make_tables(
         build.grid(row, APPLY, 1, math.ceil(numels[index] / BLOCK))
     build.launch("project_apply")
 
-    places = np.asarray(build.places, dtype=np.int64).reshape(-1, 3)
-    return Tables(
-        launches=build.launches,
-        tiles=np.concatenate(build.tiles) if build.tiles else np.empty((0, 4), np.int32),
-        problems=np.asarray(build.rows, dtype=np.int64).reshape(-1, WIDTH),
-        scratch_numel=starts[-1],
-        partials_numel=build.partials,
-        counters=build.counters,
-        kronecker_numel=kronecker_numel,
-        _places=places[:, 0],
-        _sources=places[:, 1],
-        _offsets=places[:, 2],
-    )
+    return build.tables(starts[-1], kronecker_numel)
+
+
+def can_reexpress(layout: Layout) -> bool:
+    """Whether :func:`make_reexpress_tables` takes a parameter: a row has room for the orders of MAX_FACTORS modes."""
+    return len(layout.modes) <= MAX_FACTORS and layout.numel <= MAX_NUMEL
+
+
+def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> Tables:
+    """Lay out the launches that re-express m and v of refreshed parameters: products and v's permutation side by side.
+
+    m goes to scratch and back with every product, v to the other scratch buffer and back. Kronecker products are made by the
+    first launch and used from the second on.
+
+    Args:
+        layouts: of the parameters with due units.
+        due: for each the places in ``layout.modes`` that are due.
+        aligned: as in :func:`make_tables`.
+
+    Returns:
+        Tables; where :meth:`Tables.fill` wants a basis it takes the mode's rotation (an identity for a mode that is not due
+        but shares a Kronecker product with one that is), for a Gram its order, and for "step" the parameter's outcomes.
+    """
+    build = _Builder(layouts)
+    starts = np.concatenate([[0], np.cumsum([padded(layout.numel) for layout in layouts])]).tolist()
+    stages: list[list[Callable[[], None]]] = []  # what each launch does
+    kronecker_numel = 0
+
+    def at(stage: int, function: Callable[[], None]) -> None:
+        while len(stages) <= stage:
+            stages.append([])
+        stages[stage].append(function)
+
+    def row(index: int, **columns: int) -> int:
+        place = build.row(UNITS=len(due[index]), **columns)
+        build.of_parameter(place, OUTCOMES, index, "step")
+        return place
+
+    def blocks(index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
+        """An elementwise pass over one parameter, from a state tensor or a scratch buffer to the other."""
+        layout = layouts[index]
+        place = row(index, NUMEL=layout.numel, COUNT=len(modes))
+        for column, name in ((X, source), (Y, target)):
+            if name in SHARED:
+                build.of_shared(place, column, name, 4 * starts[index])
+            else:
+                build.of_parameter(place, column, index, name)
+        for number, mode in enumerate(modes):
+            build.point(place, FACTORS + 2 * number, build.gram + build.first_mode[index] + mode)
+            build.rows[place][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[index][mode] << 32)
+        build.grid(place, kind, 1, math.ceil(layout.numel / BLOCK))
+
+    def kronecker(index: int, problem: Problem, offset: int) -> None:
+        place = row(index, DEPTH=problem.depth, COUNT=len(problem.factors))
+        build.of_shared(place, Y, "kronecker", offset)
+        for number, factor in enumerate(problem.factors):
+            build.point(place, FACTORS + 2 * number, build.basis + build.first_mode[index] + factor)
+            build.rows[place][FACTORS + 2 * number + 1] = layouts[index].sizes[factor]
+        build.grid(place, KRONECKER, 1, 1)
+
+    def product(index: int, problem: Problem, forth: bool, offset: int | None) -> None:
+        place = row(index, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns)
+        state, buffer = (X, Y) if forth else (Y, X)
+        build.of_parameter(place, state, index, "exp_avg")
+        build.of_shared(place, buffer, "scratch_0", 4 * starts[index])
+        if offset is None:
+            build.point(place, MATRIX, build.basis + build.first_mode[index] + problem.factors[0])
+        else:
+            build.of_shared(place, MATRIX, "kronecker", offset)
+        kind = kind_of(problem, aligned[index])
+        tile = TILES[kind // 4]
+        build.grid(place, kind, math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long))
+
+    strides = [mode_strides(layout) for layout in layouts]
+    for index, layout in enumerate(layouts):
+        at(0, partial(blocks, index, PERMUTE, "exp_avg_sq", "scratch_1", due[index]))
+        at(1, partial(blocks, index, COPY, "scratch_1", "exp_avg_sq"))
+        problems = [problem for problem in problems_of(layout) if not set(problem.factors).isdisjoint(due[index])]
+        stage = 1 if len(problems[0].factors) > 1 else 0
+        for number, problem in enumerate(problems):
+            offset = None
+            if len(problem.factors) > 1:
+                offset = 4 * kronecker_numel
+                kronecker_numel += padded(problem.depth**2)
+                at(0, partial(kronecker, index, problem, offset))
+            at(stage + number, partial(product, index, problem, number % 2 == 0, offset))
+        if len(problems) % 2 == 1:
+            at(stage + len(problems), partial(blocks, index, COPY, "scratch_0", "exp_avg"))
+    for stage in stages:
+        for function in stage:
+            function()
+        build.launch("reexpress")
+    return build.tables(starts[-1], kronecker_numel)
+
+
+def mode_strides(layout: Layout) -> list[int]:
+    """For each of layout.modes how far apart its neighbours lie in [D_1, ..., D_k] memory."""
+    strides = [0] * len(layout.modes)
+    behind = layout.numel
+    for group in layout.groups:
+        behind //= group.width
+        inside = group.width
+        for mode, size in zip(group.modes, group.sizes):
+            inside //= size
+            strides[layout.modes.index(mode)] = behind * inside
+    return strides
 
 
 def padded(numel: int) -> int:

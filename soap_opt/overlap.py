@@ -24,13 +24,11 @@ class Overlap:
     """Runs functions behind the current stream, one side stream for each device.
 
     Args:
-        enabled: False runs every function in place.
         backend: what has ``Stream``, ``current_stream``, ``stream`` and ``is_current_stream_capturing`` as torch.cuda has
             them; the tests' stand-in records.
     """
 
-    def __init__(self, enabled: bool = True, backend: Any = torch.cuda) -> None:
-        self.enabled = enabled
+    def __init__(self, backend: Any = torch.cuda) -> None:
         self._backend = backend
         self._streams: dict[torch.device, Any] = {}
         self._pending: dict[torch.device, Any] = {}  # the event after the last function of each device
@@ -44,7 +42,7 @@ class Overlap:
                 did not allocate itself.
         """
         backend = self._backend
-        if not self.enabled or device.type != "cuda" or backend.is_current_stream_capturing():
+        if device.type != "cuda" or backend.is_current_stream_capturing():
             # in order with what is still running behind: it may hold the same tensors
             self.wait(device)
             function()
@@ -73,16 +71,3 @@ class Overlap:
         for pending, event in self._pending.items():
             if device is None or device == pending:
                 self._backend.current_stream(pending).wait_event(event)
-
-    # Streams and events are of this process: a copy of an optimizer, in memory or on disk, starts without any. Whoever copies
-    # the state with it has to have it finished.
-    def __getstate__(self) -> dict[str, Any]:
-        self.wait()
-        return {"enabled": self.enabled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Overlap:
-        self.wait()
-        return Overlap(self.enabled, self._backend)

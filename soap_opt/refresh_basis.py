@@ -10,8 +10,6 @@ from torch import Tensor
 from . import _ext
 from .eigenbasis import Refresh
 
-KEPT, REFRESHED, NOT_FINITE = range(3)  # what the operator's result says of each matrix
-
 
 def unavailable(device_type: str) -> str | None:
     """Why the operator cannot run on a device of this type; None where it can."""
@@ -27,7 +25,11 @@ def _operator():
 
 
 def refresh_bases_(
-    grams: Sequence[Tensor], bases: Sequence[Tensor], tolerance: float = -1.0, due: Tensor | None = None
+    grams: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    tolerance: float = -1.0,
+    due: Tensor | None = None,
+    out: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[list[Refresh], Tensor]:
     """:func:`soap_opt.eigenbasis.refresh_basis` for a ragged set of matrices on one device, in one call.
 
@@ -36,6 +38,7 @@ def refresh_bases_(
         bases: [d, d] each, contiguous: Q, becomes Q'.
         tolerance: what is off(Q^T G Q) <= tolerance ||Q^T G Q||_F is left alone; negative: nothing is.
         due: [n] bool on the matrices' device; None for all.
+        out: what is written: orders [d] int64 and rotations [d, d], one for each matrix; None makes them.
 
     Returns:
         For each matrix its Refresh (identities where nothing changed; ``basis`` is the tensor in ``bases``), and the outcomes
@@ -43,35 +46,8 @@ def refresh_bases_(
     """
     if not grams:
         return [], torch.empty(0, dtype=torch.int32)
-    orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
-    rotations = [torch.empty_like(gram) for gram in grams]
+    if out is None:
+        out = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams], [torch.empty_like(gram) for gram in grams]
+    orders, rotations = out
     outcomes = _operator()(list(grams), list(bases), orders, rotations, tolerance, due)
     return [Refresh(*parts) for parts in zip(orders, bases, rotations)], outcomes
-
-
-def refresh_units_(
-    due: list[tuple[int, int]],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    refresh: str,
-    refresh_tolerance: float,
-) -> dict[int, dict[int, Refresh]]:
-    """Refresh the due units (parameter, position of the mode); the bases are written.
-
-    Arguments and result as of ``functional._refresh_units``. With ``refresh="adaptive"`` the host learns which units were
-    refreshed, and waits for the device; the others do not wait.
-    """
-    result: dict[int, dict[int, Refresh]] = {}
-    kinds: dict[torch.device, list[tuple[int, int]]] = {}
-    for i, k in due:
-        kinds.setdefault(bases[i][k].device, []).append((i, k))
-    for units in kinds.values():
-        adaptive = refresh == "adaptive"
-        refreshed, outcomes = refresh_bases_(
-            [grams[i][k] for i, k in units], [bases[i][k] for i, k in units], refresh_tolerance if adaptive else -1.0
-        )
-        kept = [outcome != REFRESHED for outcome in outcomes.tolist()] if adaptive else [False] * len(units)
-        for (i, k), new, stays in zip(units, refreshed, kept):
-            if not stays:
-                result.setdefault(i, {})[k] = new
-    return result

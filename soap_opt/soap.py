@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _ext
+from . import _ext, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
 from .fused_cuda import scale_or_nan, skipped_on_device, steps_on_device
+from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
 
@@ -91,8 +92,12 @@ class SOAP(Optimizer):
         max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
             touching them; gradients that are not usable have no part in it (default: None).
         precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
-        capturable: keep ``step`` on the parameter's device (default: False). Recording a step into a CUDA graph raises
-            RuntimeError in this version.
+        overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, behind the next forward and backward
+            pass. The optimizer's methods wait for them; read ``optimizer.state`` itself after :meth:`wait_for_refresh`
+            (default: True).
+        capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA
+            graphs, whose replays refresh what is due. Make an ordinary step before each capture, after every parameter's
+            first gradient; a learning rate that is to change between replays is a Tensor on the device (default: False).
         foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
         fused: True the package's own kernels, or RuntimeError with the reason where they are missing. foreach and fused
             both None: the fastest that works.
@@ -141,6 +146,7 @@ class SOAP(Optimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         precision: str = "highest",
+        overlap_refresh: bool = True,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -169,11 +175,13 @@ class SOAP(Optimizer):
             "maximize": maximize,
             "max_grad_norm": max_grad_norm,
             "precision": precision,
+            "overlap_refresh": overlap_refresh,
             "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
         }
         check_options(defaults)
+        self._overlap = Overlap()
         self._skipped: dict[Tensor, int] = {}
         self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout]] = {}  # derived, see plan.py
         super().__init__(params, defaults)
@@ -214,25 +222,24 @@ class SOAP(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient; a step being recorded into a CUDA graph; a Gram that eigh cannot decompose
-                (named by its parameter; nothing has changed then).
+            RuntimeError: a sparse gradient; a step that cannot be recorded into the CUDA graph being captured; a Gram that
+                eigh cannot decompose (named by its parameter; nothing has changed then).
             ValueError: an option in a param group is out of its range, or one that shapes the state was changed under it.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"a step of SOAP cannot be recorded into a CUDA graph: {_ext.unavailable('cuda') or 'not supported'}"
-            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        self.wait_for_refresh()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # Every check comes before the first change.
         work = [self._with_grad(group) for group in self.param_groups]
         pending = [
             (w.group, param) for w in work for param, state in zip(w.params, w.states) if not (state and state["initialized"])
         ]
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._check_capture(work, pending)
         if found_inf is not None:
             if not pending and all(steps_on_device(w.group, param) for w in work for param in w.params):
                 grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
@@ -269,7 +276,36 @@ class SOAP(Optimizer):
         counts = [self._skipped.get(p, 0) + skipped_on_device(self.state.get(p, {}).get("exp_avg")) for p in params]
         return counts if per_parameter else sum(counts)
 
+    def _check_capture(self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """Raise unless the step can be recorded into a CUDA graph."""
+        why = None
+        if pending:
+            why = f"{self._describe(pending[0][1])} is not initialised: step it before, outside of the capture"
+        for w in work:
+            if not w.group["capturable"]:
+                why = "capturable=False"
+            for param in w.params:
+                if not steps_on_device(w.group, param):
+                    why = f"{self._describe(param)} is not stepped by the fused CUDA path: set fused=True"
+        why = why or refresh_basis.unavailable("cuda")
+        if why is not None:
+            raise RuntimeError(f"a step of SOAP cannot be recorded into a CUDA graph: {why}")
+
+    def wait_for_refresh(self) -> None:
+        """Let the current stream of every device wait for refreshes that still run behind the last step (overlap_refresh).
+
+        The host does not wait, and where nothing runs behind nothing happens. To be called before ``optimizer.state`` is read
+        or written by hand; step, state_dict, load_state_dict, deepcopy and pickle do it themselves.
+        """
+        self._overlap.wait()
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state as every torch optimizer's; refreshes that run behind are waited for."""
+        self.wait_for_refresh()
+        return super().state_dict()
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -287,6 +323,7 @@ class SOAP(Optimizer):
             self._restored = restore_state(self, loaded)
             return {**loaded, "state": {}} if self._restored is not None else loaded
 
+        self.wait_for_refresh()  # its memory may be about to go
         handle = self.register_load_state_dict_pre_hook(restore)  # after the user's own hooks
         try:
             super().load_state_dict(state_dict)
@@ -295,11 +332,13 @@ class SOAP(Optimizer):
             self.__dict__.pop("_restored", None)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.wait_for_refresh()
         counts = zip((p for group in self.param_groups for p in group["params"]), self.skipped_steps(per_parameter=True))
         return {**super().__getstate__(), "_skipped": {p: count for p, count in counts if count}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_overlap", Overlap())  # streams are of one process: a copy starts without any
         self.__dict__.setdefault("_skipped", {})
         self._layouts = {}
         restored = self.__dict__.pop("_restored", None)
@@ -498,6 +537,8 @@ class SOAP(Optimizer):
             maximize=group["maximize"],
             max_grad_norm=max_grad_norm,
             precision=group["precision"],
+            overlap=self._overlap if group["overlap_refresh"] else None,
+            capturable=group["capturable"],
         )
         for i in skipped:
             self._skip(params[i])
@@ -521,6 +562,7 @@ _ADDED_DEFAULTS: dict[str, Any] = {
     "maximize": False,
     "max_grad_norm": None,
     "precision": "highest",
+    "overlap_refresh": True,
     "capturable": False,
     "foreach": None,
     "fused": None,
@@ -559,7 +601,7 @@ def check_options(options: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-        lr = lr.item()
+        lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
     if not 0.0 <= lr:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= options["eps"]:

@@ -57,6 +57,7 @@ class SoapRun:
         self.optimizer.step()
 
     def state_of(self, i: int) -> dict[str, Tensor]:
+        self.optimizer.wait_for_refresh()
         return self.optimizer.state.get(self.params[i], {})
 
     def adopt(self, i: int, param: Tensor, state: dict[str, Tensor]) -> None:

@@ -107,3 +107,64 @@ def test_a_step_is_the_same_to_the_bit_every_time():
         first.step(grads)
         second.step(grads)
     assert all(torch.equal(a, b) for a, b in zip(first.params, second.params))
+
+
+@gpu
+@pytest.mark.skipif(_ext._cuda_load_error is not None, reason=str(_ext._cuda_load_error))
+@pytest.mark.parametrize("refresh", ["together", "staggered", "adaptive"])
+def test_refreshes_behind_the_next_forward_pass_give_the_same_bits(refresh):
+    """The forward pass allocates and frees all the while, as training does: memory handed out too early would show."""
+    options = {**OPTIONS, "refresh": refresh}
+    runs = [
+        SoapRun(random_params(MIX, device="cuda"), fused=True, overlap_refresh=behind, **options) for behind in (False, True)
+    ]
+    for grads in random_gradients(MIX, 12, device="cuda"):
+        for run in runs:
+            run.step(grads)
+            for _ in range(4):
+                torch.randn(1024, 1024, device="cuda") @ torch.randn(1024, 1024, device="cuda")
+    for first, second in zip(*(run.params for run in runs)):
+        assert torch.equal(first, second)
+    states = [run.optimizer.state_dict()["state"] for run in runs]
+    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+
+
+@gpu
+@pytest.mark.skipif(_ext._cuda_load_error is not None, reason=str(_ext._cuda_load_error))
+@pytest.mark.parametrize("refresh", ["together", "staggered", "adaptive"])
+def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh):
+    """Forward, backward and step in one graph, as torch's documentation has it; against the same steps one by one."""
+    torch.manual_seed(0)
+    data, target = torch.randn(12, 16, 24, device="cuda"), torch.randn(12, 16, 5, device="cuda")
+
+    def training():
+        torch.manual_seed(1)
+        net = torch.nn.Sequential(torch.nn.Linear(24, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)).cuda()
+        options = {**OPTIONS, "refresh": refresh, "fused": True, "capturable": True}
+        return net, soap_opt.SOAP(net.parameters(), **options)
+
+    def step(net, optimizer, x, y):
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+
+    plain, recorded = training(), training()
+    for x, y in zip(data, target):
+        step(*plain, x, y)
+    x, y = data[0].clone(), target[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(3):
+            x.copy_(data[number]), y.copy_(target[number])
+            step(*recorded, x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*recorded, x, y)
+    for number in range(3, 12):
+        x.copy_(data[number]), y.copy_(target[number])
+        graph.replay()
+    for first, second in zip(plain[0].parameters(), recorded[0].parameters()):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert all(int(state["step"]) == 11 for state in recorded[1].state.values())

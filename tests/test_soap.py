@@ -40,6 +40,7 @@ def test_signature():
         "maximize": False,
         "max_grad_norm": None,
         "precision": "highest",
+        "overlap_refresh": True,
         "capturable": False,
         "foreach": None,
         "fused": None,

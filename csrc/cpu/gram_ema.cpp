@@ -65,8 +65,9 @@ at::Tensor gram_ema_(at::TensorList grads, at::TensorList grams, const at::Tenso
   int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
-    TORCH_CHECK(grads[i].numel() == layout.numel && at::isFloatingType(grads[i].scalar_type()) && first + layout.modes <= int64_t(grams.size()), "gram_ema_: gradient ", i,
-                " of shape ", grads[i].sizes(), " does not fit its layout or Grams");
+    TORCH_CHECK(grads[i].numel() == layout.numel && grads[i].dim() == int64_t(layout.order.size()) &&
+                    at::isFloatingType(grads[i].scalar_type()) && first + layout.modes <= int64_t(grams.size()),
+                "gram_ema_: gradient ", i, " of shape ", grads[i].sizes(), " does not fit its layout or Grams");
     for (const Group& group : layout.groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const at::Tensor& gram = grams[first + group.positions[f]];

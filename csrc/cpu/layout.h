@@ -6,9 +6,15 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 namespace soap_opt {
+
+// Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
+constexpr int64_t kKroneckerWidth = 64;
+
+constexpr int64_t kMaxNumel = int64_t(1) << 48; // 2^50 bytes and more
 
 // Neighbouring dimensions, in memory order, that one matrix multiplies.
 struct Group {
@@ -40,35 +46,68 @@ struct Layouts {
   const Layout& operator[](int64_t i) const { return distinct[which[i]]; }
 
   // [distinct layouts, parameters, which.., then for each layout: ndim, order.., numel, groups, then for each group: width,
-  // modes, positions.., sizes..]
+  // modes, positions.., sizes..]. A table that does not hold together is refused: everything behind it trusts it.
   explicit Layouts(const at::Tensor& table) {
     TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous(), "layouts must be a contiguous int64 tensor");
     const int64_t* next = table.const_data_ptr<int64_t>();
-    distinct.resize(*next++);
-    size = *next++;
+    const int64_t* const end = next + table.numel();
+    // The next number, of what cannot be more than `most`
+    const auto take = [&](const char* what, int64_t most = std::numeric_limits<int64_t>::max()) {
+      TORCH_CHECK(next < end, "layouts: the table of ", table.numel(), " numbers ends before ", what);
+      TORCH_CHECK(*next >= 0 && *next <= most, "layouts: ", what, " is ", *next, ", not between 0 and ", most);
+      return *next++;
+    };
+    const auto times = [](int64_t a, int64_t b) {
+      TORCH_CHECK(b == 0 || a <= kMaxNumel / b, "layouts: a parameter of more than ", kMaxNumel, " elements");
+      return a * b;
+    };
+    const auto take_count = [&](const char* what) { return take(what, end - next); }; // of things that stand in the table
+    distinct.resize(take_count("the number of layouts"));
+    size = take_count("the number of parameters");
+    TORCH_CHECK(size <= end - next, "layouts: the table of ", table.numel(), " numbers ends before its ", size, " parameters");
     which = next;
-    next += size;
+    for (int64_t i = 0; i < size; ++i) take("a parameter's layout", int64_t(distinct.size()) - 1);
     for (auto& layout : distinct) {
-      layout.order.resize(*next++);
-      for (auto& dim : layout.order) dim = *next++;
-      layout.numel = *next++;
-      layout.groups.resize(*next++);
-      for (auto& group : layout.groups) {
-        group.width = *next++;
-        const int64_t modes = *next++;
-        group.positions.assign(next, next + modes);
-        group.sizes.assign(next + modes, next + 2 * modes);
-        next += 2 * modes;
-        layout.modes += modes;
+      layout.order.resize(take_count("a layout's number of dimensions"));
+      const int64_t dims = layout.order.size();
+      std::vector<bool> seen(dims, false);
+      for (auto& dim : layout.order) {
+        dim = take("a dimension", dims - 1);
+        TORCH_CHECK(!seen[dim], "layouts: dimension ", dim, " stands twice in an order");
+        seen[dim] = true;
       }
+      layout.numel = take("a number of elements");
+      layout.groups.resize(take_count("a layout's number of groups"));
+      int64_t numel = 1;
+      for (auto& group : layout.groups) {
+        group.width = take("a group's width");
+        const int64_t modes = take_count("a group's number of modes");
+        for (int64_t k = 0; k < modes; ++k) group.positions.push_back(take("a mode's position"));
+        int64_t width = 1;
+        for (int64_t k = 0; k < modes; ++k) {
+          group.sizes.push_back(take("a mode's size"));
+          width = times(width, group.sizes.back());
+        }
+        TORCH_CHECK(modes == 0 || width == group.width, "layouts: a group of width ", group.width, " has modes of ", width);
+        TORCH_CHECK(modes <= 1 || width <= kKroneckerWidth, "layouts: a Kronecker product of width ", width, ", above ",
+                    kKroneckerWidth);
+        layout.modes += modes;
+        numel = times(numel, group.width);
+      }
+      TORCH_CHECK(numel == layout.numel, "layouts: groups of ", numel, " elements in a parameter of ", layout.numel);
+      std::vector<bool> used(layout.modes, false);
+      for (const auto& group : layout.groups)
+        for (int64_t position : group.positions) {
+          TORCH_CHECK(position < layout.modes && !used[position], "layouts: positions of ", layout.modes, " modes are not 0 to ",
+                      layout.modes - 1);
+          used[position] = true;
+        }
     }
+    TORCH_CHECK(next == end, "layouts: ", end - next, " numbers too many at the end of the table");
   }
 };
 
 // Larger parameters are stepped one at a time, with all threads; smaller ones one a core, several at once.
 constexpr int64_t kParallelNumel = int64_t(1) << 21;
-
-// Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
-constexpr int64_t kKroneckerWidth = 64;
 
 } // namespace soap_opt

@@ -29,19 +29,16 @@ struct Matrix {
 // Below this many multiplications a call into ATen costs more than the product.
 constexpr int64_t kSmallProduct = 32 * 32 * 32;
 
-// c <- beta c + alpha a b; c's rows are contiguous.
+// c <- a b; c's rows are contiguous.
 template <typename T>
-void gemm(Matrix<T> c, Matrix<const T> a, Matrix<const T> b, double alpha = 1, double beta = 0) {
+void gemm(Matrix<T> c, Matrix<const T> a, Matrix<const T> b) {
   if (c.rows * c.columns * a.columns <= kSmallProduct) {
     small_gemm(c.data, c.row_stride, a.data, a.row_stride, a.column_stride, b.data, b.row_stride, b.column_stride, c.rows,
-               c.columns, a.columns, alpha, beta);
-    return;
-  }
-  at::Tensor out = c.tensor();
-  if (beta == 0 && alpha == 1)
+               c.columns, a.columns, /*alpha=*/1, /*beta=*/0);
+  } else {
+    at::Tensor out = c.tensor();
     at::mm_out(out, a.tensor(), b.tensor());
-  else
-    at::addmm_out(out, out, a.tensor(), b.tensor(), beta, alpha);
+  }
 }
 
 // The matrix that multiplies a group: the basis itself, or the Kronecker product of its factors, written to `room`.

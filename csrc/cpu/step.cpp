@@ -40,46 +40,59 @@ void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t af
   }
 }
 
+// What a group's refreshed modes make of its D, [A, D, B] seen from it.
+template <typename T>
+struct Turn {
+  size_t group;
+  int64_t before, after;
+  std::vector<int64_t> order; // [D] v's
+  std::vector<T> rotation;    // [D, D] m's
+};
+
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-// turn(group index, rotation [D, D], A, B): m <- m x_g rotation. buffer [numel].
-template <typename T, typename Turn>
-void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Turn& turn) {
+// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written.
+template <typename T, typename Function>
+void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Function& turn) {
   const Layout& layout = *task.layout;
   std::vector<Refresh<T>> refreshed(layout.modes);
-  bool any = false;
-  for (int64_t k : task.due) {
+  for (int64_t k : task.due)
     refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0),
                                     options.adaptive ? options.tolerance : -1);
-    any |= refreshed[k].done;
-  }
-  if (!any) return;
+  std::vector<Turn<T>> turns;
   int64_t before = 1;
   for (size_t g = 0; g < layout.groups.size(); ++g) {
     const Group& group = layout.groups[g];
-    const int64_t width = group.width, after = layout.numel / (before * width);
-    if (std::any_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done; })) {
-      // The group's permutation and rotation [D, D]: those of its modes, the identity for modes that are not due
-      std::vector<int64_t> order(1, 0);
-      std::vector<T> rotation(1, T(1));
+    const int64_t outside = before;
+    before *= group.width;
+    if (std::none_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done; })) continue;
+    Turn<T> whole{g, outside, layout.numel / before, {0}, {T(1)}};
+    if (group.positions.size() == 1) {
+      whole.order = std::move(refreshed[group.positions[0]].order);
+      whole.rotation = std::move(refreshed[group.positions[0]].rotation);
+    } else {
+      // The Kronecker product of the modes' own, the identity for modes that are not due
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const Refresh<T>& mode = refreshed[group.positions[f]];
-        const int64_t left = order.size(), d = group.sizes[f], size = left * d;
-        std::vector<int64_t> next(size);
-        std::vector<T> product(size * size, T(0));
+        const int64_t left = whole.order.size(), d = group.sizes[f], size = left * d;
+        std::vector<int64_t> order(size);
+        std::vector<T> rotation(size * size);
         for (int64_t i = 0; i < left; ++i)
           for (int64_t k = 0; k < d; ++k) {
-            next[i * d + k] = order[i] * d + (mode.done ? mode.order[k] : k);
+            order[i * d + k] = whole.order[i] * d + (mode.done ? mode.order[k] : k);
             for (int64_t j = 0; j < left; ++j)
               for (int64_t l = 0; l < d; ++l)
-                product[(i * d + k) * size + j * d + l] = rotation[i * left + j] * (mode.done ? mode.rotation[k * d + l] : T(k == l));
+                rotation[(i * d + k) * size + j * d + l] =
+                    whole.rotation[i * left + j] * (mode.done ? mode.rotation[k * d + l] : T(k == l));
           }
-        order = std::move(next);
-        rotation = std::move(product);
+        whole.order = std::move(order);
+        whole.rotation = std::move(rotation);
       }
-      permute(v, order, before, after, buffer);
-      turn(g, rotation.data(), before, after);
     }
-    before *= width;
+    turns.push_back(std::move(whole));
+  }
+  for (const Turn<T>& one : turns) {
+    permute(v, one.order, one.before, one.after, buffer);
+    turn(one);
   }
   for (int64_t k : task.due)
     if (refreshed[k].done) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
@@ -167,9 +180,9 @@ void refresh_alone(const Task& task, T* buffer, const Options& options) {
   const Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
-  refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
-    const int64_t width = layout.groups[g].width;
-    multiply<T>(m, buffer, outside, width, inside, {rotation, width, width});
+  refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](const Turn<T>& turn) {
+    const int64_t width = layout.groups[turn.group].width;
+    multiply<T>(m, buffer, turn.before, width, turn.after, {turn.rotation.data(), width, width});
     std::copy_n(buffer, layout.numel, m);
   });
   exp_avg.write_back();
@@ -280,17 +293,20 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
   // 5 gram EMA
   gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.gram, options.shampoo_beta);
   matrices.write_back(task);
-
-  // 6 refresh
-  if (!task.due.empty() && !task.refresh_alone)
-    refresh_modes(task, matrices, v, whole, options, [&](size_t g, const T* rotation, int64_t outside, int64_t inside) {
-      Factor<T> factor{rotation, layout.groups[g].width};
-      if (forward[g].packed != nullptr) factor.pack(work.forward[g]);
-      product<T>(m, whole, outside, inside, factor, work.product);
-      std::copy_n(whole, n, m);
-    });
   exp_avg.write_back();
   exp_avg_sq.write_back();
+
+  // 6 refresh
+  if (!task.due.empty() && !task.refresh_alone) {
+    refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
+      Factor<T> factor{turn.rotation.data(), layout.groups[turn.group].width};
+      if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
+      product<T>(m, whole, turn.before, turn.after, factor, work.product);
+      std::copy_n(whole, n, m);
+    });
+    exp_avg.write_back();
+    exp_avg_sq.write_back();
+  }
   return true;
 }
 
@@ -353,7 +369,8 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
   int64_t first = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
-    TORCH_CHECK(params[i].numel() == layout.numel && grads[i].sizes() == params[i].sizes() &&
+    TORCH_CHECK(params[i].numel() == layout.numel && params[i].dim() == int64_t(layout.order.size()) &&
+                    grads[i].sizes() == params[i].sizes() &&
                     exp_avgs[i].sizes() == params[i].sizes() && exp_avg_sqs[i].sizes() == params[i].sizes() &&
                     exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype,
                 "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");

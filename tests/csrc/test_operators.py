@@ -214,6 +214,47 @@ def test_step_refuses_a_frequency_of_zero():
         call_step({**arguments, "precondition_frequency": 0})
 
 
+# One (12, 9, 3, 3): 1 layout, 1 parameter, its layout 0; 4 dimensions in order, 972 elements, 3 groups: 12 and 9 wide with one
+# mode each, 9 wide with two
+TABLE = [1, 1, 0, 4, 0, 1, 2, 3, 972, 3, 12, 1, 0, 12, 9, 1, 1, 9, 9, 2, 2, 3, 3, 3]
+BROKEN_TABLES = {
+    "empty": [],
+    "cut": TABLE[:-1],
+    "too long": [*TABLE, 0],
+    "a count beyond its end": [1, 10**6, *TABLE[2:]],
+    "a negative count": [-1, *TABLE[1:]],
+    "a layout that there is not": [*TABLE[:2], 1, *TABLE[3:]],
+    "a dimension twice": [*TABLE[:4], 1, *TABLE[5:]],
+    "a dimension beyond the last": [*TABLE[:4], 4, *TABLE[5:]],
+    "other elements": [*TABLE[:8], 973, *TABLE[9:]],
+    "a group wider than its modes": [*TABLE[:10], 24, *TABLE[11:]],
+    "a position beyond the last": [*TABLE[:12], 4, *TABLE[13:]],
+    "a position twice": [*TABLE[:12], 1, *TABLE[13:]],
+    "a Kronecker product that is too wide": [1, 1, 0, 2, 0, 1, 100, 1, 100, 2, 0, 1, 10, 10],
+}
+
+
+def test_the_table_that_the_broken_ones_are_made_of():
+    (layout,) = layouts_of([torch.empty(12, 9, 3, 3)])
+    assert plan.layout_table((layout,)).tolist() == TABLE
+
+
+@pytest.mark.parametrize("table", BROKEN_TABLES.values(), ids=BROKEN_TABLES)
+def test_a_table_that_does_not_hold_together_is_refused(table):
+    with pytest.raises(RuntimeError, match="layouts: "):
+        OPS.scratch_numel(torch.tensor(table, dtype=torch.int64), 1, torch.float32)
+
+
+@pytest.mark.parametrize("place", range(len(TABLE)))
+def test_no_number_of_a_table_is_trusted(place):
+    for value in (-(2**62), -1, 0, 1, 2, 7, 1 << 20, 2**62):
+        table = torch.tensor([*TABLE[:place], value, *TABLE[place + 1 :]], dtype=torch.int64)
+        try:
+            assert OPS.scratch_numel(table, 2, torch.float32) >= 0
+        except RuntimeError as error:
+            assert "layouts: " in str(error)
+
+
 GRAM_ERRORS = {
     "a gradient missing": (0, shorter),
     "Grams missing": (1, shorter),

@@ -6,14 +6,14 @@ from comparison import SoapRun, random_gradients, random_params, run_lockstep
 from harness import SHARED_LIMITS
 
 from soap_opt import _ext, functional
-from soap_opt.refresh_basis import refresh_bases_, refresh_units_, unavailable
+from soap_opt.refresh_basis import refresh_bases_, unavailable
 
 SHAPES = ((8, 8), (6, 4, 3, 3), (40, 12), (5, 3, 4), (33, 70), (7,))
 
 
 @pytest.fixture(params=["cpu", "fibers"])
 def operator(request, monkeypatch):
-    """The multi-tensor path, its refreshes through refresh_units_; a list with the number of units of each call."""
+    """The multi-tensor path, its refreshes through refresh_bases_; a list with the number of units of each call."""
     if request.param == "fibers":
         operators = request.getfixturevalue("fibers")
         operators.configure(1, SHARED_LIMITS["sm_90"])
@@ -22,11 +22,17 @@ def operator(request, monkeypatch):
         pytest.skip(_ext._load_error)
     calls = []
 
-    def counted(due, *arguments):
+    def refresh_units(due, grams, bases, refresh, tolerance):
         calls.append(len(due))
-        return refresh_units_(due, *arguments)
+        refreshed, _ = refresh_bases_(
+            [grams[i][k] for i, k in due], [bases[i][k] for i, k in due], tolerance if refresh == "adaptive" else -1.0
+        )
+        result = {}
+        for (i, k), new in zip(due, refreshed):  # identities where "adaptive" passed over
+            result.setdefault(i, {})[k] = new
+        return result
 
-    monkeypatch.setattr(functional, "_refresh_units", counted)
+    monkeypatch.setattr(functional, "_refresh_units", refresh_units)
     return calls
 
 
@@ -44,5 +50,4 @@ def test_lockstep_with_the_specification(operator, refresh, dtype):
 def test_nothing_and_nowhere():
     refreshed, outcomes = refresh_bases_([], [])
     assert refreshed == [] and outcomes.tolist() == []
-    assert refresh_units_([], [], [], "together", 0.0) == {}
     assert "mps" in unavailable("mps")

@@ -1,0 +1,316 @@
+"""The refresh behind a fused step on CUDA: every due basis in one call, then m and v re-expressed in a few launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import refresh_basis
+from .eigenbasis import Refresh, reexpress_
+from .launch import ACCELERATOR, BLOCK, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables
+from .plan import KRONECKER_MAX_FACTOR, Layout
+
+if TYPE_CHECKING:
+    from .fused_cuda import Plan
+
+Units = list[tuple[int, int]]  # (parameter, place in its layout.modes), in order
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.clone()
+    # A pinned copy of its own for every transfer: the caching host allocator keeps it until the transfer is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class DeviceTable:
+    """An int64 table on the device that the host fills, and what it was last filled from."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.tensor = torch.empty(shape, dtype=torch.int64, device=device)
+        self.source: np.ndarray | None = None
+        self._staging: Tensor | None = None
+
+    def reserve(self) -> None:
+        """Pinned memory for one filling inside a CUDA graph's capture, where none can be had. Replays read it again."""
+        self._staging = torch.empty(self.tensor.shape, dtype=torch.int64, pin_memory=self.tensor.device.type == "cuda")
+
+    def send(self, source: np.ndarray, make: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
+        if self.source is not None and np.array_equal(source, self.source):
+            return
+        self.source = source
+        if self._staging is None:
+            self.tensor.copy_(to_device(make(source), self.tensor.device))
+        else:
+            self.tensor.copy_(self._staging.copy_(torch.from_numpy(make(source))), non_blocking=True)
+
+
+_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def scratch_of_stream(device: torch.device, numel: int) -> tuple[Tensor, Tensor]:
+    """Two float32 buffers of at least ``numel`` for the current stream, shared by everything that runs on it."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if key not in _scratch or _scratch[key][0].numel() < numel:
+        _scratch[key] = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=device) for _ in range(2))
+    return _scratch[key]
+
+
+class Buffers:
+    """Memory that the refreshes of one plan share, one after the other: as much as the largest of them needs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[torch.dtype, Tensor] = {}
+        self._identities: dict[int, Tensor] = {}
+
+    def take(self, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        """A tensor for each shape; each begins at a multiple of 16 bytes."""
+        sizes = [-(-torch.Size(shape).numel() // 4) * 4 for shape in shapes]
+        flat = self._flat.get(dtype)
+        if flat is None or flat.numel() < sum(sizes):
+            flat = self._flat[dtype] = torch.empty(sum(sizes), dtype=dtype, device=self.device)
+        pieces = flat[: sum(sizes)].split(sizes)
+        return [piece[: torch.Size(shape).numel()].view(shape) for piece, shape in zip(pieces, shapes)]
+
+    def identity(self, d: int) -> Tensor:
+        if d not in self._identities:
+            self._identities[d] = torch.eye(d, dtype=torch.float32, device=self.device)
+        return self._identities[d]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._flat.values(), *self._identities.values()]
+
+
+class GroupedRefresh:
+    """Tables for the refresh of one set of due units; kept, because the same units are due again a period later.
+
+    Args:
+        due: all of the units.
+        layouts: of every parameter of the plan.
+        grouped: parameters that the launches re-express. The others, whose state does not lie in their layout's order or has
+            too many modes, are re-expressed one by one.
+        aligned: of every parameter, as for :func:`soap_opt.launch.make_tables`.
+        buffers: the plan's.
+    """
+
+    def __init__(self, due: Units, layouts: list[Layout], grouped: list[int], aligned: np.ndarray, buffers: Buffers) -> None:
+        device = buffers.device
+        self.due, self.grouped, self.buffers = due, grouped, buffers
+        self.sizes = [layouts[i].sizes[k] for i, k in due]
+        self.places = {unit: n for n, unit in enumerate(due)}
+        self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
+        self.mode_sizes = [layouts[i].sizes[k] for i, k in self.modes]
+        of = {i: [k for j, k in due if j == i] for i in grouped}
+        self.first_unit = [self.places[i, of[i][0]] for i in grouped]
+        self.outcomes = torch.zeros(len(due), dtype=torch.int32, device=device)
+        self.scratch: tuple[Tensor, Tensor] | None = None  # None: that of the stream
+        self.tables = None
+        if grouped:
+            self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
+            self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
+            self.problems = DeviceTable(self.tables.problems.shape, device)
+            self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+
+    def send(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], orders: list[Tensor], rotations: list[Tensor]) -> None:
+        """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
+        own = []
+        for i, first in zip(self.grouped, self.first_unit):
+            own += [0, 0, exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), self.outcomes[first:].data_ptr(), 0]
+        turns, permutations = [], []
+        for mode, size in zip(self.modes, self.mode_sizes):
+            place = self.places.get(mode)
+            if place is not None:
+                turns.append(rotations[place].data_ptr())
+                permutations.append(orders[place].data_ptr())
+            else:  # read only in a Kronecker product with a mode that is due
+                turns.append(self.buffers.identity(size).data_ptr() if size <= KRONECKER_MAX_FACTOR else 0)
+                permutations.append(0)
+        # Scratch of the stream that this runs on: behind a step, the next one may be using its own
+        scratch = self.scratch or scratch_of_stream(self.buffers.device, self.tables.scratch_numel)
+        shared = [*(buffer.data_ptr() for buffer in scratch), self.kronecker.data_ptr()]
+        pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
+        self.problems.send(pointers, self.tables.fill)
+
+    def run(
+        self,
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grams: list[list[Tensor]],
+        bases: list[list[Tensor]],
+        layouts: list[Layout],
+        wanted: Tensor,
+        tolerance: float,
+    ) -> None:
+        """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
+        orders = self.buffers.take(torch.int64, [(d,) for d in self.sizes])
+        rotations = self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
+        refreshed, outcomes = refresh_basis.refresh_bases_(
+            [grams[i][k] for i, k in self.due],
+            [bases[i][k] for i, k in self.due],
+            tolerance,
+            wanted,
+            out=(orders, rotations),
+        )
+        if self.tables is not None:
+            self.outcomes.copy_(outcomes)
+            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
+            from .kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
+
+            for each in self.tables.launches:
+                tiles = self.tiles[each.first : each.first + each.count]
+                launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
+        alone: dict[int, dict[int, Refresh]] = {}
+        for (i, k), new in zip(self.due, refreshed):
+            if i not in self.grouped:
+                alone.setdefault(i, {})[k] = new
+        for i, results in alone.items():  # (an identity where nothing was refreshed)
+            reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], results)
+
+
+class GraphRefresh:
+    """The refresh inside a CUDA graph: every unit is in every replay, and the device decides which of them are due.
+
+    Made before the capture, which can neither allocate pinned memory nor wait; used for one. Arguments as of
+    :class:`GroupedRefresh`.
+    """
+
+    def __init__(self, layouts: list[Layout], grouped: list[int], aligned: np.ndarray, buffers: Buffers) -> None:
+        units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
+        self.refresh = GroupedRefresh(units, layouts, grouped, aligned, buffers)
+        if self.refresh.tables is not None:
+            self.refresh.problems.reserve()
+        self.units = DeviceTable((len(units), 3), buffers.device)
+        self.units.reserve()
+        self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """Compile and load what the capture will launch: a capture may do neither. Nothing is due, and nothing happens."""
+        from .kernels.reexpress import due_kernel, reexpress_kernel  # late: importing soap_opt does not wait for Triton
+
+        device = self.due.device
+        scalars = torch.zeros(1, SCALARS, dtype=torch.float32, device=device)
+        tiles = torch.zeros(1, 4, dtype=torch.int32, device=device)
+        problems = torch.zeros(1, WIDTH, dtype=torch.int64, device=device)  # of a parameter with no units
+        with on_device(device):
+            launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0, 1)
+            launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
+        sizes = sorted(set(self.refresh.sizes))
+        none = torch.zeros(len(sizes), dtype=torch.bool, device=device)
+        matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in sizes]
+        refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
+
+    def run(
+        self,
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grams: list[list[Tensor]],
+        bases: list[list[Tensor]],
+        offsets: list[list[Tensor]],
+        steps: list[Tensor],
+        layouts: list[Layout],
+        scalars: Tensor,
+        frequency: int,
+        how: tuple[str, float],
+    ) -> None:
+        """As :func:`refresh_due`. offsets: of every mode, on the host, read once. steps, scalars: on the device."""
+        if not self.refresh.due:
+            return
+        from .kernels.reexpress import due_kernel  # late: importing soap_opt does not wait for Triton
+
+        together = how[0] == "together"
+        rows = [[steps[i].data_ptr(), 0 if together else int(offsets[i][k]), i] for i, k in self.refresh.due]
+        self.units.send(np.asarray(rows, dtype=np.int64), lambda units: units)
+        with on_device(scalars.device):
+            count = len(rows)
+            launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count, frequency)
+            wanted = self.due.view(torch.bool)
+            tolerance = how[1] if how[0] == "adaptive" else -1.0
+            self.refresh.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def groupable(due: Units, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], layouts: list[Layout]) -> list[int]:
+    """The parameters with due units whose m and v the launches can re-express."""
+
+    def lies_in_order(i: int) -> bool:
+        order = layouts[i].memory_order
+        return all(x.permute(order).is_contiguous() for x in (exp_avgs[i], exp_avg_sqs[i]))
+
+    return [i for i in dict.fromkeys(i for i, _ in due) if can_reexpress(layouts[i]) and lies_in_order(i)]
+
+
+def refresh_due(
+    plan: Plan,
+    due: Units,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    layouts: list[Layout],
+    usable: Tensor,
+    how: tuple[str, float],
+) -> None:
+    """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
+
+    Args:
+        plan: of the step; keeps the tables.
+        due: units, parameter after parameter.
+        exp_avgs, exp_avg_sqs, grams, bases, layouts: of every parameter of the plan, all on one device.
+        usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
+        how: the policy, refresh, and refresh_tolerance. What "adaptive" passes over is known on the device only.
+    """
+
+    grouped = groupable(due, exp_avgs, exp_avg_sqs, layouts)
+    key = (tuple(due), tuple(grouped))
+    kept = plan.refreshes.get(key)
+    if kept is None:
+        if len(plan.refreshes) >= MAX_KEPT:
+            plan.refreshes.clear()
+        kept = plan.refreshes[key] = GroupedRefresh(due, layouts, grouped, plan.aligned, plan.buffers)
+    tolerance = how[1] if how[0] == "adaptive" else -1.0
+    wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
+    with on_device(usable.device):
+        kept.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
+
+
+# Sets of due units whose tables are kept for one plan: the phases of a period, and what a changed frequency makes of them.
+MAX_KEPT = 256
+
+
+def refresh_due_through_torch(
+    due: Units,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    layouts: list[Layout],
+    usable: Tensor,
+    how: tuple[str, float],
+) -> None:
+    """:func:`refresh_due` where the operator is not built: torch's QR, one size after the other, and the host waits to hear
+    which units "adaptive" wants."""
+    from .functional import _refresh_units  # late: functional imports fused_cuda, which imports this file
+
+    for i, refreshed in _refresh_units(due, grams, bases, *how).items():
+        for k, new in refreshed.items():
+            counts, size = usable[i] != 0, bases[i][k].shape[0]
+            refreshed[k] = Refresh(
+                torch.where(counts, new.order, torch.arange(size, device=usable.device)),
+                torch.where(counts, new.basis, bases[i][k]),
+                torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
+            )
+        reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)

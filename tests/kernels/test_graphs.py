@@ -1,0 +1,221 @@
+"""Steps recorded into a graph, without a GPU: a tape of every launch and every ATen call, played again on the same memory.
+
+What a CUDA graph's capture forbids is an error here too: reading a tensor on the host, and copying memory that the host made
+in the meantime. What was decided on the host while recording stays as it was, in a replay as in a graph's.
+"""
+
+import copy
+
+import pytest
+import torch
+from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import soap_opt
+from soap_opt import fused_cuda, refresh_basis, refresh_cuda
+
+pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), needs_engine]
+
+SHAPES = [(5,), (17, 33), (6, 5, 3, 3), (3, 17, 5), (5, 5), (2, 3, 2, 2, 2, 3, 2)]
+OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": "staggered"}
+
+
+class Tape(TorchDispatchMode):
+    """Runs what it records, and again with :meth:`replay`."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.calls, self.launches, self.recording = [], 0, False
+        for module in (fused_cuda, refresh_cuda):
+            monkeypatch.setattr(module, "launch", self._launch(module.launch))
+        monkeypatch.setattr(fused_cuda, "is_recording", lambda device: self.recording)
+        monkeypatch.setattr(refresh_cuda, "to_device", self._to_device(refresh_cuda.to_device))
+
+    def __enter__(self):
+        self.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.recording = False
+        return super().__exit__(*exception)
+
+    def _launch(self, launch):
+        def recorded(*arguments, **constants):
+            if self.recording:
+                self.launches += 1
+                self.calls.append(lambda: launch(*arguments, **constants))
+            self._untracked(launch, *arguments, **constants)
+
+        return recorded
+
+    def _to_device(self, original):
+        def refused(*arguments):
+            assert not self.recording, "pinned memory inside a capture"
+            return original(*arguments)
+
+        return refused
+
+    def _untracked(self, function, *arguments, **constants):
+        """The interpreter's own ATen calls are part of the launch."""
+        before, self.recording = self.recording, False
+        try:
+            function(*arguments, **constants)
+        finally:
+            self.recording = before
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        result = function(*arguments, **keywords)
+        if self.recording:
+            assert "_local_scalar_dense" not in str(function) or arguments[0].dtype in (torch.int64, torch.bool), (
+                "the host read a tensor that a capture would have on the device"
+            )
+            outputs = [x for x in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(x, torch.Tensor)]
+            if outputs and not str(function).startswith("aten.empty"):
+                self.calls.append(lambda: self._again(function, arguments, keywords, outputs))
+        return result
+
+    @staticmethod
+    def _again(function, arguments, keywords, outputs):
+        result = function(*arguments, **keywords)
+        for new, old in zip(result if isinstance(result, (list, tuple)) else [result], outputs):
+            if new is not old and new.data_ptr() != old.data_ptr():  # not in place, and no view
+                old.copy_(new)
+
+    def replay(self):
+        with torch.no_grad():
+            for call in self.calls:
+                call()
+
+
+class Recorded(SoapRun):
+    """Steps in the ordinary way until there is a tape; then replays it, on gradients that stay where they are."""
+
+    tape = None
+
+    def step(self, grads):
+        if self.tape is None:
+            super().step(grads)
+            return
+        for param, grad in zip(self.params, grads):
+            param.grad.copy_(grad)
+        self.tape.replay()
+
+    def record(self, tape, grads):
+        """One step, which is recorded while it runs."""
+        for param, grad in zip(self.params, grads):
+            param.grad = grad.clone()
+        with tape:
+            self.optimizer.step()
+        self.tape = tape
+
+
+@pytest.mark.parametrize(
+    "refresh", ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
+)
+def test_replays_are_the_specification(refresh, monkeypatch):
+    """Also with unusable gradients on the way, and whatever t is: each replay refreshes what is due then."""
+    options = {**OPTIONS, "refresh": refresh, "refresh_tolerance": 0.05}
+    params = random_params(SHAPES)
+    reference = SoapRun(params, foreach=False, **options)
+    tested = Recorded(params, fused=True, capturable=True, **options)
+    gradients = random_gradients(SHAPES, 12)
+    gradients[7][1][0, 0] = torch.nan
+    run_lockstep(reference, tested, gradients[:3], options)
+    reference.step(gradients[3])
+    tested.record(Tape(monkeypatch), gradients[3])
+    with pytest.warns(UserWarning, match="not finite"):
+        assert run_lockstep(reference, tested, gradients[4:], options) > 20
+    assert tested.optimizer.skipped_steps(per_parameter=True) == [0, 1, 0, 0, 0, 0]
+
+
+def test_the_recorded_step_itself_and_ordinary_steps_after_it(monkeypatch):
+    params = random_params(SHAPES[:3])
+    runs = [Recorded(params, fused=True, capturable=capturable, **OPTIONS) for capturable in (False, True)]
+    gradients = random_gradients(SHAPES[:3], 10)
+    for grads in gradients[:3]:
+        for run in runs:
+            run.step(grads)
+    runs[0].step(gradients[3])
+    runs[1].record(Tape(monkeypatch), gradients[3])
+    for number, grads in enumerate(gradients[4:]):
+        runs[0].step(grads)
+        tape, runs[1].tape = runs[1].tape, None if number % 3 == 2 else runs[1].tape  # an ordinary step between two replays
+        memory = [p.grad for p in runs[1].params]
+        runs[1].step(grads)
+        runs[1].tape = tape
+        for param, grad in zip(runs[1].params, memory):
+            param.grad = grad
+    for first, second in zip(*(run.params for run in runs)):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    states = [run.optimizer.state_dict()["state"] for run in runs]
+    assert [int(states[1][i]["step"]) for i in range(3)] == [9, 9, 9]
+
+
+def test_launches_of_a_recorded_step(monkeypatch):
+    """9 for the step of convolutions; 1 to see what is due, at most 4 behind the operator."""
+    shapes = [(6, 5, 3, 3), (17, 33), (5,)]
+    run = Recorded(random_params(shapes), fused=True, capturable=True, **OPTIONS)
+    gradients = random_gradients(shapes, 3)
+    for grads in gradients[:2]:
+        run.step(grads)
+    tape = Tape(monkeypatch)
+    run.record(tape, gradients[2])
+    assert tape.launches <= 9 + 1 + 4
+
+
+def test_a_learning_rate_on_the_device_moves_between_replays(monkeypatch):
+    lr = torch.tensor(0.1)
+    run = Recorded(random_params([(6, 5)]), fused=True, capturable=True, **{**OPTIONS, "lr": lr})
+    gradients = random_gradients([(6, 5)], 4)
+    for grads in gradients[:2]:
+        run.step(grads)
+    monkeypatch.setattr(soap_opt.soap, "check_options", lambda options: None)  # reads a learning rate on the CPU
+    run.record(Tape(monkeypatch), gradients[2])
+    lr.fill_(0.0)
+    before = run.params[0].detach().clone()
+    run.step(gradients[3])
+    assert torch.equal(before, run.params[0])
+
+
+def test_a_capture_needs_an_ordinary_step_before(monkeypatch):
+    run = Recorded(random_params([(6, 5)]), fused=True, capturable=True, **OPTIONS)
+    first, second = random_gradients([(6, 5)], 2)
+    run.step(first)  # init: nothing is stepped yet
+    state = copy.deepcopy(run.optimizer.state_dict()["state"])
+    with pytest.raises(RuntimeError, match="after a step with capturable=True that was not"):
+        run.record(Tape(monkeypatch), second)
+    for key, value in run.state_of(0).items():
+        assert torch.equal(value, state[0][key]), key
+
+
+def test_a_plan_is_one_captures(monkeypatch):
+    """Two graphs do not share tables: the second capture takes what the step between made ready."""
+    run = Recorded(random_params([(6, 5)]), fused=True, capturable=True, **OPTIONS)
+    gradients = random_gradients([(6, 5)], 5)
+    for grads in gradients[:2]:
+        run.step(grads)
+    run.record(Tape(monkeypatch), gradients[2])
+    with pytest.raises(RuntimeError, match="before each capture"):
+        run.record(Tape(monkeypatch), gradients[3])
+    run.tape = None
+    run.step(gradients[3])
+    run.record(Tape(monkeypatch), gradients[4])
+    plans = fused_cuda._captured[run.state_of(0)["exp_avg"]]
+    assert len(plans) == 2 and plans[0] is not plans[1]
+
+
+def test_no_capture_without_the_compiled_refresh(monkeypatch):
+    reason = "soap_opt was installed without its CUDA part"
+    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(soap_opt.soap, "steps_on_device", lambda group, param: True)
+    run = SoapRun(random_params([(6, 5)]), fused=True, capturable=True, **OPTIONS)
+    run.params[0].grad = torch.ones(6, 5)
+    with pytest.raises(RuntimeError, match="is not initialised"):
+        run.optimizer.step()
+    run.optimizer._allocate([(run.optimizer.param_groups[0], run.params[0])])
+    run.state_of(0)["initialized"].fill_(True)
+    with pytest.raises(RuntimeError, match=reason):
+        run.optimizer.step()
