@@ -193,6 +193,8 @@ def run(short: bool) -> None:
     # Above 2^21 elements all threads share a parameter: other code, other scratch
     lockstep([(2100, 25, 5, 9), (2**21 + 17, 1), (3, 3)], max_precond_dim=32, compare=False, steps=2)
     lockstep([(70, 5, 5, 1200), (64, 33, 1000)], max_precond_dim=128, compare=False, steps=2, normalize_grads=True)
+    # a mode that is wide, and pieces of the rest that threads share unevenly
+    lockstep([(570, 3701)], max_precond_dim=600, compare=False, steps=2, precondition_frequency=10)
     done("parameters above 2^21 elements")
 
     # Gradients that are not usable, then zeros
