@@ -30,7 +30,7 @@ PLANS = {
     "bmshj2018-hyperprior": Plan(80, 80),
     "mbt2018-mean": Plan(20, 80),
     "cheng2020-anchor": Plan(20, 80),
-    "elic2022-official": Plan(10, 80, LESS),
+    "elic2022-official": Plan(20, 80, LESS),
     "gpt2-block": Plan(6, 20, LESS),
     "512-table": Plan(10, 40),
     "resnet50": Plan(6, 20, LESS),
