@@ -132,6 +132,6 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
         on_cuda = all(param.device.type == "cuda" for param in group["params"])
         if on_cuda and use_fused(group["params"], group["foreach"], group["fused"]):
-            cuda_scratch = max(cuda_scratch, scratch_bytes(layouts.get(torch.float32, [])))
+            cuda_scratch = max(cuda_scratch, scratch_bytes(layouts.get(torch.float32, []), group["scratch_limit"]))
     report.scratch = sum(scratch.values()) + cuda_scratch
     return report

@@ -25,7 +25,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from .fused_cuda import fused_cuda_soap, fused_on_cuda
+from .fused_cuda import SCRATCH_LIMIT, fused_cuda_soap, fused_on_cuda
 from .overlap import Overlap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
@@ -61,6 +61,7 @@ def soap(
     precision: str = "highest",
     overlap: Overlap | None = None,
     capturable: bool = False,
+    scratch_limit: int = SCRATCH_LIMIT,
 ) -> list[int]:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
@@ -81,6 +82,7 @@ def soap(
         precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
         overlap: what runs the fused CUDA path's refreshes behind the step; None, and the other paths, in place.
         capturable: get ready for a CUDA graph (fused CUDA path).
+        scratch_limit: bytes of scratch from which on a model is stepped piece by piece (fused CUDA path).
 
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
@@ -93,7 +95,13 @@ def soap(
         function = _single_tensor_soap
     extras: dict[str, Any] = {}
     if function is _fused_soap and fused_on_cuda(exp_avgs):
-        extras = {"max_grad_norm": max_grad_norm, "precision": precision, "overlap": overlap, "capturable": capturable}
+        extras = {
+            "max_grad_norm": max_grad_norm,
+            "precision": precision,
+            "overlap": overlap,
+            "capturable": capturable,
+            "scratch_limit": scratch_limit,
+        }
     else:
         lr = float(lr)
     if not extras and max_grad_norm is not None:

@@ -44,8 +44,8 @@ from .refresh_cuda import (
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
 
-# Elements of one plan, which has two float32 scratch buffers of that many: 2 GiB. Larger models are stepped piece by piece.
-MAX_SCRATCH_NUMEL = 1 << 28
+# Bytes of the two scratch buffers of one plan. Larger models are stepped piece by piece.
+SCRATCH_LIMIT = 1 << 31
 
 
 def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
@@ -131,12 +131,13 @@ def skipped_on_device(exp_avg: Tensor | None) -> int:
     return 0 if counter is None else int(counter)
 
 
-def _pieces(layouts: list[Layout]) -> list[list[int]]:
-    """Indices of the parameters that are stepped together; one that is too large for int32 offsets alone."""
+def _pieces(layouts: list[Layout], limit: int) -> list[list[int]]:
+    """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
+    more; one that is too large for int32 offsets alone."""
     pieces: list[list[int]] = [[]]
     numel = 0
     for i, layout in enumerate(layouts):
-        if pieces[-1] and numel + layout.numel > MAX_SCRATCH_NUMEL:
+        if pieces[-1] and 8 * (numel + layout.numel) > limit:
             pieces.append([])
             numel = 0
         pieces[-1].append(i)
@@ -144,9 +145,9 @@ def _pieces(layouts: list[Layout]) -> list[list[int]]:
     return pieces
 
 
-def scratch_bytes(layouts: list[Layout]) -> int:
+def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
     """Bytes of the two scratch buffers (partial sums of split Grams and Kronecker products come on top, a few percent)."""
-    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(layouts)), default=0)
+    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(layouts, limit)), default=0)
 
 
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
@@ -184,18 +185,19 @@ def fused_cuda_soap(
     precision: str = "highest",
     overlap: Overlap | None = None,
     capturable: bool = False,
+    scratch_limit: int = SCRATCH_LIMIT,
 ) -> list[int]:
     """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
 
-    Models of more than MAX_SCRATCH_NUMEL elements take so many for each piece. Arguments as there. The result is empty:
-    unusable gradients are counted on the device (:func:`skipped_on_device`). Refreshes come after, in one call of the compiled
-    operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a step is
-    made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device decides
-    what is due.
+    Models that need more than ``scratch_limit`` bytes of scratch take so many for each piece. Arguments as there. The result
+    is empty: unusable gradients are counted on the device (:func:`skipped_on_device`). Refreshes come after, in one call of the
+    compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a
+    step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device
+    decides what is due.
     """
     from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
 
-    pieces = _pieces(layouts)
+    pieces = _pieces(layouts, scratch_limit)
     if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
         if max_grad_norm is not None:
             grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)

@@ -16,7 +16,7 @@ from . import _ext, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
-from .fused_cuda import scale_or_nan, skipped_on_device, steps_on_device
+from .fused_cuda import SCRATCH_LIMIT, scale_or_nan, skipped_on_device, steps_on_device
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
@@ -95,6 +95,8 @@ class SOAP(Optimizer):
         overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, behind the next forward and backward
             pass. The optimizer's methods wait for them; read ``optimizer.state`` itself after :meth:`wait_for_refresh`
             (default: True).
+        scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element; a group that needs more is
+            stepped piece by piece, each with launches of its own (default: 2 GiB).
         capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA
             graphs, whose replays refresh what is due. Make an ordinary step before each capture, after every parameter's
             first gradient; a learning rate that is to change between replays is a Tensor on the device (default: False).
@@ -147,6 +149,7 @@ class SOAP(Optimizer):
         max_grad_norm: float | None = None,
         precision: str = "highest",
         overlap_refresh: bool = True,
+        scratch_limit: int = SCRATCH_LIMIT,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -176,6 +179,7 @@ class SOAP(Optimizer):
             "max_grad_norm": max_grad_norm,
             "precision": precision,
             "overlap_refresh": overlap_refresh,
+            "scratch_limit": scratch_limit,
             "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
@@ -539,6 +543,7 @@ class SOAP(Optimizer):
             precision=group["precision"],
             overlap=self._overlap if group["overlap_refresh"] else None,
             capturable=group["capturable"],
+            scratch_limit=group["scratch_limit"],
         )
         for i in skipped:
             self._skip(params[i])
@@ -563,6 +568,7 @@ _ADDED_DEFAULTS: dict[str, Any] = {
     "max_grad_norm": None,
     "precision": "highest",
     "overlap_refresh": True,
+    "scratch_limit": SCRATCH_LIMIT,
     "capturable": False,
     "foreach": None,
     "fused": None,
@@ -618,7 +624,7 @@ def check_options(options: dict[str, Any]) -> None:
     beta = options["shampoo_beta"]
     if beta is not None and not beta < 1.0:
         raise ValueError(f"Invalid shampoo_beta value: {beta}")
-    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0)):
+    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("scratch_limit", 0)):
         if isinstance(options[name], bool) or not isinstance(options[name], Integral) or options[name] < least:
             raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
     if options["data_format"] not in ("channels_first", "channels_last"):

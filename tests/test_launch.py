@@ -123,11 +123,11 @@ def test_pointers_are_filled_in_where_they_belong():
     assert row[launch.Y] >> 32 == count - len(launch.SHARED) + 1  # scratch 0
 
 
-def test_scratch_is_what_the_tables_ask_for(monkeypatch):
+def test_scratch_is_what_the_tables_ask_for():
     from soap_opt import fused_cuda
 
     layouts = layouts_of([(6, 5), (4,), (3, 3, 3)])
     assert fused_cuda.scratch_bytes(layouts) == 2 * 4 * tables_of(layouts).scratch_numel
-    monkeypatch.setattr(fused_cuda, "MAX_SCRATCH_NUMEL", 40)  # (6, 5) and (4,) together, (3, 3, 3) after them
-    assert fused_cuda.scratch_bytes(layouts) == 2 * 4 * 36
+    # (6, 5) and (4,) together, (3, 3, 3) after them
+    assert fused_cuda.scratch_bytes(layouts, limit=8 * 40) == 2 * 4 * 36
     assert fused_cuda.scratch_bytes([]) == 0

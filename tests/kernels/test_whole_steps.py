@@ -273,11 +273,11 @@ def test_a_learning_rate_that_is_a_tensor():
     assert all(torch.equal(p, q) for p, q in zip(plain.params, tensor.params))
 
 
-def test_a_model_larger_than_the_scratch_is_stepped_in_pieces(monkeypatch, launches):
+def test_a_model_larger_than_the_scratch_is_stepped_in_pieces(launches):
     shapes = [(6, 5), (5,), (9, 4), (7, 3, 2)]
-    monkeypatch.setattr(fused_cuda, "MAX_SCRATCH_NUMEL", 40)
-    assert lockstep(shapes, 4, {"max_grad_norm": 1e6}) > 3
-    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
+    limited = {"scratch_limit": 8 * 40}
+    assert lockstep(shapes, 4, {"max_grad_norm": 1e6, **limited}) > 3
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6, **limited})
     for grads in random_gradients(shapes, 2):
         launches.clear()
         run.step(grads)
