@@ -231,7 +231,7 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
 
     Args:
         grams: matrices of any sizes.
-        fused: by the compiled operator, which spreads them over the cores.
+        fused: by the compiled operator, all on one device: spread over the cores, or batched on CUDA.
 
     Raises:
         EigenDecompositionError: eigh did not converge on a matrix, not in float64 either.

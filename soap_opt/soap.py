@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import _ext, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
-from .functional import all_on_cpu, clipping_scale, first_grams, soap, use_fused
+from .functional import clipping_scale, first_grams, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, scale_or_nan, skipped_on_device, steps_on_device
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
@@ -476,7 +476,8 @@ class SOAP(Optimizer):
         for (_, dtype), (group, params) in kinds.items():
             gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
             how = group["foreach"], group["fused"]
-            engine = engine and use_fused(gradients, *how) and all_on_cpu(gradients)
+            compiled = all(refresh_basis.unavailable(grad.device.type) is None for grad in gradients)
+            engine = engine and compiled and use_fused(gradients, *how)
             made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], _shampoo_beta(group))
             for param, layout, (outers, says_something) in zip(params, layouts, made):
                 if outers is None:
@@ -489,6 +490,7 @@ class SOAP(Optimizer):
                 owners += [(param, *keys) for keys in zip(layout.gram_keys, layout.basis_keys)]
         wanted = [i for i, (param, _, _) in enumerate(owners) if param not in zeros]
         try:
+            engine = engine and len({gram.device for gram in grams}) == 1
             bases = dict(zip(wanted, init_bases([grams[i] for i in wanted], fused=engine)))
         except EigenDecompositionError as error:
             param, key, _ = owners[wanted[error.index]]

@@ -12,7 +12,7 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 @pytest.fixture
 def fused_on_cpu(monkeypatch):
     """``fused=True`` on CPU tensors takes the Triton path."""
-    from soap_opt import _ext, functional, soap
+    from soap_opt import _ext, functional
     from soap_opt.fused_cuda import fused_cuda_soap
 
     monkeypatch.setattr(functional, "_fused_soap", fused_cuda_soap)
@@ -20,7 +20,6 @@ def fused_on_cpu(monkeypatch):
     monkeypatch.setattr(
         functional, "all_on_cpu", lambda tensors: False
     )  # first gradients as on CUDA, without the C++ operators
-    monkeypatch.setattr(soap, "all_on_cpu", lambda tensors: False)
     monkeypatch.setattr(_ext, "unavailable", lambda device_type: None)
 
 

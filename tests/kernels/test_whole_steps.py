@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from soap_opt import fused_cuda, refresh_cuda
 from soap_opt.overlap import Overlap
@@ -213,6 +215,31 @@ def test_every_size_in_every_rank(refresh, normalize_grads):
     ]
     options = {"refresh": refresh, "normalize_grads": normalize_grads, "precondition_1d": normalize_grads}
     lockstep(shapes, 8, options, rank_one=0.2, missing=0.1)
+
+
+SIZES = st.sampled_from([1, 2, 3, 5, 8, 17, 33, 65])
+SHAPE = st.lists(SIZES, max_size=5).map(tuple).filter(lambda shape: torch.Size(shape).numel() <= 6000)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(SHAPE, min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    options=st.fixed_dictionaries(
+        {
+            "refresh": st.sampled_from(["together", "staggered", "adaptive"]),
+            "precondition_frequency": st.integers(1, 3),
+            "normalize_grads": st.booleans(),
+            "precondition_1d": st.booleans(),
+            "merge_dims": st.booleans(),
+            "max_precond_dim": st.sampled_from([4, 20, 10000]),
+            "maximize": st.booleans(),
+        }
+    ),
+)
+def test_any_mix(shapes, dtype, options):
+    lockstep(shapes, 3, options, dtype=dtype, missing=0.1)
 
 
 @pytest.mark.slow
