@@ -11,15 +11,18 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numeric>
 
+#include "householder.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace soap_opt {
 namespace {
 
 // Up to this size a QR is done in place by plain loops: calls into ATen and LAPACK cost 17 microseconds, of which a 4 x 4
-// matrix needs one. From about 32 on LAPACK's blocking wins.
+// matrix needs one. Above, by householder.h, or with all threads in LAPACK.
 constexpr int64_t kLoopRefresh = 32;
 
 template <typename T>
@@ -27,7 +30,7 @@ constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T
 
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
 template <typename T>
-void householder_q(T* a, int64_t d) {
+void small_householder_q(T* a, int64_t d) {
   T taus[kLoopRefresh], line[kLoopRefresh];
   for (int64_t k = 0; k < d; ++k) {
     T below = 0;
@@ -75,8 +78,19 @@ void householder_q(T* a, int64_t d) {
 template <typename T>
 Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance) {
   Refresh<T> result;
-  std::vector<T> product(d * d), eigenvalues(d, T(0));
-  gemm<T>({product.data(), d, d}, {gram, d, d}, {basis, d, d});
+  const bool tiles = d > kLoopRefresh && d <= kThreadedSize; // on one core, by register tiles
+  const std::unique_ptr<T[]> product(new T[d * d + kPanel<T>]);
+  std::unique_ptr<T[]> basis_packed, packed;
+  std::vector<T> eigenvalues(d, T(0));
+  if (tiles) {
+    basis_packed.reset(new T[packed_numel<T>(d, d)]);
+    packed.reset(new T[packed_numel<T>(d, d)]);
+    pack_rows<T>(basis_packed.get(), d, 0, basis, d, d, d);
+    pack_transposed<T>(packed.get(), d, 0, gram, d, d, d);
+    multiply_panels<T>(product.get(), d, d, d, packed.get(), basis_packed.get(), d);
+  } else {
+    gemm<T>({product.get(), d, d}, {gram, d, d}, {basis, d, d});
+  }
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) eigenvalues[j] += basis[i * d + j] * product[i * d + j];
   // What is not finite in P or Q is not finite in e: 0 * inf is a NaN
@@ -97,25 +111,38 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   std::iota(result.order.begin(), result.order.end(), int64_t(0));
   std::stable_sort(result.order.begin(), result.order.end(),
                    [&](int64_t a, int64_t b) { return eigenvalues[a] > eigenvalues[b]; });
-  result.basis.resize(d * d);
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]];
-  if (d <= kLoopRefresh) {
-    // Powers of two, so that squares of tiny or huge Grams neither vanish nor overflow
-    T largest = 0;
-    for (T x : result.basis) largest = std::max(largest, std::abs(x));
-    if (largest > 0) {
-      const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
-      const T scale = std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
-      for (T& x : result.basis) x *= scale;
-    }
-    householder_q(result.basis.data(), d);
-  } else {
+  result.basis.resize(d * d + kPanel<T>);
+  result.rotation.resize(d * d + kPanel<T>);
+  if (d > kThreadedSize) {
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]];
     const at::Tensor sorted = at::from_blob(result.basis.data(), {d, d}, c10::CppTypeToScalarType<T>::value);
     sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
+    gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
+    return result;
   }
-  result.rotation.resize(d * d);
-  gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
+  // Powers of two, so that squares of tiny or huge Grams neither vanish nor overflow
+  T largest = 0, scale = 1;
+  for (int64_t i = 0; i < d * d; ++i) largest = std::max(largest, std::abs(product[i]));
+  if (largest > 0) {
+    const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
+    scale = std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
+  }
+  if (tiles) {
+    const std::unique_ptr<T[]> columns(new T[d * d + kPanel<T>]);
+    constexpr int64_t block = 16;
+    for (int64_t i = 0; i < d; i += block)
+      for (int64_t j = 0; j < d; ++j)
+        for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * d + r] = product[r * d + result.order[j]] * scale;
+    householder_q(columns.get(), result.basis.data(), d);
+    pack_rows<T>(packed.get(), d, 0, result.basis.data(), d, d, d);
+    multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);
+  } else {
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]] * scale;
+    small_householder_q(result.basis.data(), d);
+    gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
+  }
   return result;
 }
 template Refresh<float> refresh_basis(const float*, const float*, int64_t, double);
@@ -167,8 +194,8 @@ at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::Tensor
       int64_t* order = orders[i].mutable_data_ptr<int64_t>();
       if (refreshed.done) {
         std::copy(refreshed.order.begin(), refreshed.order.end(), order);
-        std::copy(refreshed.basis.begin(), refreshed.basis.end(), bases[i].mutable_data_ptr<scalar_t>());
-        std::copy(refreshed.rotation.begin(), refreshed.rotation.end(), rotations[i].mutable_data_ptr<scalar_t>());
+        std::copy_n(refreshed.basis.begin(), d * d, bases[i].mutable_data_ptr<scalar_t>());
+        std::copy_n(refreshed.rotation.begin(), d * d, rotations[i].mutable_data_ptr<scalar_t>());
       } else {
         std::iota(order, order + d, int64_t(0));
         rotations[i].zero_().fill_diagonal_(1);

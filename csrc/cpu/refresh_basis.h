@@ -15,8 +15,8 @@ struct Refresh {
   bool done = false;          // false: the basis still diagonalises its Gram, or not finite; everything else is empty
   bool finite = true;         // whether G and Q are
   std::vector<int64_t> order; // [d] sorts the estimated eigenvalues, largest first
-  std::vector<T> basis;       // [d, d] the new Q'
-  std::vector<T> rotation;    // [d, d] Q^T Q' with the unpermuted Q
+  std::vector<T> basis;       // [d, d] the new Q', and some elements to spare
+  std::vector<T> rotation;    // [d, d] Q^T Q' with the unpermuted Q, likewise
 };
 
 // P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Not done when tolerance >= 0 and

@@ -1,0 +1,184 @@
+#include "householder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "simd.h"
+#include "tiles.h"
+
+namespace soap_opt {
+namespace {
+
+constexpr int64_t kReflectors = 32; // of a panel: its level-2 part grows with it, the depth of the products behind too
+
+// Squared norms below this have lost terms to underflow.
+template <typename T>
+constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
+
+template <typename I, typename T>
+SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y, int64_t n) {
+  constexpr int64_t lanes = 128 / sizeof(T); // independent sums: the compiler may not reorder a single one
+  T sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t j = 0; j < lanes; ++j) sums[j] += x[i + j] * y[i + j];
+  for (int64_t j = 0; i + j < n; ++j) sums[j] += x[i + j] * y[i + j];
+  T total = 0;
+  for (int64_t j = 0; j < lanes; ++j) total += sums[j];
+  return total;
+}
+
+// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T: entries from `first` on, 0 up to the
+// diagonal, 1 on it.
+template <typename I, typename T>
+SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, T* taus) {
+  for (int64_t k = first; k < first + count; ++k) {
+    T* SOAP_OPT_RESTRICT v = a + k * d;
+    T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k], scale = 1;
+    if (alpha * alpha + below < kTinySquare<T>) {
+      // A block of a Gram that is 1e-22 of the rest would cost Q its orthogonality. The norm again, scaled.
+      T largest = 0;
+      for (int64_t i = k; i < d; ++i) largest = std::max(largest, std::abs(v[i]));
+      scale = 1 / std::max(largest, std::numeric_limits<T>::min());
+      for (int64_t i = k; i < d; ++i) v[i] *= scale;
+      below = dot<I>(v + k + 1, v + k + 1, d - k - 1);
+      alpha = v[k];
+    }
+    std::fill(v + first, v + k, T(0));
+    v[k] = 1;
+    T& tau = taus[k - first];
+    if (below == 0) { // nothing to reflect: H = I
+      tau = 0;
+      continue;
+    }
+    const T beta = -std::copysign(std::sqrt(alpha * alpha + below), alpha), inverse = 1 / (alpha - beta);
+    tau = (beta - alpha) / beta;
+    for (int64_t i = k + 1; i < d; ++i) v[i] *= inverse;
+    for (int64_t j = k + 1; j < first + count; ++j) {
+      T* SOAP_OPT_RESTRICT x = a + j * d;
+      const T weight = tau * dot<I>(v + k, x + k, d - k);
+      for (int64_t i = k; i < d; ++i) x[i] -= weight * v[i];
+    }
+  }
+}
+
+template <typename T>
+void reflect_rows(T* a, int64_t d, int64_t first, int64_t count, T* taus);
+
+} // namespace
+
+#define SOAP_OPT_FOR(T)                                                                                                       \
+  namespace {                                                                                                                 \
+  SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                                                       \
+                    (T * a, int64_t d, int64_t first, int64_t count, T* taus), (a, d, first, count, taus))                    \
+  }
+SOAP_OPT_FOR(float)
+SOAP_OPT_FOR(double)
+#undef SOAP_OPT_FOR
+
+namespace {
+
+// A panel of reflectors as one: H_1 .. H_w = I - V T V^T, V's columns the rows of the panel.
+template <typename T>
+struct Reflection {
+  int64_t first, count, length; // length = d - first
+  std::unique_ptr<T[]> by_depth; // V packed [length, count]
+  T triangle[kReflectors * kReflectors]; // T, upper triangular, row-major
+};
+
+template <typename T>
+class Reflections {
+ public:
+  Reflections(int64_t d)
+      : d_(d), room_(new T[packed_numel<T>(d, d) + 2 * packed_numel<T>(kReflectors, d) + (d + 1) * kReflectors +
+                           packed_numel<T>(kReflectors, d) + kReflectors * (d + kPanel<T>) + 4 * kReflectors * kReflectors]) {
+    T* next = room_.get();
+    const auto take = [&](int64_t n) {
+      T* place = next;
+      next += n;
+      return place;
+    };
+    packed_ = take(packed_numel<T>(d, d));
+    vectors_ = take(packed_numel<T>(kReflectors, d));
+    turned_ = take(packed_numel<T>(kReflectors, d));
+    product_ = take((d + 1) * kReflectors);
+    product_packed_ = take(packed_numel<T>(kReflectors, d));
+    rows_ = take(kReflectors * (d + kPanel<T>));
+    small_ = take(2 * kReflectors * kReflectors);
+    small_packed_ = take(2 * kReflectors * kReflectors);
+  }
+
+  // The panel of a's rows [first, first + count), and T.
+  Reflection<T> factor(T* a, int64_t first, int64_t count) {
+    Reflection<T> panel{first, count, d_ - first, std::unique_ptr<T[]>(new T[packed_numel<T>(d_ - first, count)]), {}};
+    T taus[kReflectors];
+    reflect_rows(a, d_, first, count, taus);
+    pack_transposed<T>(panel.by_depth.get(), panel.length, 0, a + first * d_ + first, d_, panel.length, count);
+    multiply_panels<T>(small_, kReflectors, count, count, panel.by_depth.get(), panel.by_depth.get(), panel.length); // V^T V
+    T* triangle = panel.triangle;
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t i = 0; i < k; ++i) {
+        T sum = 0;
+        for (int64_t l = i; l < k; ++l) sum += triangle[i * kReflectors + l] * small_[l * kReflectors + k];
+        triangle[i * kReflectors + k] = -taus[k] * sum;
+      }
+      triangle[k * kReflectors + k] = taus[k];
+    }
+    return panel;
+  }
+
+  // x <- H^T x (back: H x) for the columns x that are the rows of xs [count, d - first], row stride d; only their elements from
+  // `skip` on are written. a: where the panel's rows lie.
+  void apply(const Reflection<T>& panel, const T* a, T* xs, int64_t count, bool back, int64_t skip) {
+    const int64_t w = panel.count, length = panel.length, n = length - skip;
+    // U = -T V (back: -T^T V), of which a row is what one unit of V x adds to x
+    for (int64_t i = 0; i < w; ++i)
+      for (int64_t k = 0; k < w; ++k)
+        small_[k * w + i] = -(back ? panel.triangle[k * kReflectors + i] : panel.triangle[i * kReflectors + k]);
+    pack_rows<T>(small_packed_, w, 0, small_, w, w, w);
+    pack_rows<T>(vectors_, w, 0, a + panel.first * d_ + panel.first + skip, d_, w, n);
+    const int64_t ld = panels_of<T>(n) * kPanel<T>;
+    multiply_panels<T>(rows_, ld, w, n, small_packed_, vectors_, w);
+    pack_rows<T>(turned_, w, 0, rows_, ld, w, n);
+    // x V^T, then x += (x V^T) U
+    pack_transposed<T>(packed_, length, 0, xs, d_, length, count);
+    multiply_panels<T>(product_, kReflectors, count, w, packed_, panel.by_depth.get(), length);
+    pack_transposed<T>(product_packed_, w, 0, product_, kReflectors, w, count);
+    multiply_panels<T>(xs + skip, d_, count, n, product_packed_, turned_, w, /*add=*/true);
+  }
+
+ private:
+  int64_t d_;
+  std::unique_ptr<T[]> room_;
+  T *packed_, *vectors_, *turned_, *product_, *product_packed_, *rows_, *small_, *small_packed_;
+};
+
+} // namespace
+
+template <typename T>
+void householder_q(T* columns, T* q, int64_t d) {
+  Reflections<T> reflections(d);
+  std::vector<Reflection<T>> panels;
+  for (int64_t first = 0; first < d; first += kReflectors) {
+    const int64_t count = std::min(kReflectors, d - first), behind = first + count;
+    panels.push_back(reflections.factor(columns, first, count));
+    if (behind < d) reflections.apply(panels.back(), columns, columns + behind * d + first, d - behind, /*back=*/false, count);
+  }
+  // q <- Q^T = (H_1 .. H_d I)^T, from the last panel: what lies right of and below it is all that is not the identity yet
+  std::fill_n(q, d * d + kPanel<T>, T(0));
+  for (int64_t i = 0; i < d; ++i) q[i * d + i] = 1;
+  for (auto panel = panels.rbegin(); panel != panels.rend(); ++panel)
+    reflections.apply(*panel, columns, q + panel->first * d + panel->first, d - panel->first, /*back=*/true, 0);
+  constexpr int64_t block = 16;
+  for (int64_t i = 0; i < d; i += block)
+    for (int64_t j = i; j < d; j += block)
+      for (int64_t r = i; r < std::min(d, i + block); ++r)
+        for (int64_t c = std::max(j, r + 1); c < std::min(d, j + block); ++c) std::swap(q[r * d + c], q[c * d + r]);
+}
+template void householder_q(float*, float*, int64_t);
+template void householder_q(double*, double*, int64_t);
+
+} // namespace soap_opt
