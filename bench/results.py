@@ -77,6 +77,11 @@ def read(name: str, directory: Path = RESULTS) -> list[Row]:
         return [{column: _number(cell) for column, cell in row.items()} for row in csv.DictReader(file)]
 
 
+def read_nested(name: str, directory: Path = RESULTS) -> dict[str, Any]:
+    """What stands in results/NAME.json: single times and rates."""
+    return json.loads((directory / f"{name}.json").read_text())
+
+
 def _number(cell: str) -> Any:
     for kind in (int, float):
         try:

@@ -37,6 +37,13 @@ def not_negative(kind):
     return parse
 
 
+def seed(text: str) -> int:
+    value = not_negative(int)(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without thirty lines of usage in front of it
@@ -144,7 +151,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     add(
         "--seed",
-        type=not_negative(int),
+        type=seed,
         default=0,
         help="of the weights, the crops and the quantisation noise (default: %(default)s)",
     )
@@ -185,7 +192,9 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given))))
     given = {name: value for name, value in parsed.items() if value is not not_given}
     options = {name: parser.get_default(name) for name in names} | given
-    if given.get("dataset"):
+    if "dataset" in given:
+        if not given["dataset"]:
+            raise InputError("--dataset is empty; give a folder of images, or leave it out for the photos beside this script")
         options["dataset"] = given["dataset"] = str(Path(given["dataset"]).resolve())
 
     state = None
@@ -195,9 +204,21 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
         if state["optimizer_name"] != stored["optimizer"]:
             raise InputError(f"{options['resume']} is the comparison's; resume the {CHECKPOINT} beside it")
         for name, value in given.items():
-            if name not in MAY_CHANGE and value != stored[name]:
+            if name not in MAY_CHANGE and in_force(name, value, stored) != in_force(name, stored[name], stored):
                 flag = "--lambda" if name == "lmbda" else "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {value} differs from the checkpoint's {stored[name]}; leave it out to resume")
+                now = in_force(name, stored[name], stored)
+                raise InputError(f"{flag} {value} differs from the checkpoint's {now}; leave it out to resume")
+        same = given.get("compare", stored["compare"]) == stored["compare"]
+        if same and stored["compare"] and "compare_learning_rate" in given:
+            now = stored["compare_learning_rate"] or LEARNING_RATES[stored["compare"]]
+            begun = Path(options["resume"]).with_name(f"checkpoint-{stored['compare']}.pth.tar").exists()
+            if begun and given["compare_learning_rate"] != now:
+                raise InputError(
+                    f"--compare-learning-rate {given['compare_learning_rate']} differs from the comparison's {now}, which has "
+                    "begun; leave it out to resume"
+                )
+        if not same:
+            stored = stored | {"compare_learning_rate": None}
         if given.get("steps", state["step"]) < state["step"]:
             raise InputError(f"--steps {given['steps']}: the checkpoint is already at step {state['step']}")
         if {"steps", "epochs"} & given.keys():
@@ -215,8 +236,21 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
     return options, state
 
 
+def in_force(name: str, value, stored: dict):
+    """What an option's value means in the stored run: defaults that depend on other options, one number for two equal ones."""
+    if name == "learning_rate":
+        return value or LEARNING_RATES[stored["optimizer"]]
+    if name in ("N", "M"):
+        return value or stored["widths"].get(name)
+    if name == "patch_size":
+        return (value * 2)[:2]
+    if name == "dataset":
+        return value or "the photos beside this script"
+    return value
+
+
 def check_device(name: str) -> None:
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).item()  # ("meta" has no values)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error

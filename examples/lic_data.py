@@ -49,9 +49,12 @@ def find_dataset(root: Path) -> tuple[list[Path], list[Path]]:
 def open_image(path: Path) -> Image.Image:
     """The image with its header read, its pixels not yet."""
     try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
+        image = Image.open(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on damaged data
         raise InputError(f"cannot read {path} as an image") from error
+    if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8, and train on white
+        raise InputError(f"{path} has more than 8 bits per channel (Pillow's mode {image.mode}); convert it first")
+    return image
 
 
 def read_image(path: Path) -> Tensor:
@@ -59,7 +62,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with open_image(path) as image:
             return pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged data
+    except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read {path} as an image: {error}") from error
 
 

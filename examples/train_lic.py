@@ -9,6 +9,7 @@ CompressAI's layout, curve.png and reconstructions.png.
 import csv
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -32,7 +33,7 @@ PICTURES = 3  # rows of reconstructions.png
 
 def load_images(options: dict) -> tuple[RandomCrops, list[Tensor], list[Tensor]]:
     """Training crops, evaluation crops and whole evaluation images. Fills in options["steps"]."""
-    train_files, eval_files = find_dataset(Path(options["dataset"] or PHOTOS))
+    train_files, eval_files = find_dataset(Path(PHOTOS if options["dataset"] is None else options["dataset"]))
     height, width = (options["patch_size"] * 2)[:2]
     multiple = downsampling_factor(build_model(options["model"], options["widths"]))
     if height % multiple or width % multiple:
@@ -151,6 +152,12 @@ def summarise(run: Run, other: Run) -> str:
     )
 
 
+def keep_checkpoint(options: dict, kept: Path) -> None:
+    """A resumed run that has nothing left to train: its checkpoint stands beside its new results too."""
+    if not kept.exists():
+        shutil.copyfile(Path(options["resume"]).with_name(kept.name), kept)
+
+
 def how_to_resume(folder: Path) -> str:
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), "--resume", str(folder / CHECKPOINT)])
     return f"checkpoint saved; to resume:\n  {command}"
@@ -175,7 +182,11 @@ def train(options: dict, state: dict | None) -> int:
         runs.append(run)
         if start:
             run.load(start)
-        if run.step < options["steps"]:
+        if run.step > options["steps"]:
+            raise InputError(f"{options['steps']} steps: the checkpoint is already at step {run.step}")
+        if run.step == options["steps"]:
+            keep_checkpoint(options, folder / name)
+        else:
             with StopRequest() as stop:
                 run.train(crops, eval_crops, options["steps"], stop, folder / name)
             if stop.signal:

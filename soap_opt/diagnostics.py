@@ -16,7 +16,7 @@ from .checkpoint import state_dtype
 from .functional import use_fused
 from .fused_cuda import scratch_bytes
 from .plan import Layout, layout_of, memory_order, scratch_numel
-from .soap import LAYOUT_OPTIONS, SOAP
+from .soap import LAYOUT_OPTIONS, REFUSED, SOAP, check_options
 
 KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
 
@@ -81,6 +81,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
 
     Raises:
         TypeError: options together with an optimizer, which has its own, or an option that SOAP does not have.
+        ValueError: an option is out of its range.
     """
     if isinstance(model_or_optimizer, Optimizer):
         if not isinstance(model_or_optimizer, SOAP):
@@ -90,6 +91,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
         return _report(model_or_optimizer.param_groups, model_or_optimizer.state)
     signature = inspect.signature(SOAP).parameters
     defaults = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
+    options = {name: value for name, value in options.items() if name not in REFUSED or value}  # as SOAP: amsgrad=False
     unknown = [name for name in options if name not in defaults]
     if unknown:
         raise TypeError(f"SOAP has no option {', '.join(unknown)}")
@@ -97,6 +99,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
         named = [(name, p) for name, p in model_or_optimizer.named_parameters() if p.requires_grad]
     else:
         named = [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(model_or_optimizer)]
+    check_options({**defaults, **options})
     group = {**defaults, **options, "params": [p for _, p in named], "param_names": [name for name, _ in named]}
     return _report([group], {})
 
@@ -110,6 +113,8 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
         layouts: dict[torch.dtype, list[Layout]] = {}
         for place, param in enumerate(group["params"]):
             name = group["param_names"][place] if "param_names" in group else str(index)
+            if name in report.shapes:  # groups may share names: an encoder's and a decoder's
+                name = f"{name} ({index})"
             index += 1
             report.shapes[name] = tuple(param.shape)
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)

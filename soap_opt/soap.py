@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -27,8 +28,9 @@ LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_form
 # eigh of a 4,096 x 4,096 Gram takes about a minute on two cores, its Gram and basis 128 MiB
 LARGE_MODE = 4096
 
-_REFUSED = {
+REFUSED = {
     "amsgrad": "the running maximum of v would mix coordinates of different eigenbases after every refresh",
+    "decoupled_weight_decay": "weight decay is always decoupled here, as with AdamW; leave it out",
     "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
 }
 
@@ -121,7 +123,7 @@ class SOAP(Optimizer):
     Raises:
         ValueError: an argument is out of its range.
         RuntimeError: complex parameters or sparse gradients; ``fused=True`` that cannot be met; eigh fails in float64 too.
-        TypeError: ``amsgrad`` or ``differentiable``, which have no meaning here.
+        TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here.
     """
 
     # GradScaler: the step divides the scale out of its own copy of the gradients and honours found_inf.
@@ -156,10 +158,10 @@ class SOAP(Optimizer):
         **unsupported: Any,
     ) -> None:
         for name, value in unsupported.items():
-            if name not in _REFUSED:
+            if name not in REFUSED:
                 raise TypeError(f"SOAP.__init__() got an unexpected keyword argument {name!r}")
             if value:
-                raise TypeError(f"SOAP does not support {name}={value!r}: {_REFUSED[name]}")
+                raise TypeError(f"SOAP does not support {name}={value!r}: {REFUSED[name]}")
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -201,10 +203,11 @@ class SOAP(Optimizer):
                 tensor = param[1] if isinstance(param, tuple) else param
                 if isinstance(tensor, Tensor) and tensor.is_complex():
                     raise RuntimeError(f"SOAP does not support complex parameters, but parameter {i} is {tensor.dtype}")
+                if isinstance(tensor, Tensor):
+                    _require_fused({**self.defaults, **param_group}, tensor.device.type)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
-            _require_fused(group, param.device.type)
             large = [size for size in self._layout(param, group).sizes if size > LARGE_MODE]
             if large:
                 warnings.warn(
@@ -368,7 +371,9 @@ class SOAP(Optimizer):
         if known is not None and known[0] == options:
             return known[1]
         state = self.state.get(param)
-        if known is not None and state:
+        order = memory_order(state["exp_avg"] if state else param)
+        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
+        if known is not None and state and astuple(layout) != astuple(known[1]):
             changed = [
                 f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
             ]
@@ -376,8 +381,6 @@ class SOAP(Optimizer):
                 f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
                 "step, or put the parameter into a new optimizer"
             )
-        order = memory_order(state["exp_avg"] if state else param)
-        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
         self._layouts[param] = (options, layout)
         return layout
 

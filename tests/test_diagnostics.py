@@ -99,5 +99,23 @@ def test_scratch_is_what_the_engine_allocates(threads):
     assert memory_report([torch.zeros(64, 48)], foreach=True).scratch == 0
 
 
+def test_groups_that_share_names_are_all_counted():
+    encoder, decoder = (torch.nn.Linear(30, 20) for _ in range(2))
+    optimizer = SOAP([{"params": list(net.named_parameters())} for net in (encoder, decoder)])
+    one = memory_report(encoder)
+    report = memory_report(optimizer)
+    assert report.total == 2 * one.total
+    assert list(report.by_parameter) == ["weight", "bias", "weight (2)", "bias (3)"]
+
+
+def test_options_are_checked_as_soap_checks_them():
+    net = torch.nn.Linear(3, 2)
+    assert memory_report(net, amsgrad=False).total == memory_report(net).total
+    with pytest.raises(TypeError, match="amsgrad"):
+        memory_report(net, amsgrad=True)
+    with pytest.raises(ValueError, match="Invalid max_precond_dim value: -1"):
+        memory_report(net, max_precond_dim=-1)
+
+
 def test_an_installed_version_is_known():
     assert soap_opt.__version__.count(".") == 2

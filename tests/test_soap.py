@@ -59,6 +59,25 @@ def test_one_line_replaces_adam():
     train(model, by_name)
 
 
+def test_a_group_that_cannot_be_fused_leaves_nothing_behind():
+    optimizer = SOAP([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(RuntimeError, match="fused=True cannot be met"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2, device="meta"))], "fused": True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_limit_that_changes_no_layout_may_change():
+    param = nn.Parameter(torch.ones(4, 3))
+    optimizer = SOAP([param])
+    for number in range(3):
+        param.grad = torch.randn(4, 3)
+        optimizer.step()
+        optimizer.param_groups[0]["max_precond_dim"] = 100 - number
+    optimizer.param_groups[0]["max_precond_dim"] = 3
+    with pytest.raises(ValueError, match="max_precond_dim from 98 to 3 would reshape"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -87,6 +106,7 @@ def test_one_line_replaces_adam():
         ({"foreach": True, "fused": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
         ({"amsgrad": True}, TypeError, "amsgrad=True: .*eigenbases"),
         ({"differentiable": True}, TypeError, "differentiable=True: .*derivative"),
+        ({"decoupled_weight_decay": True}, TypeError, "decoupled_weight_decay=True: weight decay is always decoupled"),
         ({"momentum": 0.9}, TypeError, "unexpected keyword argument 'momentum'"),
     ],
     ids=str,

@@ -227,6 +227,9 @@ def error_line(capsys, arguments: list[str]) -> str:
         (["--model", "cheng2020-attn", "--M", "8"], "--M: cheng2020-attn has only one width, --N"),
         (["--compare", "soap"], "--compare soap: that is --optimizer itself"),
         (["--device", "abacus"], "--device abacus: "),
+        (["--device", "meta"], "--device meta: "),
+        (["--seed", str(2**63)], "argument --seed: 9223372036854775808 is not below 2^63"),
+        (["--dataset", ""], "--dataset is empty"),
         (["--dataset", "/nowhere/at/all"], "--dataset /nowhere/at/all is not a folder"),
         (["--resume", "/nowhere/at/all"], "cannot read the checkpoint /nowhere/at/all: "),
     ],
@@ -251,6 +254,14 @@ def test_bad_images(tmp_path, capsys, examples, monkeypatch):
     fake = dataset("fake") / "photo.jpg"
     fake.write_bytes(b"not a photograph")
     assert f"cannot read {fake} as an image" in error_line(capsys, ["--dataset", str(fake.parent)])
+
+    header = dataset("header") / "photo.ppm"
+    header.write_bytes(b"P6\nten 10\n255\n" + bytes(300))
+    assert f"cannot read {header} as an image" in error_line(capsys, ["--dataset", str(header.parent)])
+
+    deep = dataset("deep") / "photo.png"
+    Image.new("I;16", (100, 100)).save(deep)
+    assert f"{deep} has more than 8 bits per channel" in error_line(capsys, ["--dataset", str(deep.parent)])
 
     whole = sorted((examples / "photos" / "train").iterdir())[0].read_bytes()
     cut = dataset("cut") / "photo.jpg"
@@ -277,6 +288,8 @@ def test_bad_checkpoints_and_folders(tmp_path, photos, capsys):
     assert f"--save {folder} already holds a run; --resume {checkpoint}" in error_line(capsys, options)
     message = "--lambda 0.05 differs from the checkpoint's 0.013; leave it out to resume"
     assert message in error_line(capsys, ["--resume", str(checkpoint), "--lambda", "0.05"])
+    message = "--learning-rate 0.5 differs from the checkpoint's 0.003; leave it out to resume"
+    assert message in error_line(capsys, ["--resume", str(checkpoint), "--learning-rate", "0.5"])
 
     (tmp_path / "broken").write_bytes(checkpoint.read_bytes()[:5000])
     assert "cannot read the checkpoint" in error_line(capsys, ["--resume", str(tmp_path / "broken")])
@@ -284,6 +297,23 @@ def test_bad_checkpoints_and_folders(tmp_path, photos, capsys):
     assert "is not a checkpoint of this script" in error_line(capsys, ["--resume", str(tmp_path / "weights")])
     (tmp_path / "file").touch()
     assert "Not a directory" in error_line(capsys, [*options[:-1], str(tmp_path / "file" / "run")])
+
+
+def test_a_finished_run_is_resumed_to_be_compared(tmp_path, photos, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = [*TINY, "--dataset", str(photos), "--steps", "3", "--patch-size", "64"]
+    assert train_lic.main([*options, "--save", str(first)]) == 0
+    checkpoint = first / "checkpoint.pth.tar"
+    # arguments that say what is in force anyway; the checkpoint goes along, so that this folder can be resumed too
+    again = ["--resume", str(checkpoint), "--learning-rate", "3e-3", "--patch-size", "64", "64", "--save", str(second)]
+    assert train_lic.main([*again, "--compare", "sgd", "--compare-learning-rate", "1e-4"]) == 0
+    assert (second / "checkpoint.pth.tar").read_bytes() == checkpoint.read_bytes()
+    capsys.readouterr()
+    resumed = ["--resume", str(second / "checkpoint.pth.tar"), "--compare", "sgd"]
+    assert train_lic.main(resumed) == 0
+    capsys.readouterr()
+    for length in (["--steps", "2"], ["--epochs", "1", "--steps", "1"][2:]):
+        assert "the checkpoint is already at step 3" in error_line(capsys, [*resumed, *length])
 
 
 def test_divergence_is_said_in_one_line(tmp_path, photos, capsys):
