@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import astuple
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -371,9 +370,7 @@ class SOAP(Optimizer):
         if known is not None and known[0] == options:
             return known[1]
         state = self.state.get(param)
-        order = memory_order(state["exp_avg"] if state else param)
-        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
-        if known is not None and state and astuple(layout) != astuple(known[1]):
+        if known is not None and state:
             changed = [
                 f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
             ]
@@ -381,6 +378,8 @@ class SOAP(Optimizer):
                 f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
                 "step, or put the parameter into a new optimizer"
             )
+        order = memory_order(state["exp_avg"] if state else param)
+        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
         self._layouts[param] = (options, layout)
         return layout
 

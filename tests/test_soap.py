@@ -66,18 +66,6 @@ def test_a_group_that_cannot_be_fused_leaves_nothing_behind():
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_limit_that_changes_no_layout_may_change():
-    param = nn.Parameter(torch.ones(4, 3))
-    optimizer = SOAP([param])
-    for number in range(3):
-        param.grad = torch.randn(4, 3)
-        optimizer.step()
-        optimizer.param_groups[0]["max_precond_dim"] = 100 - number
-    optimizer.param_groups[0]["max_precond_dim"] = 3
-    with pytest.raises(ValueError, match="max_precond_dim from 98 to 3 would reshape"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
