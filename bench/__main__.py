@@ -130,8 +130,12 @@ def run_training(arguments: argparse.Namespace) -> None:
     entries = [OURS[0], arguments.reference or STRAIGHTFORWARD, OTHERS[1]]
     rows = training.measure(entries, 1 if arguments.quick else 2)
     report(arguments, "training", rows)
-    print("\n### Where the optimizer's time goes\n")
-    report(arguments, "training_profile", training.profile(OURS[0], rows[0]["training_step_ms"], 1 if arguments.quick else 3))
+    print("\n### Where a step's time goes\n")
+    parts: list[Row] = []
+    for model in training.PROFILED[: 1 if arguments.quick else None]:
+        training_step = rows[0]["training_step_ms"] if model == training.MODEL else None
+        parts += training.profile(model, OURS[0], training_step, 1 if arguments.quick else 3)
+    report(arguments, "profile", parts)
 
 
 def run_must_reach(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ class Plan:
 
 
 # Where a step takes a second: variants of ours that the other models show
-LESS = ("soap_opt fused, together", "soap_opt multi tensor, together", "soap_opt single tensor")
+LESS = ("soap_opt multi tensor, together", "soap_opt single tensor")
 PLANS = {
     "bmshj2018-factorized": Plan(80, 80),
     "bmshj2018-hyperprior": Plan(80, 80),

@@ -74,14 +74,17 @@ def measure(contestants: Sequence[Contestant], periods: int = 3) -> list[Row]:
     return rows
 
 
-def profile(contestant: Contestant, training_step_ms: float, periods: int = 3) -> list[Row]:
-    """Where the optimizer's time in a training step goes: what a step takes without its refreshes, and without any matrix.
+PROFILED = (MODEL, "cheng2020-anchor", "elic2022-official")
+
+
+def profile(model: str, contestant: Contestant, training_step_ms: float | None, periods: int = 3) -> list[Row]:
+    """Where a step's time goes: what it takes without its refreshes, and without any matrix.
 
     Args:
         contestant: one that takes SOAP's options.
-        training_step_ms: of :func:`measure`, that the shares are of.
+        training_step_ms: of :func:`measure`, for the share of a training step.
     """
-    problem = MODELS[MODEL]()
+    problem = MODELS[model]()
     variants = {
         "whole": {},
         "no refresh": {"precondition_frequency": 10**9},
@@ -109,9 +112,11 @@ def profile(contestant: Contestant, training_step_ms: float, periods: int = 3) -
     }
     return [
         {
+            "model": problem.name,
             "part": part,
             "ms": significant(milliseconds),
-            "share_of_training_step": significant(milliseconds / training_step_ms, 3),
+            "share_of_step": significant(milliseconds / whole, 3),
+            "share_of_training_step": significant(milliseconds / training_step_ms, 3) if training_step_ms else None,
             "quiet": quiet(rates),
         }
         for part, milliseconds in parts.items()

@@ -159,8 +159,10 @@ def off_diagonal_share(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> T
 
     Q is orthogonal, so that off(B) = ||P - Q diag(e)||_F and ||B||_F = ||P||_F: O(d^2) instead of another product.
     """
-    norm = torch.linalg.matrix_norm(product)
-    off = torch.linalg.matrix_norm(product - basis * eigenvalues.unsqueeze(-2))
+    largest = product.abs().amax((-2, -1), keepdim=True)  # squares of a tiny G's entries would vanish
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = torch.linalg.matrix_norm(product / scale)
+    off = torch.linalg.matrix_norm((product - basis * eigenvalues.unsqueeze(-2)) / scale)
     return torch.where(norm > 0, off / norm, torch.zeros_like(norm))
 
 

@@ -112,15 +112,16 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   std::stable_sort(result.order.begin(), result.order.end(),
                    [&](int64_t a, int64_t b) { return eigenvalues[a] > eigenvalues[b]; });
   result.basis.resize(d * d + kPanel<T>);
-  result.rotation.resize(d * d + kPanel<T>);
   if (d > kThreadedSize) {
     for (int64_t i = 0; i < d; ++i)
       for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]];
     const at::Tensor sorted = at::from_blob(result.basis.data(), {d, d}, c10::CppTypeToScalarType<T>::value);
     sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
+    result.rotation.resize(d * d); // (not before: the QR needs several d^2 of its own)
     gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
     return result;
   }
+  result.rotation.resize(d * d + kPanel<T>);
   // Powers of two, so that squares of tiny or huge Grams neither vanish nor overflow
   T largest = 0, scale = 1;
   for (int64_t i = 0; i < d * d; ++i) largest = std::max(largest, std::abs(product[i]));

@@ -346,6 +346,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
   TORCH_CHECK(int64_t(grams.size()) == modes && int64_t(bases.size()) == modes && int64_t(refresh_offsets.size()) == modes,
               "step_: ", modes, " preconditioned modes, but ", grams.size(), " Grams, ", bases.size(), " bases and ",
               refresh_offsets.size(), " refresh offsets");
+  TORCH_CHECK(refresh == "together" || refresh == "staggered" || refresh == "adaptive", "step_: no refresh policy ", refresh);
   TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
   at::Tensor usable = at::ones({n}, at::TensorOptions(at::kCPU).dtype(at::kBool));
   if (n == 0) return usable;
@@ -389,9 +390,13 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const int64_t k = group.positions[f], d = group.sizes[f];
         TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype &&
-                        task.grams[k].numel() == d * d && task.bases[k].numel() == d * d,
+                        task.grams[k].dim() == 2 && task.grams[k].size(0) == d && task.grams[k].size(1) == d &&
+                        task.bases[k].dim() == 2 && task.bases[k].size(0) == d && task.bases[k].size(1) == d,
                     "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ", dtype,
                     ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
+        TORCH_CHECK(refresh_offsets[first + k].scalar_type() == at::kLong && refresh_offsets[first + k].numel() == 1,
+                    "step_: the refresh offset of parameter ", i, " must be one int64, not ", refresh_offsets[first + k].sizes(),
+                    ", ", refresh_offsets[first + k].scalar_type());
         const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
         if ((t + offset) % precondition_frequency == 0) {
           task.due.push_back(k);
@@ -409,7 +414,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
     for (const Task& task : tasks)
-      if ((task.alone || task.refresh_alone) && !task.due.empty() && flags[&task - tasks.data()]) {
+      if (task.layout->numel > 0 && (task.alone || task.refresh_alone) && !task.due.empty() && flags[&task - tasks.data()]) {
         at::AutoDispatchBelowADInplaceOrView guard;
         refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }
