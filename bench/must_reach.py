@@ -67,8 +67,8 @@ def slowest_phase(rows: list[Row]) -> float:
     return ours(rows)["slowest_phase_over_median"]
 
 
-def slowest_phase_over_bound(rows: list[Row]) -> float:
-    return ours(rows)["slowest_phase_over_median"] / ours(rows)["bound_measured"]
+def slowest_phase_over(bound: str) -> Callable[[list[Row]], float]:
+    return lambda rows: ours(rows)["slowest_phase_over_median"] / ours(rows)[bound]
 
 
 def over_adam(rows: list[Row]) -> float:
@@ -122,13 +122,16 @@ TARGETS = (
         at_most=True,
     ),
     Target("slowest phase / median, staggered, LIC models", 1.3, 1.15, LIC, slowest_phase, at_most=True),
-    Target(
-        "slowest phase over its bound, elsewhere",
-        1.2,
-        1.2,
-        (*DOMINATED, "step_resnet50", *TINY),
-        slowest_phase_over_bound,
-        at_most=True,
+    *(
+        Target(
+            f"slowest phase over its bound, elsewhere; the largest refresh {how}",
+            1.2,
+            1.2,
+            (*DOMINATED, "step_resnet50", *TINY),
+            slowest_phase_over(bound),
+            at_most=True,
+        )
+        for how, bound in (("measured alone", "bound_measured"), ("in counted flops", "bound_counted"))
     ),
     *(Target(f"first step, original / ours, {model}", 2, 3, ("init",), init_of(model)) for model in PAIR),
     Target("ours / fused Adam, 2,000 tensors of 4 x 4", 5, 3, TINY, over_adam, at_most=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -93,6 +94,8 @@ def parse_peer(text: str) -> Contestant:
     python, *target = rest.split("@", 2)
     if not python or (not target and name not in KNOWN_PEERS):
         raise ValueError(f"--peer {text}: expected NAME=PYTHON@MODULE:CLASS, or NAME=PYTHON with NAME in {list(KNOWN_PEERS)}")
+    if shutil.which(python) is None:
+        raise ValueError(f"--peer {text}: there is no interpreter {python}")
     known = KNOWN_PEERS.get(name, ("", SOAP_OPTIONS, {}))
     options = json.loads(target[1]) if len(target) > 1 else known[1]
     label = f"{name} SOAP" if not target else name
@@ -104,6 +107,8 @@ def parse_reference(text: str) -> Contestant:
     path, _, name = text.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"--reference {text}: expected path/to/file.py:CLASS")
+    if f"class {name}" not in Path(path).read_text():
+        raise ValueError(f"--reference {text}: {path} has no class {name}")
     return Contestant("original SOAP", "reference", text, SOAP_OPTIONS)
 
 

@@ -100,6 +100,12 @@ def _restore_param(
             value = torch.as_tensor(value).to(dtype=torch.bool, device="cpu")
         elif str(key).startswith("refresh_offset_"):
             value = torch.as_tensor(value).to(dtype=torch.int64, device="cpu")
+        if key in ("step", "initialized") or str(key).startswith("refresh_offset_"):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"the state of {describe(param)}: {key} has shape {tuple(value.shape)}, but one number is expected"
+                )
+            value = value.reshape(())
         result[key] = value
     if "initialized" not in result:
         # a basis of zeros is what a parameter holds whose first gradient has not come yet

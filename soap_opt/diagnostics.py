@@ -18,6 +18,9 @@ from .fused_cuda import scratch_bytes
 from .plan import Layout, layout_of, memory_order, scratch_numel
 from .soap import LAYOUT_OPTIONS, REFUSED, SOAP, check_options
 
+# Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
+THREADED_SIZE = 512
+
 KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
 
 
@@ -29,13 +32,18 @@ class MemoryReport:
         by_parameter: for each parameter (its name, or its index over all groups) the bytes of each kind in ``KINDS``.
         shapes: the parameters' shapes.
         scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
-            thread (about three times the largest parameter for each core), or the fused CUDA step (about two float32 for each
-            element of the largest group); 0 where another implementation runs.
+            thread: for each core three times the largest parameter that one core steps, and packed matrices and tiles for its
+            modes, 2 D^2 elements for each of up to 512 and once 2 D^2 + 640 D for the widest, or 784 D and 0.8 MiB where that
+            is wider (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step, about two float32 for
+            each element of the largest group. 0 where another implementation runs.
+        refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
+            where d <= 512.
     """
 
     by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scratch: int = 0
+    refresh: int = 0
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -60,6 +68,8 @@ class MemoryReport:
         lines.insert(-1, "-" * len(header))
         if self.scratch:
             lines.append(f"and {_human(self.scratch)} of scratch, shared by all optimizers")
+        if self.refresh:
+            lines.append(f"and up to {_human(self.refresh)} while the largest basis is refreshed")
         return "\n".join(lines)
 
 
@@ -120,6 +130,9 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
             layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
             layouts.setdefault(state_dtype(param), []).append(layout)
+            for size in layout.sizes:
+                cores = torch.get_num_threads() if param.device.type == "cpu" and size <= THREADED_SIZE else 1
+                report.refresh = max(report.refresh, 8 * size * size * state_dtype(param).itemsize * cores)
             state = states.get(param)
             if state:
                 for key, value in state.items():

@@ -271,5 +271,5 @@ def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=64)
 def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
-    """Elements of scratch: about three buffers of the largest parameter, for each thread where it is stepped by one of them."""
+    """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
     return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

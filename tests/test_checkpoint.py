@@ -251,6 +251,8 @@ def test_state_that_was_cast_by_somebody_is_float32_again():
         (lambda s: s.pop("basis_1"), r"parameter 0 of shape \(6, 5\) lacks basis_1"),
         (lambda s: s.pop("step"), r"parameter 0 of shape \(6, 5\) lacks step"),
         (lambda s: s.update(exp_avg=torch.zeros(5, 6)), r"exp_avg has shape \(5, 6\), but \(6, 5\) is expected"),
+        (lambda s: s.update(refresh_offset_0=torch.zeros(0)), r"refresh_offset_0 has shape \(0,\), but one number is expected"),
+        (lambda s: s.update(step=torch.zeros(2)), r"step has shape \(2,\), but one number is expected"),
         (lambda s: s.update(gram_0=torch.zeros(5, 5)), r"gram_0 has shape \(5, 5\), but \(6, 6\) is expected"),
         (lambda s: s.update(basis_2=torch.zeros(5, 5)), "basis_2, for which its options have no preconditioned mode"),
         (lambda s: s.update(GG=[], Q=[]), "load_original_state_dict"),

@@ -99,6 +99,25 @@ def test_scratch_is_what_the_engine_allocates(threads):
     assert memory_report([torch.zeros(64, 48)], foreach=True).scratch == 0
 
 
+@needs_engine
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(10_000, 2), (512, 512), (700, 40), (64, 48, 5, 5), (4, 4)], ids=str)
+def test_scratch_is_what_is_documented(shape, threads):
+    torch.set_num_threads(threads)
+    widths = [-(-d // 16) * 16 for d in shape]
+    widest = max(widths)
+    elements = 3 * torch.Size(shape).numel() + sum(2 * d * d for d in widths if d <= 512)
+    elements += 2 * widest**2 + 640 * widest if widest <= 512 else 784 * widest + (800 << 10) // 4
+    assert 0 < memory_report([torch.zeros(shape)], fused=True).scratch <= 4 * threads * (elements + 50_000)
+
+
+def test_a_refresh_s_memory_is_told():
+    assert memory_report([torch.zeros(600, 3)]).refresh == 8 * 600 * 600 * 4
+    assert memory_report([torch.zeros(100, 3)]).refresh == 8 * 100 * 100 * 4 * torch.get_num_threads()
+    assert "while the largest basis is refreshed" in str(memory_report([torch.zeros(100, 3)]))
+    assert memory_report([torch.zeros(7)]).refresh == 0
+
+
 def test_groups_that_share_names_are_all_counted():
     encoder, decoder = (torch.nn.Linear(30, 20) for _ in range(2))
     optimizer = SOAP([{"params": list(net.named_parameters())} for net in (encoder, decoder)])

@@ -510,3 +510,20 @@ def test_bases_stay_orthogonal_over_hundreds_of_steps(flags, refresh):
                 error = (basis.T.double() @ basis.double() - torch.eye(size).double()).norm()
                 assert error < 10 * size * torch.finfo(torch.float32).eps
                 assert run.state_of(i)["gram" + key[5:]].isfinite().all()
+
+
+@every_implementation
+@pytest.mark.parametrize("size", [1e-12, 1e-18])
+def test_the_adaptive_criterion_does_not_depend_on_the_gradients_size(flags, size):
+    """Squares of the entries of a Gram of 1e-24 vanish in float32."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(12, 20) for _ in range(8)]
+    bases = []
+    for factor in (1.0, size):
+        param = torch.nn.Parameter(torch.zeros(12, 20))
+        optimizer = soap_opt.SOAP([param], refresh="adaptive", precondition_frequency=2, eps=0.0, **flags)
+        for grad in gradients:
+            param.grad = grad * factor
+            optimizer.step()
+        bases.append(optimizer.state[param]["basis_0"])
+    assert torch.allclose(bases[0].abs(), bases[1].abs(), atol=0.05)

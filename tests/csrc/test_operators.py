@@ -171,6 +171,11 @@ STEP_ERRORS = {
     "a Gram of another dtype": ("grams", replaced(torch.Tensor.double)),
     "a basis of another size": ("bases", replaced(lambda x: x[:-1])),
     "a basis of another dtype": ("bases", replaced(torch.Tensor.double)),
+    "a basis in one row": ("bases", replaced(lambda x: x.reshape(1, -1))),
+    "a basis without rows": ("bases", replaced(torch.Tensor.flatten)),
+    "a Gram in one row": ("grams", replaced(lambda x: x.reshape(1, -1))),
+    "an offset without a number": ("refresh_offsets", replaced(lambda x: x.new_empty(0))),
+    "another refresh policy": ("refresh", lambda x: "sometimes"),
     "an offset of another dtype": ("refresh_offsets", replaced(torch.Tensor.float)),
     "a step of another dtype": ("state_steps", replaced(torch.Tensor.double)),
     "a step of two numbers": ("state_steps", replaced(lambda x: x.repeat(2))),
@@ -182,9 +187,6 @@ STEP_ERRORS = {
     "scratch with gaps": ("scratch", lambda x: x.repeat_interleave(2)[::2]),
     "moments of bfloat16": ("exp_avgs", lambda values: [x.bfloat16() for x in values]),
 }
-
-
-# What csrc does not check before it writes, or (the crash) at all
 
 
 @pytest.mark.parametrize("name", STEP_ERRORS)
@@ -243,6 +245,15 @@ def test_the_table_that_the_broken_ones_are_made_of():
 def test_a_table_that_does_not_hold_together_is_refused(table):
     with pytest.raises(RuntimeError, match="layouts: "):
         OPS.scratch_numel(torch.tensor(table, dtype=torch.int64), 1, torch.float32)
+
+
+def test_an_empty_parameter_whose_modes_are_not_is_passed_over():
+    """Not a layout that plan.py makes; but one that holds together."""
+    arguments = step_arguments([(0, 600)])
+    arguments["layouts"] = torch.tensor([1, 1, 0, 2, 0, 1, 0, 2, 0, 0, 600, 1, 0, 600])
+    arguments |= {"grams": [torch.eye(600)], "bases": [torch.eye(600)], "refresh_offsets": [torch.tensor(0)]}
+    arguments["scratch"] = torch.zeros(OPS.scratch_numel(arguments["layouts"], 1, torch.float32))
+    assert call_step({**arguments, "precondition_frequency": 1}).all()
 
 
 @pytest.mark.parametrize("place", range(len(TABLE)))
