@@ -33,9 +33,9 @@ class MemoryReport:
         shapes: the parameters' shapes.
         scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
             thread: for each core three times the largest parameter that one core steps, and packed matrices and tiles for its
-            modes, 2 D^2 elements for each of up to 512 and once 2 D^2 + 640 D for the widest, or 784 D and 0.8 MiB where that
-            is wider (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step, about two float32 for
-            each element of the largest group. 0 where another implementation runs.
+            modes: 2 D^2 elements for each of up to 512, and for the widest 784 D and 0.8 MiB, or 2 D^2 + 640 D where that is
+            more and D at most 512 (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step, about two
+            float32 for each element of the largest group. 0 where another implementation runs.
         refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
             where d <= 512.
     """

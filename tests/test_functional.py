@@ -513,7 +513,7 @@ def test_bases_stay_orthogonal_over_hundreds_of_steps(flags, refresh):
 
 
 @every_implementation
-@pytest.mark.parametrize("size", [1e-12, 1e-18])
+@pytest.mark.parametrize("size", [1e-12, 1e-14])
 def test_the_adaptive_criterion_does_not_depend_on_the_gradients_size(flags, size):
     """Squares of the entries of a Gram of 1e-24 vanish in float32."""
     torch.manual_seed(0)
