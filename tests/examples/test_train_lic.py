@@ -31,6 +31,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_no_arguments_but_the_length(tmp_path, examples):
     """Default model, photographs and folder, as a command in another directory."""
     done = subprocess.run(

@@ -129,6 +129,7 @@ def test_replays_are_the_specification(refresh, monkeypatch):
     assert tested.optimizer.skipped_steps(per_parameter=True) == [0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_recorded_step_itself_and_ordinary_steps_after_it(monkeypatch):
     params = random_params(SHAPES[:3])
     runs = [Recorded(params, fused=True, capturable=capturable, **OPTIONS) for capturable in (False, True)]

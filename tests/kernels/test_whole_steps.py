@@ -345,11 +345,14 @@ READERS = {
 }
 
 
+QUICK_AND_SLOW = ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
+
+
 @needs_engine
-@pytest.mark.parametrize("refresh", ["together", "staggered", "adaptive"])
+@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
 @pytest.mark.parametrize("reader", READERS)
 def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
-    shapes = [(6, 5), (4, 3, 3, 3), (7,)]
+    shapes = [(6, 5), (7,)]
     options = {**OPTIONS, "refresh": refresh}
     in_place = SoapRun(random_params(shapes), fused=True, overlap_refresh=False, **options)
     behind = SoapRun(random_params(shapes), fused=True, **options)
@@ -418,9 +421,6 @@ REEXPRESSED = [
 ]
 
 
-QUICK_AND_SLOW = ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
-
-
 @needs_engine
 @pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
 def test_refreshes_are_grouped(refresh, monkeypatch, launches):
@@ -431,7 +431,7 @@ def test_refreshes_are_grouped(refresh, monkeypatch, launches):
 
     options = {"refresh": refresh, "refresh_tolerance": 0.05, "precondition_frequency": 2}
     monkeypatch.setattr("soap_opt.refresh_cuda.reexpress_", never)
-    assert lockstep(REEXPRESSED, 6, options, missing=0.1) > 30
+    assert lockstep(REEXPRESSED, 5, options, missing=0.1) > 20
     counts = {name: launches.count(name) for name in set(launches)}
     assert 0 < counts["reexpress_kernel"] <= 5 * 5, counts
 
