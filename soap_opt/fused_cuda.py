@@ -298,7 +298,7 @@ def fused_cuda_soap(
     state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, how)
     if refresh_basis.unavailable(device.type) is not None:
         refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind
-    elif overlap is None:
+    elif overlap is None or capturable:  # (a graph's replay does not wait for an event from outside)
         refresh_due(plan, *state)
     else:
         owners = {i for i, _ in due}

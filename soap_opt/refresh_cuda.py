@@ -46,11 +46,12 @@ class DeviceTable:
         """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
         if self.source is not None and np.array_equal(source, self.source):
             return
-        self.source = source
+        self.source = None  # until it is there: memory may run out on the way
         if self._staging is None:
             self.tensor.copy_(to_device(make(source), self.tensor.device))
         else:
             self.tensor.copy_(self._staging.copy_(torch.from_numpy(make(source))), non_blocking=True)
+        self.source = source
 
 
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
@@ -153,6 +154,8 @@ class GroupedRefresh:
         """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
         orders = self.buffers.take(torch.int64, [(d,) for d in self.sizes])
         rotations = self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
+        if self.tables is not None:  # before any basis is written: it allocates
+            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
         refreshed, outcomes = refresh_basis.refresh_bases_(
             [grams[i][k] for i, k in self.due],
             [bases[i][k] for i, k in self.due],
@@ -162,7 +165,6 @@ class GroupedRefresh:
         )
         if self.tables is not None:
             self.outcomes.copy_(outcomes)
-            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
             from .kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
             for each in self.tables.launches:

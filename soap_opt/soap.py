@@ -94,8 +94,8 @@ class SOAP(Optimizer):
             touching them; gradients that are not usable have no part in it (default: None).
         precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
         overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, behind the next forward and backward
-            pass. The optimizer's methods wait for them; read ``optimizer.state`` itself after :meth:`wait_for_refresh`
-            (default: True).
+            pass (not with capturable). The optimizer's methods wait for them; read ``optimizer.state`` itself after
+            :meth:`wait_for_refresh` (default: True).
         scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element; a group that needs more is
             stepped piece by piece, each with launches of its own (default: 2 GiB).
         capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA

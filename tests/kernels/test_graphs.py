@@ -6,6 +6,7 @@ in the meantime. What was decided on the host while recording stays as it was, i
 
 import copy
 
+import numpy
 import pytest
 import torch
 from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
@@ -220,3 +221,36 @@ def test_no_capture_without_the_compiled_refresh(monkeypatch):
     run.state_of(0)["initialized"].fill_(True)
     with pytest.raises(RuntimeError, match=reason):
         run.optimizer.step()
+
+
+def test_nothing_runs_behind_a_step_that_a_graph_may_follow():
+    """A replay waits for no event from outside."""
+    run = SoapRun(random_params([(6, 5)]), fused=True, capturable=True, **{**OPTIONS, "precondition_frequency": 1})
+
+    class Never:
+        def behind(self, *_):
+            raise AssertionError("a refresh runs behind")
+
+        def wait(self):
+            pass
+
+    run.optimizer._overlap = Never()
+    before = None
+    for grads in random_gradients([(6, 5)], 3):
+        run.step(grads)
+        before, after = run.state_of(0)["basis_0"].clone(), before
+    assert not torch.equal(before, after)
+
+
+def test_a_table_that_could_not_be_sent_is_sent_again(monkeypatch):
+    table = refresh_cuda.DeviceTable((2,), torch.device("cpu"))
+    source = numpy.asarray([1, 2])
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(refresh_cuda, "to_device", out_of_memory)
+        table.send(source, lambda pointers: pointers)
+    table.send(source, lambda pointers: pointers)
+    assert table.tensor.tolist() == [1, 2]
