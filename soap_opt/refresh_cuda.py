@@ -110,7 +110,10 @@ class GroupedRefresh:
         self.places = {unit: n for n, unit in enumerate(due)}
         self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
         self.mode_sizes = [layouts[i].sizes[k] for i, k in self.modes]
-        of = {i: [k for j, k in due if j == i] for i in grouped}
+        of: dict[int, list[int]] = {i: [] for i in grouped}
+        for i, k in due:
+            if i in of:
+                of[i].append(k)
         self.first_unit = [self.places[i, of[i][0]] for i in grouped]
         self.outcomes = torch.zeros(len(due), dtype=torch.int32, device=device)
         self.scratch: tuple[Tensor, Tensor] | None = None  # None: that of the stream

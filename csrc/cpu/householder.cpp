@@ -14,10 +14,6 @@ namespace {
 
 constexpr int64_t kReflectors = 32; // of a panel: its level-2 part grows with it, the depth of the products behind too
 
-// Squared norms below this have lost terms to underflow.
-template <typename T>
-constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
-
 template <typename I, typename T>
 SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y, int64_t n) {
   constexpr int64_t lanes = 128 / sizeof(T); // independent sums: the compiler may not reorder a single one

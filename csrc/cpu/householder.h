@@ -4,8 +4,13 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace soap_opt {
+
+// Squared norms below this have lost terms to underflow.
+template <typename T>
+constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
 
 // q [d, d] row-major <- Q of a = Q R. columns [d, d] holds a by columns (row j is column j) and is overwritten; its entries are
 // scaled so that squares of the largest do not overflow. columns and q have kPanel elements to spare behind their end.

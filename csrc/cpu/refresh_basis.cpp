@@ -25,9 +25,6 @@ namespace {
 // matrix needs one. Above, by householder.h, or with all threads in LAPACK.
 constexpr int64_t kLoopRefresh = 32;
 
-template <typename T>
-constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
-
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
 template <typename T>
 void small_householder_q(T* a, int64_t d) {
