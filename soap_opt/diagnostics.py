@@ -16,6 +16,8 @@ from .checkpoint import state_dtype
 from .functional import use_fused
 from .fused_cuda import scratch_bytes
 from .plan import Layout, layout_of, memory_order, scratch_numel
+from .refresh import complete_offsets, unit_flops
+from .refresh_cuda import kept_bytes
 from .soap import LAYOUT_OPTIONS, REFUSED, SOAP, check_options
 
 # Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
@@ -34,8 +36,10 @@ class MemoryReport:
         scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
             thread: for each core three times the largest parameter that one core steps, and packed matrices and tiles for its
             modes: 2 D^2 elements for each of up to 512, and for the widest 784 D and 0.8 MiB, or 2 D^2 + 640 D where that is
-            more and D at most 512 (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step, about two
-            float32 for each element of the largest group. 0 where another implementation runs.
+            more and D at most 512 (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step: 8 bytes for
+            each element of the largest group; for the refreshes of its largest phase 4 d^2 + 8 d bytes for each basis, and with
+            overlap_refresh 8 for each element of its parameters; with capturable, for each graph, as much again with all bases.
+            0 where another implementation runs.
         refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
             where d <= 512.
     """
@@ -98,7 +102,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
             raise TypeError(f"memory_report reports on soap_opt.SOAP, got {type(model_or_optimizer).__name__}")
         if options:
             raise TypeError(f"memory_report takes no options with an optimizer, got {', '.join(options)}")
-        return _report(model_or_optimizer.param_groups, model_or_optimizer.state)
+        return _report(model_or_optimizer.param_groups, model_or_optimizer.state, model_or_optimizer._refresh_offsets())
     signature = inspect.signature(SOAP).parameters
     defaults = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
     options = {name: value for name, value in options.items() if name not in REFUSED or value}  # as SOAP: amsgrad=False
@@ -111,10 +115,11 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
         named = [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(model_or_optimizer)]
     check_options({**defaults, **options})
     group = {**defaults, **options, "params": [p for _, p in named], "param_names": [name for name, _ in named]}
-    return _report([group], {})
+    return _report([group], {}, None)
 
 
-def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
+def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, list[int]] | None) -> MemoryReport:
+    """offsets: of each parameter's modes; None balances them over the one group."""
     report = MemoryReport()
     index = 0
     scratch: dict[torch.dtype, int] = {}
@@ -150,6 +155,25 @@ def _report(groups: list[dict[str, Any]], states: Any) -> MemoryReport:
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
         on_cuda = all(param.device.type == "cuda" for param in group["params"])
         if on_cuda and use_fused(group["params"], group["foreach"], group["fused"]):
-            cuda_scratch = max(cuda_scratch, scratch_bytes(layouts.get(torch.float32, []), group["scratch_limit"]))
+            cuda_scratch = max(cuda_scratch, _scratch_on_cuda(group, layouts.get(torch.float32, []), offsets))
     report.scratch = sum(scratch.values()) + cuda_scratch
     return report
+
+
+def _scratch_on_cuda(group: dict[str, Any], layouts: list[Layout], offsets: dict[Tensor, list[int]] | None) -> int:
+    """Bytes that the fused CUDA step keeps for a group besides its state."""
+    frequency = group["precondition_frequency"]
+    none = [[0] * len(layout.modes) for layout in layouts]
+    if group["refresh"] == "together":
+        of_modes = none
+    elif offsets is not None:
+        of_modes = [offsets[p] for p in group["params"] if state_dtype(p) == torch.float32]
+    else:
+        flops = [unit_flops(layout.numel, size) for layout in layouts for size in layout.sizes]
+        balanced = iter(complete_offsets(flops, [None] * len(flops), frequency))
+        of_modes = [[next(balanced) for _ in layout.modes] for layout in layouts]
+    step = scratch_bytes(layouts, group["scratch_limit"])
+    result = step + kept_bytes(layouts, of_modes, frequency, group["overlap_refresh"] and not group["capturable"])
+    if group["capturable"]:
+        result += step + kept_bytes(layouts, none, 1, False)
+    return result

@@ -25,7 +25,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from .fused_cuda import SCRATCH_LIMIT, fused_cuda_soap, fused_on_cuda
+from .fused_cuda import SCRATCH_LIMIT, fused_cuda_soap
 from .overlap import Overlap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
@@ -87,50 +87,39 @@ def soap(
     Returns:
         Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
     """
-    if use_fused(params, foreach, fused):
-        function = _fused_soap
-    elif foreach is None or foreach:
-        function = _multi_tensor_soap
-    else:
-        function = _single_tensor_soap
-    extras: dict[str, Any] = {}
-    if function is _fused_soap and fused_on_cuda(exp_avgs):
-        extras = {
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            "overlap": overlap,
-            "capturable": capturable,
-            "scratch_limit": scratch_limit,
-        }
-    else:
-        lr = float(lr)
-    if not extras and max_grad_norm is not None:
+    options: dict[str, Any] = {
+        "beta1": beta1, "beta2": beta2, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
+        "precondition_frequency": precondition_frequency, "normalize_grads": normalize_grads, "correct_bias": correct_bias,
+        "refresh": refresh, "refresh_tolerance": refresh_tolerance, "maximize": maximize,
+    }  # fmt: skip
+    state = (exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
+    fused = use_fused(params, foreach, fused)
+    # Triton's first launch has every norm of one device and dtype; across several, and elsewhere, they are a pass of their own
+    if max_grad_norm is not None and not (fused and runs_triton(exp_avgs[0]) and len(alike(exp_avgs)) == 1):
         grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
-    return function(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        grams,
-        bases,
-        refresh_offsets,
-        state_steps,
-        layouts,
-        grad_scale,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        shampoo_beta=shampoo_beta,
-        eps=eps,
-        weight_decay=weight_decay,
-        precondition_frequency=precondition_frequency,
-        normalize_grads=normalize_grads,
-        correct_bias=correct_bias,
-        refresh=refresh,
-        refresh_tolerance=refresh_tolerance,
-        maximize=maximize,
-        **extras,
-    )
+        max_grad_norm = None
+    if fused:
+        extras = {
+            "max_grad_norm": max_grad_norm, "precision": precision, "overlap": overlap, "capturable": capturable,
+            "scratch_limit": scratch_limit,
+        }  # fmt: skip
+        return _fused_soap(params, grads, *state, grad_scale, lr=lr, triton=extras, **options)
+    function = _multi_tensor_soap if foreach is None or foreach else _single_tensor_soap
+    return function(params, grads, *state, grad_scale, lr=float(lr), **options)
+
+
+def runs_triton(exp_avg: Tensor) -> bool:
+    """Whether the Triton kernels step a parameter with this state. float64 has no tensor cores to gain from, and rarely a
+    model: the multi-tensor path serves it."""
+    return exp_avg.device.type == "cuda" and exp_avg.dtype == torch.float32
+
+
+def alike(exp_avgs: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Indices of the parameters of each device and dtype of state."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, exp_avg in enumerate(exp_avgs):
+        kinds.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
+    return kinds
 
 
 def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float) -> Tensor:
@@ -462,16 +451,16 @@ def _fused_soap(
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
+    *,
+    lr: float | Tensor,
+    triton: dict[str, Any],
     **options: Any,
 ) -> list[int]:
-    """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA.
-    Arguments and result as in :func:`soap`."""
+    """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA (``triton``: what
+    only it takes). Arguments and result as in :func:`soap`."""
     skipped: list[int] = []
     ends = list(itertools.accumulate(len(layout.modes) for layout in layouts))
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, exp_avg in enumerate(exp_avgs):
-        alike.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
-    for (device, dtype), indices in alike.items():
+    for (device, dtype), indices in alike(exp_avgs).items():
 
         def of(column: list, indices: list[int] = indices) -> list:
             return column if len(indices) == len(column) else [column[i] for i in indices]
@@ -481,29 +470,16 @@ def _fused_soap(
                 return column
             return [x for i in indices for x in column[ends[i] - len(layouts[i].modes) : ends[i]]]
 
-        if device.type == "cuda":
-            # float64 has no tensor cores to gain from, and rarely a model: the multi-tensor path serves it
-            step = fused_cuda_soap if dtype == torch.float32 else _multi_tensor_soap
-            lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
-            matrices = [of_modes(grams), of_modes(bases), of_modes(refresh_offsets)]
-            unusable = step(*lists, *matrices, of(state_steps), of(layouts), grad_scale, **options)
-            skipped += [indices[i] for i in unusable]
-            continue
-        kinds = tuple(of(layouts))
-        usable = torch.ops.soap_opt.step_(
-            of(params),
-            of(grads),
-            of(exp_avgs),
-            of(exp_avg_sqs),
-            of_modes(grams),
-            of_modes(bases),
-            of_modes(refresh_offsets),
-            of(state_steps),
-            layout_table(kinds),
-            scratch(kinds, dtype),
-            grad_scale,
-            **options,
-        )
-        if not usable.all():
-            skipped += [i for i, ok in zip(indices, usable.tolist()) if not ok]
+        lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
+        lists += [of_modes(grams), of_modes(bases), of_modes(refresh_offsets), of(state_steps)]
+        if runs_triton(exp_avgs[indices[0]]):
+            unusable = fused_cuda_soap(*lists, of(layouts), grad_scale, lr=lr, **triton, **options)
+        elif device.type == "cuda":
+            unusable = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), **options)
+        else:
+            kinds = tuple(of(layouts))
+            tables = (layout_table(kinds), scratch(kinds, dtype))
+            usable = torch.ops.soap_opt.step_(*lists, *tables, grad_scale, lr=float(lr), **options)
+            unusable = [] if usable.all() else [i for i, ok in enumerate(usable.tolist()) if not ok]
+        skipped += [indices[i] for i in unusable]
     return skipped

@@ -33,6 +33,7 @@ from .refresh_cuda import (
     DeviceTable,
     GraphRefresh,
     GroupedRefresh,
+    Scratch,
     groupable,
     on_device,
     refresh_due,
@@ -53,12 +54,6 @@ def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
     if param.device.type != "cuda" or param.dtype == torch.float64 or options.get("foreach") is not None:
         return False
     return bool(options.get("fused")) or (options.get("fused") is None and _ext.is_default("cuda"))
-
-
-def fused_on_cuda(exp_avgs: list[Tensor]) -> bool:
-    """Whether one call of :func:`fused_cuda_soap` serves all of these parameters."""
-    kinds = {(exp_avg.device, exp_avg.dtype) for exp_avg in exp_avgs}
-    return len(kinds) == 1 and exp_avgs[0].device.type == "cuda" and exp_avgs[0].dtype == torch.float32
 
 
 # What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads
@@ -85,16 +80,24 @@ class Plan:
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
         self.one = torch.ones(1, dtype=torch.float32, device=device)  # the scale when there is none
-        self.scratch: tuple[Tensor, Tensor] | None = None  # two of [scratch_numel]; None: those of the stream
+        self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
+        self.behind = False  # where the refreshes below were made
         self.buffers = Buffers(device)  # of the refreshes
         self.refreshes: dict[tuple, GroupedRefresh] = {}  # by their due units
+        self.of_graph = False
         self.for_graph: Plan | None = None  # what the next capture takes
         self.graph_refresh: GraphRefresh | None = None
 
     def shared(self) -> list[int]:
         """Pointers in the order of launch.SHARED."""
-        scratch = self.scratch or scratch_of_stream(self.one.device, self.tables.scratch_numel)
-        return [*(buffer.data_ptr() for buffer in scratch), self.kronecker.data_ptr()]
+        if not self.of_graph:
+            self.scratch = scratch_of_stream(self.one.device)
+        return [*(buffer.data_ptr() for buffer in self.scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
+
+    def run_behind(self, behind: bool) -> None:
+        """Say on which stream the refreshes run from now on. Their memory belongs to the stream that it was allocated on."""
+        if behind != self.behind:
+            self.behind, self.buffers, self.refreshes = behind, Buffers(self.one.device), {}
 
     def reserve(self, grouped: list[int]) -> Plan:
         """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
@@ -104,9 +107,8 @@ class Plan:
 
     def begin_capture(self) -> None:
         """Scratch from the graph's own pool: replays run on any stream, beside anything."""
-        numel, device = max(1, self.tables.scratch_numel), self.one.device
-        self.scratch = tuple(torch.empty(numel, dtype=torch.float32, device=device) for _ in range(2))
-        self.graph_refresh.refresh.scratch = self.scratch
+        self.of_graph = self.graph_refresh.refresh.of_graph = True
+        self.scratch = self.graph_refresh.refresh.scratch = Scratch(self.one.device)
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> {what the plan depends on: Plan}
@@ -299,8 +301,10 @@ def fused_cuda_soap(
     if refresh_basis.unavailable(device.type) is not None:
         refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind
     elif overlap is None or capturable:  # (a graph's replay does not wait for an event from outside)
+        plan.run_behind(False)
         refresh_due(plan, *state)
     else:
+        plan.run_behind(True)
         owners = {i for i, _ in due}
         touched = [plan.scalars, *plan.buffers.tensors()]
         touched += [x for i in owners for x in (exp_avgs[i], exp_avg_sqs[i], *gram[i], *basis[i])]

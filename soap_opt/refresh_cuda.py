@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import refresh_basis
 from .eigenbasis import Refresh, reexpress_
-from .launch import ACCELERATOR, BLOCK, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables
+from .launch import ACCELERATOR, BLOCK, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
 from .plan import KRONECKER_MAX_FACTOR, Layout
 
 if TYPE_CHECKING:
@@ -54,15 +55,30 @@ class DeviceTable:
         self.source = source
 
 
-_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+class Scratch:
+    """Two float32 buffers that everything on one stream shares; kept as long as somebody holds this object."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def take(self, numel: int) -> tuple[Tensor, Tensor]:
+        """Both buffers, of at least ``numel`` elements each. (Replaced ones go back to the allocator of their stream.)"""
+        if self._buffers is None or self._buffers[0].numel() < numel:
+            self._buffers = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=self.device) for _ in range(2))
+        return self._buffers
 
 
-def scratch_of_stream(device: torch.device, numel: int) -> tuple[Tensor, Tensor]:
-    """Two float32 buffers of at least ``numel`` for the current stream, shared by everything that runs on it."""
+_scratch: WeakValueDictionary[tuple[torch.device, int], Scratch] = WeakValueDictionary()
+
+
+def scratch_of_stream(device: torch.device) -> Scratch:
+    """That of the current stream. The plans hold it, so that it goes with the last optimizer that used the stream."""
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _scratch or _scratch[key][0].numel() < numel:
-        _scratch[key] = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=device) for _ in range(2))
-    return _scratch[key]
+    scratch = _scratch.get(key)
+    if scratch is None:
+        scratch = _scratch[key] = Scratch(device)
+    return scratch
 
 
 class Buffers:
@@ -91,6 +107,28 @@ class Buffers:
         return [*self._flat.values(), *self._identities.values()]
 
 
+def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], frequency: int, behind: bool) -> int:
+    """Bytes that the refreshes of a group keep between steps, tables apart: what the largest phase of the period needs.
+
+    Args:
+        layouts: of the group's parameters.
+        offsets: of each parameter's modes; the same everywhere for "together".
+        frequency: number of phases.
+        behind: refreshes run on a stream of their own, whose scratch is not that of the step.
+    """
+    phases: dict[int, Units] = {}
+    for i, of_parameter in enumerate(offsets):
+        for k, offset in enumerate(of_parameter):
+            phases.setdefault(offset % frequency, []).append((i, k))
+
+    def needed(units: Units) -> int:
+        rotations_and_orders = sum(4 * d * d + 8 * d for d in (layouts[i].sizes[k] for i, k in units))
+        owners = {i for i, _ in units} if behind else ()
+        return rotations_and_orders + sum(8 * padded(layouts[i].numel) for i in owners)
+
+    return max(map(needed, phases.values()), default=0)
+
+
 class GroupedRefresh:
     """Tables for the refresh of one set of due units; kept, because the same units are due again a period later.
 
@@ -116,7 +154,8 @@ class GroupedRefresh:
                 of[i].append(k)
         self.first_unit = [self.places[i, of[i][0]] for i in grouped]
         self.outcomes = torch.zeros(len(due), dtype=torch.int32, device=device)
-        self.scratch: tuple[Tensor, Tensor] | None = None  # None: that of the stream
+        self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
+        self.of_graph = False
         self.tables = None
         if grouped:
             self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
@@ -139,8 +178,9 @@ class GroupedRefresh:
                 turns.append(self.buffers.identity(size).data_ptr() if size <= KRONECKER_MAX_FACTOR else 0)
                 permutations.append(0)
         # Scratch of the stream that this runs on: behind a step, the next one may be using its own
-        scratch = self.scratch or scratch_of_stream(self.buffers.device, self.tables.scratch_numel)
-        shared = [*(buffer.data_ptr() for buffer in scratch), self.kronecker.data_ptr()]
+        if not self.of_graph:
+            self.scratch = scratch_of_stream(self.buffers.device)
+        shared = [*(buffer.data_ptr() for buffer in self.scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
         pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
         self.problems.send(pointers, self.tables.fill)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _ext, refresh_basis
+from . import _ext, compiled, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import clipping_scale, first_grams, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, scale_or_nan, skipped_on_device, steps_on_device
+from .launch import MAX_NUMEL
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
 from .refresh import POLICIES, complete_offsets, unit_flops
@@ -40,6 +41,7 @@ class _Work(NamedTuple):
 
     group: dict[str, Any]
     params: list[Tensor]
+    tensors: list[Tensor]  # what is updated: the parameters, or what stands for them in a compiled graph
     grads: list[Tensor]
     states: list[dict[str, Tensor] | None]
     layouts: list[Layout]
@@ -187,6 +189,7 @@ class SOAP(Optimizer):
         }
         check_options(defaults)
         self._overlap = Overlap()
+        self._number = compiled.register(self)
         self._skipped: dict[Tensor, int] = {}
         self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout]] = {}  # derived, see plan.py
         super().__init__(params, defaults)
@@ -216,7 +219,6 @@ class SOAP(Optimizer):
                     stacklevel=_users_stacklevel(),
                 )
 
-    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -236,13 +238,26 @@ class SOAP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            compiled.step_in_graph(self)
+        else:
+            self._step(None, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return loss
 
+    @torch.no_grad()
+    def _step(
+        self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """:meth:`step` without a closure. given: of each parameter with a gradient the tensor that is updated and the gradient;
+        None takes the parameters themselves and ``p.grad``."""
         self.wait_for_refresh()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         # Every check comes before the first change.
-        work = [self._with_grad(group) for group in self.param_groups]
+        work = [self._with_grad(group, given) for group in self.param_groups]
         pending = [
-            (w.group, param) for w in work for param, state in zip(w.params, w.states) if not (state and state["initialized"])
+            (w.group, param, grad)
+            for w in work
+            for param, grad, state in zip(w.params, w.grads, w.states)
+            if not (state and state["initialized"])
         ]
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._check_capture(work, pending)
@@ -250,17 +265,17 @@ class SOAP(Optimizer):
             if not pending and all(steps_on_device(w.group, param) for w in work for param in w.params):
                 grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
             elif float(found_inf) != 0:
-                return loss
+                return
         with full_precision_matmul({param.device.type for w in work for param in w.params}):
             scales = [grad_scale] * len(work)
             if pending:
-                groups = {id(group) for group, _ in pending}
+                groups = {id(group) for group, _, _ in pending}
                 for i, w in enumerate(work):
                     limit = w.group["max_grad_norm"]
                     if limit is not None and id(w.group) in groups:  # else the steady step knows all norms itself
                         scales[i] = clipping_scale(w.grads, grad_scale, limit)
                 self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
-                waiting = {param for _, param in pending}
+                waiting = {param for _, param, _ in pending}
                 work = [
                     _Work(w.group, *([x for x, p in zip(column, w.params) if p not in waiting] for column in w[1:]))
                     for w in work
@@ -268,7 +283,6 @@ class SOAP(Optimizer):
             for w, scale in zip(work, scales):
                 if w.params:
                     self._steady_step(w, scale, w.group["max_grad_norm"] if scale is grad_scale else None)
-        return loss
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
         """How often a gradient was not usable (not finite, or its squared norm overflowed): its parameter stayed as it was.
@@ -282,20 +296,30 @@ class SOAP(Optimizer):
         counts = [self._skipped.get(p, 0) + skipped_on_device(self.state.get(p, {}).get("exp_avg")) for p in params]
         return counts if per_parameter else sum(counts)
 
-    def _check_capture(self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor]]) -> None:
+    def _check_capture(self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
         """Raise unless the step can be recorded into a CUDA graph."""
-        why = None
+        for why in self._reasons_against_capture(work, pending):
+            raise RuntimeError(f"a step of SOAP cannot be recorded into a CUDA graph: {why}")
+
+    def _reasons_against_capture(
+        self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor, Tensor]]
+    ) -> Iterator[str]:
         if pending:
-            why = f"{self._describe(pending[0][1])} is not initialised: step it before, outside of the capture"
+            yield f"{self._describe(pending[0][1])} is not initialised: step it before, outside of the capture"
+        missing = refresh_basis.unavailable("cuda")
+        if missing is not None:
+            yield missing
+        device = torch.device("cuda", torch.cuda.current_device())
         for w in work:
             if not w.group["capturable"]:
-                why = "capturable=False"
+                yield "capturable=False"
             for param in w.params:
                 if not steps_on_device(w.group, param):
-                    why = f"{self._describe(param)} is not stepped by the fused CUDA path: set fused=True"
-        why = why or refresh_basis.unavailable("cuda")
-        if why is not None:
-            raise RuntimeError(f"a step of SOAP cannot be recorded into a CUDA graph: {why}")
+                    yield f"{self._describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
+                elif param.numel() > MAX_NUMEL:
+                    yield f"{self._describe(param)} has more than {MAX_NUMEL:,} elements"
+                elif param.device != device:
+                    yield f"{self._describe(param)} is on {param.device}, and the graph on {device}"
 
     def wait_for_refresh(self) -> None:
         """Let the current stream of every device wait for refreshes that still run behind the last step (overlap_refresh).
@@ -344,7 +368,8 @@ class SOAP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_overlap", Overlap())  # streams are of one process: a copy starts without any
+        if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
+            self._overlap, self._number = Overlap(), compiled.register(self)
         self.__dict__.setdefault("_skipped", {})
         self._layouts = {}
         restored = self.__dict__.pop("_restored", None)
@@ -394,13 +419,13 @@ class SOAP(Optimizer):
                 index += 1
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _with_grad(self, group: dict[str, Any]) -> _Work:
-        """The group's parameters that have a gradient, after every check that could fail."""
+    def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> _Work:
+        """The group's parameters that have a gradient, after every check that could fail. given: as for :meth:`_step`."""
         check_options(group)
         options = tuple(group[name] for name in LAYOUT_OPTIONS)
-        work = _Work(group, [], [], [], [])
+        work = _Work(group, [], [], [], [], [])
         for param in group["params"]:
-            grad = param.grad
+            tensor, grad = (param, param.grad) if given is None else given.get(param, (param, None))
             if grad is None:
                 continue
             if grad.layout is not torch.strided:
@@ -410,6 +435,7 @@ class SOAP(Optimizer):
             known = self._layouts.get(param)
             layout = known[1] if known is not None and known[0] == options else self._layout(param, group)
             work.params.append(param)
+            work.tensors.append(tensor)
             work.grads.append(grad)
             work.states.append(self.state.get(param))
             work.layouts.append(layout)
@@ -464,19 +490,26 @@ class SOAP(Optimizer):
                 offsets[param].append(offset)
         return offsets
 
-    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor]], scales: dict[int, Tensor | None]) -> None:
-        """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i."""
+    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor, Tensor]], scales: dict[int, Tensor | None]) -> None:
+        """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i.
+
+        Args:
+            pending: group, parameter, gradient.
+            scales: of each group, by its id: what the gradients are divided by.
+        """
         usable: list[tuple[dict[str, Any], Tensor]] = []
         unusable: list[Tensor] = []
         grams: list[Tensor] = []
         owners: list[tuple[Tensor, str, str]] = []  # of each Gram: the parameter, the keys of the Gram and of its basis
         zeros: set[Tensor] = set()
-        kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor]]] = {}
-        for group, param in pending:
-            kinds.setdefault((id(group), state_dtype(param)), (group, []))[1].append(param)
+        kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor], list[Tensor]]] = {}
+        for group, param, grad in pending:
+            _, params, gradients = kinds.setdefault((id(group), state_dtype(param)), (group, [], []))
+            params.append(param)
+            gradients.append(grad)
         engine = True
-        for (_, dtype), (group, params) in kinds.items():
-            gradients, layouts = [p.grad for p in params], [self._layout(p, group) for p in params]
+        for (_, dtype), (group, params, gradients) in kinds.items():
+            layouts = [self._layout(p, group) for p in params]
             how = group["foreach"], group["fused"]
             compiled = all(refresh_basis.unavailable(grad.device.type) is None for grad in gradients)
             engine = engine and compiled and use_fused(gradients, *how)
@@ -516,10 +549,10 @@ class SOAP(Optimizer):
                 self.state[param]["initialized"].fill_(True)
 
     def _steady_step(self, work: _Work, grad_scale: Tensor | None, max_grad_norm: float | None) -> None:
-        group, params, grads, states, layouts = work
+        group, params, tensors, grads, states, layouts = work
         beta1, beta2 = group["betas"]
         skipped = soap(
-            params,
+            tensors,
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],

@@ -390,7 +390,7 @@ def test_inference_mode_around_every_step():
 @pytest.mark.slow
 @every_implementation
 def test_compiled_training_step(flags):
-    """torch.compile of forward, backward and step: one graph break around the optimizer, the same result."""
+    """torch.compile of forward, backward and step as scripts have them: no graph break at the optimizer, the same result."""
     from torch._dynamo.utils import counters
 
     eager, compiled = model_of(), model_of()
@@ -419,11 +419,7 @@ def test_compiled_training_step(flags):
     ours = breaks(compiled, optimizers[1])
     for p, q in zip(eager.parameters(), compiled.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    # One break at the call of step; dynamo counts it twice, before and inside the wrapper that torch puts around every
-    # optimizer's step.
-    assert ours and all("SOAP.step" in reason for reason in ours) and sum(ours.values()) <= 2, ours
-    other = model_of()
-    assert sum(ours.values()) <= sum(breaks(other, torch.optim.Adam(other.parameters())).values())
+    assert not ours
     torch._dynamo.reset()
 
 

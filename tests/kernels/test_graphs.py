@@ -207,20 +207,32 @@ def test_a_plan_is_one_captures(monkeypatch):
     assert len(plans) == 2 and plans[0] is not plans[1]
 
 
-def test_no_capture_without_the_compiled_refresh(monkeypatch):
-    reason = "soap_opt was installed without its CUDA part"
-    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: reason)
+def test_what_cannot_be_captured_is_refused(monkeypatch):
+    """As in a capture on cuda:0; the parameters are on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(soap_opt.soap, "steps_on_device", lambda group, param: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     run = SoapRun(random_params([(6, 5)]), fused=True, capturable=True, **OPTIONS)
     run.params[0].grad = torch.ones(6, 5)
-    with pytest.raises(RuntimeError, match="is not initialised"):
-        run.optimizer.step()
+
+    def refused(match):
+        with pytest.raises(RuntimeError, match=f"cannot be recorded into a CUDA graph: .*{match}"):
+            run.optimizer.step()
+
+    refused("parameter 0 of shape .* is not initialised")
     run.optimizer._allocate([(run.optimizer.param_groups[0], run.params[0])])
     run.state_of(0)["initialized"].fill_(True)
-    with pytest.raises(RuntimeError, match=reason):
-        run.optimizer.step()
+    reason = "soap_opt was installed without its CUDA part"
+    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: reason)
+    refused(reason)
+    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: None)
+    refused("not stepped by the fused CUDA path")
+    monkeypatch.setattr(soap_opt.soap, "steps_on_device", lambda group, param: True)
+    refused("is on cpu, and the graph on cuda:0")
+    monkeypatch.setattr(soap_opt.soap, "MAX_NUMEL", 20)
+    refused("has more than 20 elements")
+    run.optimizer.param_groups[0]["capturable"] = False
+    refused("capturable=False")
 
 
 def test_nothing_runs_behind_a_step_that_a_graph_may_follow():

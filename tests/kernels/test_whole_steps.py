@@ -1,6 +1,7 @@
 """Whole steps of the Triton path in lockstep with the specification, parameters and state."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from soap_opt import fused_cuda, refresh_cuda
+from soap_opt.diagnostics import _scratch_on_cuda
 from soap_opt.overlap import Overlap
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -369,6 +371,68 @@ def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
                     assert torch.equal(value, states[i][key]), (i, key)
     assert pending >= 2  # something did run behind
     assert all(torch.equal(p, q) for p, q in zip(in_place.params, behind.params))
+
+
+@needs_engine
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
+    """float64 goes to the multi-tensor path; the others keep their kernels, their pieces, and refreshes that run behind."""
+    params = random_params([(6, 5), (4,)]) + random_params([(3, 4)], 2, dtype=torch.float64) + random_params([(7, 3)], 3)
+    options = {**OPTIONS, "max_grad_norm": max_grad_norm, "scratch_limit": 8 * 40}
+    made = random_gradients([p.shape for p in params], 6)
+    gradients = [[grad.to(p.dtype) for grad, p in zip(grads, params)] for grads in made]
+    in_place = SoapRun(params, foreach=False, **options)
+    behind = SoapRun(params, fused=True, **options)
+    late = behind.optimizer._overlap = Late()
+    pending = 0
+    for grads in gradients:
+        in_place.step(grads)
+        launches.clear()
+        behind.step(grads)
+        pending += len(late.late)
+    assert pending >= 2
+    assert launches.count("project_first_kernel") == 2  # two pieces
+    behind.optimizer.wait_for_refresh()
+    for i, (p, q) in enumerate(zip(in_place.params, behind.params)):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert float(in_place.state_of(i)["step"]) == float(behind.state_of(i)["step"]) == 5
+
+
+@needs_engine
+def test_memory_belongs_to_the_stream_that_it_was_made_on():
+    """overlap_refresh switched in the middle: nothing that one stream allocated is used on the other."""
+    run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
+    run.optimizer._overlap = Late()
+    kept = []
+    for number, grads in enumerate(random_gradients([(6, 5)], 8)):
+        run.optimizer.param_groups[0]["overlap_refresh"] = number < 4
+        run.step(grads)
+        run.optimizer.wait_for_refresh()
+        kept += [plan.buffers for plan in fused_cuda._plans.get(run.state_of(0)["exp_avg"], {}).values()]
+    assert kept[0] is kept[2] and kept[2] is not kept[3] and kept[3] is kept[6]
+
+
+@needs_engine
+@pytest.mark.parametrize("refresh", ["together", "staggered"])
+def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
+    gc.collect()
+    assert not refresh_cuda._scratch
+    shapes = [(17, 33), (6, 5, 3, 3), (5,)]
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "refresh": refresh})
+    for grads in random_gradients(shapes, 5):
+        run.step(grads)
+    group, optimizer = run.optimizer.param_groups[0], run.optimizer
+    layouts = [optimizer._layout(p, group) for p in run.params]
+    foretold = _scratch_on_cuda({**group, "overlap_refresh": False}, layouts, optimizer._refresh_offsets())
+    (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
+    (scratch,) = refresh_cuda._scratch.values()
+    tensors = [*scratch.take(0), *plan.buffers._flat.values()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    units = sum(len(layout.modes) for layout in layouts)
+    assert foretold <= held <= foretold + 2 * 32 * units  # each piece begins at a multiple of 16 bytes
+    del run, group, optimizer, plan, scratch, tensors
+    gc.collect()
+    assert not refresh_cuda._scratch
 
 
 @needs_engine

@@ -1,0 +1,78 @@
+"""``optimizer.step()`` inside a compiled function: one operator, opaque to torch.compile.
+
+Dynamo could trace the step, but what it made of it would be worse: kernels that read pointer tables have no graph that a
+compiler could fuse, and every state tensor would become a guarded input of the graph. So the graph gets one node,
+``soap_opt::optimizer_step_``, which changes the parameters, and the optimizer's own state stays the optimizer's, as a random
+generator's does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .soap import SOAP
+
+# An operator takes tensors and numbers: the number of an optimizer, as long as it lives.
+_optimizers: weakref.WeakValueDictionary[int, SOAP] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(optimizer: SOAP) -> int:
+    """The number by which :func:`optimizer_step_` finds it; another one for a copy."""
+    number = next(_numbers)
+    _optimizers[number] = optimizer
+    return number
+
+
+@torch.library.custom_op("soap_opt::optimizer_step_", mutates_args=("params",))
+def optimizer_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    places: Sequence[int],
+    optimizer: int,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of a SOAP optimizer.
+
+    Args:
+        params: those with a gradient, updated in place.
+        grads: same shapes; never written. In a graph they need not be ``p.grad``, which is only set when it has run.
+        places: of each parameter over all groups.
+        optimizer: from :func:`register`. Its options are read when the operator runs.
+        grad_scale, found_inf: as GradScaler leaves them with the optimizer.
+    """
+    try:
+        instance = _optimizers[optimizer]
+    except KeyError:
+        raise RuntimeError("a compiled function steps a SOAP optimizer that no longer exists") from None
+    owners = [param for group in instance.param_groups for param in group["params"]]
+    given = {owners[place]: (param, grad) for place, param, grad in zip(places, params, grads)}
+    instance._step(given, grad_scale, found_inf)
+
+
+@optimizer_step_.register_fake
+def _(params, grads, places, optimizer, grad_scale=None, found_inf=None):
+    return None
+
+
+def step_in_graph(optimizer: SOAP) -> None:
+    """What Dynamo traces of :meth:`SOAP.step`."""
+    params, grads, places = [], [], []
+    place = 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                params.append(param)
+                grads.append(param.grad)
+                places.append(place)
+            place += 1
+    scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    optimizer_step_(params, grads, places, optimizer._number, scale, found)
