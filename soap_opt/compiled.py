@@ -31,7 +31,12 @@ def register(optimizer: SOAP) -> int:
     return number
 
 
-@torch.library.custom_op("soap_opt::optimizer_step_", mutates_args=("params",))
+# cudagraph_unsafe: Inductor's own CUDA graphs (mode="reduce-overhead") go around the step, whose memory they do not know.
+@torch.library.custom_op(
+    "soap_opt::optimizer_step_",
+    mutates_args=("params",),
+    tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides),
+)
 def optimizer_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

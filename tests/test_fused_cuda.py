@@ -9,7 +9,7 @@ import torch
 from comparison import SoapRun, random_gradients, random_params, run_lockstep
 
 import soap_opt
-from soap_opt import _ext
+from soap_opt import _ext, functional
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or _ext.unavailable("cuda") is not None, reason="no GPU for Triton")
 
@@ -48,24 +48,31 @@ def test_lockstep_with_the_specification(dtype, normalize_grads):
 
 
 @gpu
-def test_the_chooser_takes_it():
-    assert soap_opt._ext.active("cuda") == "fused"
-    run = SoapRun(random_params([(6, 5)], device="cuda"))
-    for grads in random_gradients([(6, 5)], 2, device="cuda"):
-        run.step(grads)
-    assert run.state_of(0)["step"].device.type == "cuda" and float(run.state_of(0)["step"]) == 1
+def test_it_is_taken_where_it_is_asked_for(monkeypatch):
+    """And by default where the report says so."""
+    calls = []
+    original = functional.fused_cuda_soap
+    monkeypatch.setattr(functional, "fused_cuda_soap", lambda *a, **k: calls.append(1) or original(*a, **k))
+    for options, expected in (({"fused": True}, True), ({}, _ext.active("cuda") == "fused")):
+        calls.clear()
+        run = SoapRun(random_params([(6, 5)], device="cuda"), **options)
+        for grads in random_gradients([(6, 5)], 2, device="cuda"):
+            run.step(grads)
+        assert bool(calls) == expected
+        assert run.state_of(0)["step"].device.type == ("cuda" if expected else "cpu") and float(run.state_of(0)["step"]) == 1
 
 
 @gpu
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_a_steady_step_does_not_wait_for_the_device(max_grad_norm):
-    run = SoapRun(random_params(MIX, device="cuda"), max_grad_norm=max_grad_norm, lr=torch.tensor(0.01, device="cuda"))
-    gradients = random_gradients(MIX, 14, device="cuda")
-    for grads in gradients[:3]:
+    lr = torch.tensor(0.01, device="cuda")
+    run = SoapRun(random_params(MIX, device="cuda"), fused=True, max_grad_norm=max_grad_norm, lr=lr)
+    gradients = random_gradients(MIX, 34, device="cuda")
+    for grads in gradients[:13]:  # init, compilation, and the tables of one period's refreshes
         run.step(grads)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for grads in gradients[3:]:  # refreshes among them: staggered, every tenth step of each unit
+        for grads in gradients[13:]:
             run.step(grads)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -165,7 +172,37 @@ def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh):
         step(*recorded, x, y)
     for number in range(3, steps):
         x.copy_(data[number]), y.copy_(target[number])
-        graph.replay()
+        if number % 17 == 16:  # an ordinary step between two replays; the graph's gradients stay its own
+            kept = [p.grad for p in recorded[0].parameters()]
+            step(*recorded, x, y)
+            for param, grad in zip(recorded[0].parameters(), kept):
+                param.grad = grad
+        else:
+            graph.replay()
     for first, second in zip(plain[0].parameters(), recorded[0].parameters()):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
     assert all(int(state["step"]) == steps - 1 for state in recorded[1].state.values())
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step(mode):
+    """One graph; with reduce-overhead Inductor records it into a CUDA graph of its own."""
+    options = {**OPTIONS, "fused": True, "capturable": True}
+    shapes = MIX[:40]
+    plain, fast = (SoapRun(random_params(shapes, device="cuda"), **options) for _ in range(2))
+    torch._dynamo.reset()
+    step = torch.compile(fast.optimizer.step, fullgraph=True, mode=mode)
+    grads = random_gradients(shapes, 12, device="cuda")
+    for run in (plain, fast):
+        for param, grad in zip(run.params, grads[0]):
+            param.grad = grad.clone()
+    for row in grads:
+        for run in (plain, fast):
+            for param, grad in zip(run.params, row):
+                param.grad.copy_(grad)
+        plain.optimizer.step()
+        step()
+    for first, second in zip(plain.params, fast.params):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
