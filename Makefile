@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TESTS  ?=
+# As many tests at a time as there are cores (TESTS='-n 0 ...' for one); most of them take one thread and about 1 GB
+PYTEST := $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test bench quick lint clean
 .DELETE_ON_ERROR:
@@ -15,10 +17,10 @@ demo: $(VENV)/.installed-examples
 	$(VENV)/bin/python examples/train_lic.py
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q $(TESTS)
+	$(PYTEST) $(TESTS)
 
 quick: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m pytest bench --benchmark-columns=median,min,rounds -s

@@ -47,7 +47,8 @@ def problem(sizes: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def ours(grams, bases):
     orders = [torch.empty(len(g), dtype=torch.int64, device="cuda") for g in grams]
     rotations = [torch.empty_like(g) for g in grams]
-    return lambda: torch.ops.soap_opt.refresh_basis_(grams, bases, orders, rotations)
+    outcomes = torch.empty(len(grams), dtype=torch.int32, device="cuda")
+    return lambda: torch.ops.soap_opt.refresh_basis_(grams, bases, orders, rotations, outcomes)
 
 
 def one_by_one(grams, bases):

@@ -35,17 +35,19 @@ TORCH_LIBRARY(soap_opt, m) {
   m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
-  // e).Q. Writes the bases, the permutations and the rotations Q^T Q', and returns what became of each matrix, [n] int32:
-  // 0 kept, 1 refreshed, 2 not finite.
+  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and what became of each matrix: 0 kept, 1 refreshed, 2 not
+  // finite.
   // tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and its permutation and rotation
   // are the identities; so does one that is not due, or whose G or Q is not finite. On CUDA all of it is decided on the device:
-  // the host waits for nothing. (Results as arguments: functionalisation knows no operator that writes and returns lists.)
+  // the host waits for nothing.
   //   grams[], bases[], rotations[]  [d, d] contiguous
   //   orders[]                       [d] int64 contiguous
+  //   outcomes                       [n] int32; where it is 0 on entry, order and rotation are identities already, and a matrix
+  //                                  that is not due costs next to nothing. -1 otherwise
   //   due                            [n] bool on the matrices' device; all are due without it
   m.def(
       "refresh_basis_(Tensor[] grams, Tensor(a!)[] bases, Tensor(b!)[] orders, Tensor(c!)[] rotations, "
-      "float tolerance=-1.0, Tensor? due=None) -> Tensor");
+      "Tensor(d!) outcomes, float tolerance=-1.0, Tensor? due=None) -> ()");
 
   // Q = flip(eigh(G + 1e-30 I)) of every G [d, d], largest eigenvalue first; in float64 where float32 does not converge, and
   // an empty tensor where that does not either.

@@ -7,7 +7,7 @@
 namespace soap_opt {
 
 inline void check_refresh(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
-                          const std::optional<at::Tensor>& due) {
+                          const at::Tensor& outcomes, const std::optional<at::Tensor>& due) {
   const int64_t n = grams.size();
   TORCH_CHECK(int64_t(bases.size()) == n && int64_t(orders.size()) == n && int64_t(rotations.size()) == n, "refresh_basis_: ", n,
               " grams, but ", bases.size(), " bases, ", orders.size(), " orders and ", rotations.size(), " rotations");
@@ -32,6 +32,9 @@ inline void check_refresh(at::TensorList grams, at::TensorList bases, at::Tensor
                 "refresh_basis_: order ", i, " is ", orders[i].sizes(), " ", orders[i].scalar_type(), " on ",
                 orders[i].device(), "; wanted: [", gram.size(0), "] int64 on ", grams[0].device());
   }
+  TORCH_CHECK(outcomes.scalar_type() == at::kInt && outcomes.numel() == n && outcomes.is_contiguous() &&
+                  (n == 0 || outcomes.device() == grams[0].device()),
+              "refresh_basis_: outcomes must be [", n, "] int32 on the matrices' device");
   TORCH_CHECK(!due || (due->scalar_type() == at::kBool && due->numel() == n && due->is_contiguous() &&
                        (n == 0 || due->device() == grams[0].device())),
               "refresh_basis_: due must be [", n, "] bool on the matrices' device");

@@ -49,8 +49,8 @@ def _register_fakes() -> None:
         return torch.empty(len(grads), dtype=torch.float64, device="cpu")
 
     @torch.library.register_fake("soap_opt::refresh_basis_")
-    def _(grams, bases, orders, rotations, tolerance=-1.0, due=None):
-        return torch.empty(len(grams), dtype=torch.int32, device=grams[0].device)
+    def _(grams, bases, orders, rotations, outcomes, tolerance=-1.0, due=None):
+        return None
 
     @torch.library.register_fake("soap_opt::init_basis")
     def _(grams):

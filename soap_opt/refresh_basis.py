@@ -29,7 +29,7 @@ def refresh_bases_(
     bases: Sequence[Tensor],
     tolerance: float = -1.0,
     due: Tensor | None = None,
-    out: tuple[list[Tensor], list[Tensor]] | None = None,
+    out: tuple[list[Tensor], list[Tensor], Tensor] | None = None,
 ) -> tuple[list[Refresh], Tensor]:
     """:func:`soap_opt.eigenbasis.refresh_basis` for a ragged set of matrices on one device, in one call.
 
@@ -38,7 +38,9 @@ def refresh_bases_(
         bases: [d, d] each, contiguous: Q, becomes Q'.
         tolerance: what is off(Q^T G Q) <= tolerance ||Q^T G Q||_F is left alone; negative: nothing is.
         due: [n] bool on the matrices' device; None for all.
-        out: what is written: orders [d] int64 and rotations [d, d], one for each matrix; None makes them.
+        out: what is written: orders [d] int64 and rotations [d, d], one for each matrix, and outcomes [n] int32; None makes
+            them. Where an outcome is 0 (kept) on entry the matrix's order and rotation are taken to be identities already; -1
+            says nothing.
 
     Returns:
         For each matrix its Refresh (identities where nothing changed; ``basis`` is the tensor in ``bases``), and the outcomes
@@ -47,7 +49,8 @@ def refresh_bases_(
     if not grams:
         return [], torch.empty(0, dtype=torch.int32)
     if out is None:
-        out = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams], [torch.empty_like(gram) for gram in grams]
-    orders, rotations = out
-    outcomes = _operator()(list(grams), list(bases), orders, rotations, tolerance, due)
+        orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
+        out = orders, [torch.empty_like(gram) for gram in grams], grams[0].new_full((len(grams),), -1, dtype=torch.int32)
+    orders, rotations, outcomes = out
+    _operator()(list(grams), list(bases), orders, rotations, outcomes, tolerance, due)
     return [Refresh(*parts) for parts in zip(orders, bases, rotations)], outcomes

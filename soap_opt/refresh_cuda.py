@@ -153,7 +153,7 @@ class GroupedRefresh:
             if i in of:
                 of[i].append(k)
         self.first_unit = [self.places[i, of[i][0]] for i in grouped]
-        self.outcomes = torch.zeros(len(due), dtype=torch.int32, device=device)
+        self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
         self.of_graph = False
         self.tables = None
@@ -199,15 +199,16 @@ class GroupedRefresh:
         rotations = self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
         if self.tables is not None:  # before any basis is written: it allocates
             self.send(exp_avgs, exp_avg_sqs, orders, rotations)
-        refreshed, outcomes = refresh_basis.refresh_bases_(
+        if not self.of_graph:  # whose orders and rotations stay as they are between two replays; these are shared
+            self.outcomes.fill_(-1)
+        refreshed, _ = refresh_basis.refresh_bases_(
             [grams[i][k] for i, k in self.due],
             [bases[i][k] for i, k in self.due],
             tolerance,
             wanted,
-            out=(orders, rotations),
+            out=(orders, rotations, self.outcomes),
         )
         if self.tables is not None:
-            self.outcomes.copy_(outcomes)
             from .kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
             for each in self.tables.launches:

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")))
 @pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_under_tritons_interpreter(marker):
+def test_under_tritons_interpreter(marker, file):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, "tests/kernels"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, f"tests/kernels/{file}"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

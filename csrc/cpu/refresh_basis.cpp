@@ -174,16 +174,16 @@ void for_each_batch(at::TensorList matrices, int64_t together, const Function& f
   });
 }
 
-at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
-                          double tolerance, const std::optional<at::Tensor>& due) {
-  check_refresh(grams, bases, orders, rotations, due);
+void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
+                    const at::Tensor& outcomes, double tolerance, const std::optional<at::Tensor>& due) {
+  check_refresh(grams, bases, orders, rotations, outcomes, due);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset); // P in bfloat16 ruins the basis
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
-  at::Tensor outcomes = at::zeros({int64_t(grams.size())}, at::kInt);
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>(); // 0 kept, 1 refreshed, 2 not finite
   for_each_batch(grams, 0, [&](const std::vector<int64_t>& batch) {
     const int64_t i = batch[0]; // each alone
     const int64_t d = grams[i].size(0);
+    if (when != nullptr && !when[i] && outcome[i] == 0) return; // the identities stand
     AT_DISPATCH_FLOATING_TYPES(grams[i].scalar_type(), "soap_opt::refresh_basis_", [&] {
       Refresh<scalar_t> refreshed;
       if (when == nullptr || when[i])
@@ -200,7 +200,6 @@ at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::Tensor
       }
     });
   });
-  return outcomes;
 }
 
 // [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up.

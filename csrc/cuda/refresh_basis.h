@@ -18,7 +18,7 @@ struct Matrix {
 
 // What became of a matrix; the values of refresh_basis_'s third result.
 enum Outcome : int32_t {
-  kKept = 0,      // not due, or diagonal enough
+  kKept = 0,      // not due, or diagonal enough: order and rotation are identities
   kRefreshed = 1, //
   kNotFinite = 2, // G or Q holds a NaN or an infinity, or their product does: nothing was written to Q
 };
@@ -37,8 +37,9 @@ int64_t block_shared_memory(int64_t size);
 
 // The refresh of `count` matrices of sizes up to kWarpLimit, in one launch for each kTableRows of them. `matrices` is in the
 // host's memory and travels as a kernel argument: no copy to the device, nothing that has to outlive the call, and a CUDA
-// graph keeps it with the launch. On the device: due [n] bool, null for all; outcomes [n] int32 out. A negative tolerance
-// refreshes every matrix that is due.
+// graph keeps it with the launch. On the device: due [n] bool, null for all; outcomes [n] int32 in and out:
+// a matrix that is not due and whose outcome is kKept already is passed over. A negative tolerance refreshes every matrix that is
+// due.
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream);
 
 // The same for matrices of sizes with block_shared_memory(d) <= shared_memory_limit(), all of which get the shared memory of

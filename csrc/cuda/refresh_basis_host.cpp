@@ -119,10 +119,11 @@ struct Batch {
   }
 };
 
-at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
-                          double tolerance, const std::optional<at::Tensor>& due) {
-  check_refresh(grams, bases, orders, rotations, due);
+void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
+                    const at::Tensor& outcomes, double tolerance, const std::optional<at::Tensor>& due) {
+  check_refresh(grams, bases, orders, rotations, outcomes, due);
   const int64_t n = grams.size();
+  if (n == 0) return;
   const c10::Device device = grams[0].device();
   const c10::DeviceGuard guard(device);
   // Reduced precision in P or in the updates ruins the basis: no TF32, no autocast
@@ -132,7 +133,6 @@ at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::Tensor
   const Stream stream = current_stream(device);
   const int64_t limit = shared_memory_limit();
 
-  const at::Tensor outcomes = at::empty({n}, grams[0].options().dtype(at::kInt));
   std::vector<Matrix> in_warps, in_blocks;
   std::map<std::pair<at::ScalarType, int64_t>, std::vector<int64_t>> batches;
   for (int64_t i = 0; i < n; ++i) {
@@ -166,7 +166,6 @@ at::Tensor refresh_basis_(at::TensorList grams, at::TensorList bases, at::Tensor
     begin = end;
   }
   if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
-  return outcomes;
 }
 
 // Q = flip(eigh(G + 1e-30 I)) of matrices [B, d, d]; undefined where eigh does not converge, or not to finite numbers.

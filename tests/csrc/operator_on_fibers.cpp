@@ -30,7 +30,7 @@ void configure(int64_t seed, int64_t shared_limit) {
 TORCH_LIBRARY(soap_opt_fibers, m) {
   m.def(
       "refresh_basis_(Tensor[] grams, Tensor(a!)[] bases, Tensor(b!)[] orders, Tensor(c!)[] rotations, "
-      "float tolerance=-1.0, Tensor? due=None) -> Tensor");
+      "Tensor(d!) outcomes, float tolerance=-1.0, Tensor? due=None) -> ()");
   m.def("init_basis(Tensor[] grams) -> Tensor[]", &soap_opt::cuda::init_basis);
   m.def("configure(int seed, int shared_limit) -> ()", &configure);
   m.def("launches() -> int", &launches);

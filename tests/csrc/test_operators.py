@@ -120,7 +120,9 @@ def test_opcheck_refresh_basis(tolerance):
     arguments = step_arguments()
     orders = [torch.empty(len(gram), dtype=torch.int64) for gram in arguments["grams"]]
     rotations = [torch.empty_like(gram) for gram in arguments["grams"]]
-    torch.library.opcheck(OPS.refresh_basis_.default, (arguments["grams"], arguments["bases"], orders, rotations, tolerance))
+    outcomes = torch.full((len(orders),), -1, dtype=torch.int32)
+    results = (orders, rotations, outcomes)
+    torch.library.opcheck(OPS.refresh_basis_.default, (arguments["grams"], arguments["bases"], *results, tolerance))
 
 
 def test_opcheck_init_basis():

@@ -21,10 +21,11 @@ SMALL_DEVICE = (
 
 
 def results_for(bases):
-    """Orders and rotations to be written, full of what must not stay."""
+    """Orders, rotations and outcomes to be written, full of what must not stay."""
     return (
         [torch.full((len(basis),), -1, dtype=torch.int64, device=basis.device) for basis in bases],
         [torch.full_like(basis, torch.nan) for basis in bases],
+        torch.full((len(bases),), -1, dtype=torch.int32, device=bases[0].device),
     )
 
 
@@ -38,8 +39,8 @@ class Implementation:
         """Results on the CPU; the bases are written in place."""
         moved = [basis.to(self.device) for basis in bases]
         due = None if due is None else torch.tensor(due, device=self.device)
-        orders, rotations = results_for(moved)
-        outcomes = self.operators.refresh_basis_([g.to(self.device) for g in grams], moved, orders, rotations, tolerance, due)
+        results = orders, rotations, outcomes = results_for(moved)
+        self.operators.refresh_basis_([g.to(self.device) for g in grams], moved, *results, tolerance, due)
         for basis, new in zip(bases, moved):
             basis.copy_(new)
         return [order.cpu() for order in orders], [rotation.cpu() for rotation in rotations], outcomes.tolist()
@@ -142,6 +143,33 @@ def test_due_adaptive_and_not_finite(implementation):
             assert torch.equal(rotation, torch.eye(d)) != changed
 
 
+def test_what_is_not_due_is_written_once(implementation):
+    """With the outcome of the call before, as in a CUDA graph's replays: identities after a refresh, then nothing."""
+    sizes = (5, 32, 40, 70)
+    grams, bases = ([x.to(implementation.device) for x in xs] for xs in problems(sizes))
+    orders, rotations, outcomes = results_for(bases)
+
+    def call(due):
+        due = torch.full((len(sizes),), due, device=implementation.device)
+        implementation.operators.refresh_basis_(grams, bases, orders, rotations, outcomes, -1.0, due)
+
+    call(True)
+    assert outcomes.tolist() == [REFRESHED] * len(sizes)
+    call(False)
+    assert outcomes.tolist() == [KEPT] * len(sizes)
+    for d, order, rotation in zip(sizes, orders, rotations):
+        assert torch.equal(order.cpu(), torch.arange(d)) and torch.equal(rotation.cpu(), torch.eye(d))
+    untouched = [i for i, d in enumerate(sizes) if implementation.name != "fibers_of_a_small_device" or d < 56]
+    for i in untouched:  # (what is larger than the shared memory is written again)
+        rotations[i].fill_(7.0)
+    call(False)
+    for i in untouched:
+        assert (rotations[i] == 7.0).all()
+        rotations[i].copy_(torch.eye(sizes[i]))
+    call(True)
+    assert outcomes.tolist() == [REFRESHED] * len(sizes)
+
+
 def test_float64(implementation):
     grams, bases = ([x.double() for x in xs] for xs in problems((5, 40, 70)))
     bases = [torch.linalg.qr(basis).Q.contiguous() for basis in bases]
@@ -164,6 +192,13 @@ def test_bad_arguments(implementation):
         implementation.refresh([torch.ones(3, 4)], [basis])
     with pytest.raises(RuntimeError, match=r"due must be \[1\] bool"):
         implementation.refresh([gram], [basis], due=[1])
+    tensors = [x.to(implementation.device) for x in (gram, basis)]
+    for outcomes in (torch.zeros(2, dtype=torch.int32), torch.zeros(1)):
+        orders, rotations, _ = results_for(tensors[1:])
+        with pytest.raises(RuntimeError, match=r"outcomes must be \[1\] int32"):
+            implementation.operators.refresh_basis_(
+                tensors[:1], tensors[1:], orders, rotations, outcomes.to(implementation.device)
+            )
 
 
 def test_autocast_has_no_say(implementation):
@@ -240,6 +275,7 @@ def test_opcheck(device):
     due = torch.tensor([True, False], device=device)
     for options in ((), (0.01,), (-1.0, due)):
         # zeros: what is compared must be equal before it is written too
-        results = [torch.zeros_like(x) for x in results_for(bases)[0]], [torch.zeros_like(basis) for basis in bases]
+        orders, _, outcomes = results_for(bases)
+        results = [torch.zeros_like(x) for x in orders], [torch.zeros_like(basis) for basis in bases], outcomes
         torch.library.opcheck(torch.ops.soap_opt.refresh_basis_.default, (grams, bases, *results, *options))
     torch.library.opcheck(torch.ops.soap_opt.init_basis.default, (grams,))
