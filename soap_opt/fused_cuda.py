@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ext, refresh_basis
+from .host_side import ParameterList, followed, parameter_list
 from .launch import (
     ACCELERATOR,
     HIGH_PRECISION,
     MAX_NUMEL,
+    PER_PARAMETER,
     PRECISION,
     SCALARS,
     USABLE,
@@ -27,7 +29,6 @@ from .launch import (
 )
 from .overlap import Overlap
 from .plan import Layout
-from .refresh import is_due
 from .refresh_cuda import (
     Buffers,
     DeviceTable,
@@ -112,8 +113,6 @@ class Plan:
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> {what the plan depends on: Plan}
-_captured: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> the plans of CUDA graphs, as long as the state lives
-_skipped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> [1] int32, how many gradients were not usable
 
 
 def is_recording(device: torch.device) -> bool:
@@ -129,11 +128,11 @@ def scale_or_nan(grad_scale: Tensor | None, found_inf: Tensor) -> Tensor:
 
 def skipped_on_device(exp_avg: Tensor | None) -> int:
     """How many of a parameter's gradients were not usable here (its ``exp_avg`` stands for it). Reads the device."""
-    counter = None if exp_avg is None else _skipped.get(exp_avg)
-    return 0 if counter is None else int(counter)
+    return 0 if exp_avg is None else int(followed(exp_avg).skipped)
 
 
-def _pieces(layouts: list[Layout], limit: int) -> list[list[int]]:
+@lru_cache(maxsize=64)
+def _pieces(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
     """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
     more; one that is too large for int32 offsets alone."""
     pieces: list[list[int]] = [[]]
@@ -149,14 +148,7 @@ def _pieces(layouts: list[Layout], limit: int) -> list[list[int]]:
 
 def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
     """Bytes of the two scratch buffers (partial sums of split Grams and Kronecker products come on top, a few percent)."""
-    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(layouts, limit)), default=0)
-
-
-def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
-    """The tensor itself when its memory is the layout's [D_1, ..., D_k], else an arranged copy."""
-    if tensor.permute(layout.memory_order).is_contiguous():
-        return tensor
-    return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)
+    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(tuple(layouts), limit)), default=0)
 
 
 def fused_cuda_soap(
@@ -199,7 +191,7 @@ def fused_cuda_soap(
     """
     from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
 
-    pieces = _pieces(layouts, scratch_limit)
+    pieces = _pieces(tuple(layouts), scratch_limit)
     if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
         if max_grad_norm is not None:
             grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
@@ -223,35 +215,28 @@ def fused_cuda_soap(
         return unusable
 
     device = params[0].device
+    known = parameter_list(exp_avgs, layouts)
     # Memory that does not lie in the layout's order (merged channels_last views, slices) is stepped on in a copy.
-    arranged = [
-        [_in_memory_order(tensor, layout) for tensor in tensors]
-        for *tensors, layout in zip(params, grads, exp_avgs, exp_avg_sqs, layouts)
-    ]
+    originals = (params, exp_avgs, exp_avg_sqs)
+    arranged = [known.arranged(tensors) for tensors in originals]
+    columns = (known.arranged(grads), *arranged)
     steps = [step if step.device == device else step.to(device) for step in state_steps]
-    skipped = []
-    for exp_avg in exp_avgs:
-        if exp_avg not in _skipped:
-            _skipped[exp_avg] = torch.zeros(1, dtype=torch.int32, device=device)
-        skipped.append(_skipped[exp_avg])
 
-    own = [
-        [*(tensor.data_ptr() for tensor in (grad, param, m, v, step, skip))]
-        for (param, grad, m, v), step, skip in zip(arranged, steps, skipped)
-    ]
-    matrices = [matrix.data_ptr() for matrix in (*bases, *grams)]
+    own = np.empty((len(params), len(PER_PARAMETER)), dtype=np.int64)
+    for place, tensors in enumerate((*columns, steps)):
+        own[:, place] = [tensor.data_ptr() for tensor in tensors]
+    own[:, -1] = known.skipped
+    matrices = [matrix.data_ptr() for column in (bases, grams) for matrix in column]
     recording = is_recording(device)
     key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize_grads)
-    # grad, param, exp_avg, exp_avg_sq: of those the kernels read vectors
-    aligned = (np.asarray(own, dtype=np.int64)[:, :4] % 16 == 0).all(1)
+    aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors
     if recording:
-        plan = _plan_of_graph(exp_avgs, key, aligned)
+        plan = _plan_of_graph(exp_avgs, known, key, aligned)
     else:
         plan = _plan(exp_avgs[0], key, aligned)
         if capturable and plan.for_graph is None:
-            units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
-            plan.for_graph = Plan(key, aligned, device).reserve(groupable(units, exp_avgs, exp_avg_sqs, layouts))
-    pointers = np.asarray([*(address for row in own for address in row), *matrices, *plan.shared()], dtype=np.int64)
+            plan.for_graph = Plan(key, aligned, device).reserve(groupable(known.units, exp_avgs, exp_avg_sqs, layouts))
+    pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
     plan.problems.send(pointers, plan.tables.fill)
 
     grad_scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
@@ -273,30 +258,24 @@ def fused_cuda_soap(
                 adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
             )  # fmt: skip
 
-    for (param, _, m, v), *originals in zip(arranged, params, exp_avgs, exp_avg_sqs):
-        for copy, original in zip((param, m, v), originals):
-            if copy is not original:
-                original.copy_(copy)
-    for step, state_step in zip(steps, state_steps):
-        if step is not state_step:
-            state_step.copy_(step)
+    for of_original, of_copy in ((state_steps, steps), *zip(originals, arranged)):
+        if of_copy is not of_original:
+            for original, copy in zip(of_original, of_copy):
+                if copy is not original:
+                    original.copy_(copy)
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
-    gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     how = (refresh, refresh_tolerance)
     if recording:
+        gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
         plan.graph_refresh.run(
             exp_avgs, exp_avg_sqs, gram, basis, offsets, steps, layouts, plan.scalars, precondition_frequency, how
         )
         return []
-    before = host_steps(exp_avgs, state_steps, usable)
-    due = [
-        (i, k)
-        for i, t in enumerate(before)
-        for k, offset in enumerate(offsets[i])
-        if is_due(t + 1, int(offset), precondition_frequency, refresh)
-    ]
+    t = [before + 1 for before in known.steps_before(state_steps, usable)]
+    due = known.due(t, refresh_offsets, precondition_frequency, refresh)
     if not due:
         return []
+    gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
     state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, how)
     if refresh_basis.unavailable(device.type) is not None:
         refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind
@@ -359,7 +338,7 @@ def _plan(owner: Tensor, key: PlanKey, aligned: np.ndarray) -> Plan:
     return plan
 
 
-def _plan_of_graph(exp_avgs: list[Tensor], key: PlanKey, aligned: np.ndarray) -> Plan:
+def _plan_of_graph(exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: np.ndarray) -> Plan:
     """The plan that an earlier step made ready, which is the graph's from now on."""
     made = _plans.get(exp_avgs[0], {}).get(key)
     plan = None if made is None else made.for_graph
@@ -370,51 +349,6 @@ def _plan_of_graph(exp_avgs: list[Tensor], key: PlanKey, aligned: np.ndarray) ->
         )
     made.for_graph = None
     plan.begin_capture()
-    for exp_avg in exp_avgs:
-        _captured.setdefault(exp_avg, []).append(plan)
+    for each in known.followed:
+        each.plans_of_graphs.append(plan)
     return plan
-
-
-class _HostStep:
-    """t of a parameter as the host knows it: what it was, and where to look whether the last gradient counted."""
-
-    def __init__(self, identity: tuple[int, int], t: int) -> None:
-        self.identity, self.t = identity, t
-        self.last: tuple[torch.cuda.Event | None, Tensor, int] | None = None
-
-    def before_this_step(self) -> int:
-        if self.last is not None:
-            event, usable, place = self.last
-            if event is not None:
-                event.synchronize()  # of the step before: long done when the next gradient is there
-            self.t += int(usable[place])
-            self.last = None
-        return self.t
-
-
-_host_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> _HostStep
-
-
-def host_steps(exp_avgs: list[Tensor], state_steps: list[Tensor], usable: Tensor) -> list[int]:
-    """t of every parameter before the step that was just launched, without waiting for it.
-
-    Which refresh is due follows from t, and whether t moved is decided on the device. The host reads t once and then follows:
-    every step's flags come back in pinned memory while the next forward pass runs. A step tensor that somebody else wrote to
-    (it has another version, or is another tensor) is read again, less the step that was just launched.
-    """
-    event, flags = None, torch.empty(usable.shape, dtype=usable.dtype, pin_memory=usable.device.type == "cuda")
-    flags.copy_(usable, non_blocking=True)
-    if usable.device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(usable.device))
-    result = []
-    for place, (exp_avg, step) in enumerate(zip(exp_avgs, state_steps)):
-        identity = (step.data_ptr(), step._version)
-        known = _host_steps.get(exp_avg)
-        if known is None or known.identity != identity or exp_avg in _captured:  # (replays move t without a new version)
-            if event is not None:
-                event.synchronize()
-            known = _host_steps[exp_avg] = _HostStep(identity, int(step) - int(flags[place]))
-        result.append(known.before_this_step())
-        known.last = (event, flags, place)
-    return result

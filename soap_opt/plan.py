@@ -71,6 +71,15 @@ class Layout:
         return _inverse(self.memory_order)
 
     @cached_property
+    def memory_strides(self) -> tuple[int, ...]:
+        """Strides of a tensor of this shape that lies in memory order, without gaps."""
+        strides, behind = [0] * len(self.shape), 1
+        for dim in reversed(self.memory_order):
+            strides[dim] = behind
+            behind *= max(1, self.shape[dim])
+        return tuple(strides)
+
+    @cached_property
     def _view_inverse(self) -> tuple[int, ...]:
         return _inverse(self.view_order)
 

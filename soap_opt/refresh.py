@@ -10,6 +10,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 POLICIES = ("together", "staggered", "adaptive")
 
 
@@ -18,6 +20,12 @@ def is_due(step: int, offset: int, frequency: int, policy: str) -> bool:
     if policy == "together":
         offset = 0
     return step > 0 and (step + offset) % frequency == 0
+
+
+def due_units(steps: np.ndarray, offsets: np.ndarray, frequency: int, policy: str) -> np.ndarray:
+    """:func:`is_due` for many units: [n] bool of [n] int64."""
+    moved = steps if policy == "together" else steps + offsets
+    return (steps > 0) & (moved % frequency == 0)
 
 
 def unit_flops(numel: int, size: int) -> float:

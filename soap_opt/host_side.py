@@ -1,0 +1,165 @@
+"""What the host keeps of parameters between fused steps on CUDA, so that a step of fifty tensors costs it microseconds.
+
+On a GPU a fused step is a handful of launches and the original's more than a thousand; Python that looks at every tensor
+several times would take longer than either. Nothing here keeps a state alive: everything hangs on a parameter's ``exp_avg``.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .plan import Layout
+from .refresh import due_units
+
+# Lists kept for one first parameter: lists differ while some parameters have no gradient.
+MAX_LISTS = 8
+
+
+class Followed:
+    """One parameter: its count of unusable gradients on the device, and t as the host knows it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)
+        self.identity: tuple[int, int] | None = None  # of the step tensor when t was read; None: it was not
+        self.t = 0
+        self.last: tuple[Flags, int] | None = None  # where to look whether the last gradient counted
+        self.plans_of_graphs: list[object] = []  # as long as the state lives
+
+    def catch_up(self) -> int:
+        """t, after every step but the one under way."""
+        if self.last is not None:
+            flags, place = self.last
+            self.t += flags.values()[place]
+            self.last = None
+        return self.t
+
+
+class Flags:
+    """``usable`` [P] (1 or 0 for each parameter) of one step, on its way to the host."""
+
+    def __init__(self, usable: Tensor) -> None:
+        on_cuda = usable.device.type == "cuda"
+        self._flags = torch.empty(usable.shape, dtype=usable.dtype, pin_memory=on_cuda)
+        self._flags.copy_(usable, non_blocking=True)
+        self._event = None
+        if on_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(usable.device))
+        self._values: list[int] | None = None
+
+    def values(self) -> list[int]:
+        """Waits for the step that made them; the step after it is the first to ask."""
+        if self._values is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._values = [int(flag) for flag in self._flags.tolist()]
+        return self._values
+
+
+_followed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> Followed
+
+
+def followed(exp_avg: Tensor) -> Followed:
+    known = _followed.get(exp_avg)
+    if known is None:
+        known = _followed[exp_avg] = Followed(exp_avg.device)
+    return known
+
+
+class ParameterList:
+    """A list of parameters that are stepped together, told by their ``exp_avg``s and layouts.
+
+    Attributes:
+        layouts: of each parameter.
+        followed: of each parameter.
+        skipped: [P] pointers to the counts of unusable gradients.
+        units: (parameter, place in its layout.modes) of every mode.
+    """
+
+    def __init__(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
+        self._references = [weakref.ref(exp_avg) for exp_avg in exp_avgs]
+        self.layouts = list(layouts)
+        self.followed = [followed(exp_avg) for exp_avg in exp_avgs]
+        self.skipped = np.asarray([each.skipped.data_ptr() for each in self.followed], dtype=np.int64)
+        self._strides = [layout.memory_strides for layout in layouts]
+        self.units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
+        self._owners = np.asarray([i for i, _ in self.units], dtype=np.int64)
+        self._offset_tensors: list[Tensor] = []  # and their versions, when they were read
+        self._versions: list[int] | None = None
+        self._offsets = np.empty(0, dtype=np.int64)
+
+    def holds(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> bool:
+        if len(exp_avgs) != len(self.layouts):
+            return False
+        alive = [reference() for reference in self._references]
+        return all(map(operator.is_, alive, exp_avgs)) and all(map(operator.is_, self.layouts, layouts))
+
+    def arranged(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The list itself where every tensor lies in memory as its layout's [D_1, ..., D_k], else one with arranged copies."""
+        if [tensor.stride() for tensor in tensors] == self._strides:
+            return tensors
+        return [_in_memory_order(tensor, layout) for tensor, layout in zip(tensors, self.layouts)]
+
+    def due(self, t: list[int], refresh_offsets: list[Tensor], frequency: int, policy: str) -> list[tuple[int, int]]:
+        """Units that are due at t (of each parameter). refresh_offsets: of every unit, 0-d int64 on the CPU."""
+        versions = [offset._version for offset in refresh_offsets]
+        if versions != self._versions or not all(map(operator.is_, refresh_offsets, self._offset_tensors)):
+            self._offset_tensors, self._versions = list(refresh_offsets), versions
+            self._offsets = np.asarray([int(offset) for offset in refresh_offsets], dtype=np.int64)
+        if not self.units:
+            return []
+        due = due_units(np.asarray(t, dtype=np.int64)[self._owners], self._offsets, frequency, policy)
+        return [self.units[unit] for unit in np.flatnonzero(due)]
+
+    def steps_before(self, state_steps: list[Tensor], usable: Tensor) -> list[int]:
+        """t of every parameter before the step that was just launched, without waiting for that step.
+
+        Which refresh is due follows from t, and whether t moved is decided on the device. The host reads t once and then
+        follows: every step's flags come back in pinned memory while the next forward pass runs, and are looked at by the next
+        step, which so may not run ahead of the device by more than one step. A step tensor that somebody else wrote to (it
+        has another version, or is another tensor), or that a CUDA graph's replays may have moved, is read again, less the step
+        that was just launched.
+        """
+        flags = Flags(usable)
+        result = []
+        for place, (known, step) in enumerate(zip(self.followed, state_steps)):
+            identity = (step.data_ptr(), step._version)
+            if known.identity != identity or known.plans_of_graphs:
+                known.identity, known.last = identity, None
+                now = flags.values()[place]  # waits
+                known.t = int(step) - now
+            result.append(known.catch_up())
+            known.last = (flags, place)
+        return result
+
+
+def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
+    if tensor.permute(layout.memory_order).is_contiguous():  # (sizes of 1 have any stride)
+        return tensor
+    return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)
+
+
+_lists: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> lists, the latest first
+
+
+def parameter_list(exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
+    """The kept one, or a new one."""
+    lists = _lists.get(exp_avgs[0])
+    if lists is None:
+        lists = _lists[exp_avgs[0]] = []
+    for place, known in enumerate(lists):
+        if known.holds(exp_avgs, layouts):
+            if place > 0:
+                lists.insert(0, lists.pop(place))
+            return known
+    known = ParameterList(exp_avgs, layouts)
+    lists.insert(0, known)
+    del lists[MAX_LISTS:]
+    return known
