@@ -108,7 +108,7 @@ class Plan:
 
     def begin_capture(self) -> None:
         """Scratch from the graph's own pool: replays run on any stream, beside anything."""
-        self.of_graph = self.graph_refresh.refresh.of_graph = True
+        self.of_graph = True
         self.scratch = self.graph_refresh.refresh.scratch = Scratch(self.one.device)
 
 

@@ -156,12 +156,26 @@ class GroupedRefresh:
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
         self.of_graph = False
+        self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables = None
         if grouped:
             self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
             self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
             self.problems = DeviceTable(self.tables.problems.shape, device)
             self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+
+    def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Orders [d] int64 and rotations [d, d] of the due units."""
+        if self._matrices is not None:
+            return self._matrices
+        orders = self.buffers.take(torch.int64, [(d,) for d in self.sizes])
+        return orders, self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
+
+    def keep_for_graph(self) -> None:
+        """Memory that keeps what a replay leaves in it until the next one: outside of a graph's pool, which promises that to
+        nothing that was allocated inside the capture."""
+        self._matrices = self.matrices()
+        self.of_graph = True
 
     def send(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], orders: list[Tensor], rotations: list[Tensor]) -> None:
         """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
@@ -195,8 +209,7 @@ class GroupedRefresh:
         tolerance: float,
     ) -> None:
         """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
-        orders = self.buffers.take(torch.int64, [(d,) for d in self.sizes])
-        rotations = self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
+        orders, rotations = self.matrices()
         if self.tables is not None:  # before any basis is written: it allocates
             self.send(exp_avgs, exp_avg_sqs, orders, rotations)
         if not self.of_graph:  # whose orders and rotations stay as they are between two replays; these are shared
@@ -232,6 +245,7 @@ class GraphRefresh:
     def __init__(self, layouts: list[Layout], grouped: list[int], aligned: np.ndarray, buffers: Buffers) -> None:
         units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
         self.refresh = GroupedRefresh(units, layouts, grouped, aligned, buffers)
+        self.refresh.keep_for_graph()
         if self.refresh.tables is not None:
             self.refresh.problems.reserve()
         self.units = DeviceTable((len(units), 3), buffers.device)

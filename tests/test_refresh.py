@@ -1,7 +1,9 @@
 """WHEN a basis is refreshed: due steps, offsets and their balance, the adaptive criterion, in functions and in whole runs."""
 
+import itertools
 import time
 
+import numpy as np
 import pytest
 import torch
 from comparison import SoapRun, every_implementation, random_gradients, random_params
@@ -11,7 +13,7 @@ from oracle import Oracle
 from torch import nn
 
 from soap_opt import SOAP
-from soap_opt.refresh import POLICIES, balanced_offsets, is_due, unit_flops
+from soap_opt.refresh import POLICIES, balanced_offsets, due_units, is_due, unit_flops
 
 
 def due_steps(offset, frequency, policy, until=13):
@@ -29,6 +31,14 @@ def test_is_due():
         assert due_steps(3, 4, policy) == [1, 5, 9]
         assert due_steps(9, 4, policy) == [3, 7, 11]  # the frequency became smaller than an offset
         assert due_steps(0, 1, policy) == due_steps(5, 1, policy) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("frequency", [1, 3, 10**9])
+def test_due_units_are_those_that_are_due(policy, frequency):
+    steps, offsets = np.asarray(list(itertools.product(range(8), [0, 1, 2, 5, 10**9 - 3]))).T
+    expected = [is_due(int(t), int(offset), frequency, policy) for t, offset in zip(steps, offsets)]
+    assert due_units(steps, offsets, frequency, policy).tolist() == expected
 
 
 def refresh_steps(run, gradients, start=0):

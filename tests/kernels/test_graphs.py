@@ -27,6 +27,7 @@ class Tape(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.calls, self.launches, self.recording = [], 0, False
+        self.pool = []  # what was allocated while recording
         for module in (fused_cuda, refresh_cuda):
             monkeypatch.setattr(module, "launch", self._launch(module.launch))
         monkeypatch.setattr(fused_cuda, "is_recording", lambda device: self.recording)
@@ -72,7 +73,9 @@ class Tape(TorchDispatchMode):
                 "the host read a tensor that a capture would have on the device"
             )
             outputs = [x for x in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(x, torch.Tensor)]
-            if not str(function).startswith("aten.empty"):
+            if str(function).startswith("aten.empty"):
+                self.pool += outputs
+            else:
                 self.calls.append(lambda: self._again(function, arguments, keywords, outputs))
         return result
 
@@ -84,7 +87,10 @@ class Tape(TorchDispatchMode):
                 old.copy_(new)
 
     def replay(self):
+        """A graph's pool gives memory to whatever the graph needs it for: nothing in it lasts from one replay to the next."""
         with torch.no_grad():
+            for tensor in self.pool:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
             for call in self.calls:
                 call()
 

@@ -224,7 +224,7 @@ SHAPE = st.lists(SIZES, max_size=5).map(tuple).filter(lambda shape: torch.Size(s
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(SHAPE, min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
