@@ -3,7 +3,7 @@
 A missing torch or compiler, or a failed build, never breaks the install: pure PyTorch is used then, and
 ``python -m soap_opt.report`` says why. SOAP_OPT_BUILD=0 leaves the build out, SOAP_OPT_BUILD=1 makes its failure an error.
 soap_opt._C_cuda, the CUDA implementations, is built where a CUDA toolkit is (whether a GPU is there is never asked), for
-TORCH_CUDA_ARCH_LIST; without it the rest is built all the same. SOAP_OPT_BUILD_CUDA=0 and =1 as above.
+TORCH_CUDA_ARCH_LIST; without it the rest is built all the same. SOAP_OPT_BUILD_CUDA=0 and =1 as above; =1 wants all of it.
 """
 
 import os
@@ -17,18 +17,21 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 WANTED = os.environ.get("SOAP_OPT_BUILD", "")
 WANTED_CUDA = os.environ.get("SOAP_OPT_BUILD_CUDA", "")
+FORCED = "1" in (WANTED, WANTED_CUDA)
 CUDA_MODULE = "soap_opt._C_cuda"
 CUDA_ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0")
 
 
 def compiled() -> dict:
     """setup()'s arguments for the extension; none where it cannot be built."""
+    if WANTED == "0" and WANTED_CUDA == "1":
+        raise SystemExit("SOAP_OPT_BUILD=0 and SOAP_OPT_BUILD_CUDA=1 contradict each other: the CUDA part needs the rest")
     if WANTED == "0":
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        if WANTED == "1":
+        if FORCED:
             raise
         print("soap_opt: no torch to build against (pip install --no-build-isolation has it): pure Python", file=sys.stderr)
         return {}
@@ -44,7 +47,7 @@ def compiled() -> dict:
             try:
                 super().run()
             except (Exception, SystemExit) as error:
-                if WANTED == "1":
+                if FORCED:
                     raise
                 package.mkdir(parents=True, exist_ok=True)
                 note.write_text(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}\n")
@@ -106,7 +109,7 @@ def cuda_extension(flags: list[str]) -> list:
         return []
     if CUDA_HOME is None:
         raise RuntimeError("SOAP_OPT_BUILD_CUDA=1, but there is no CUDA toolkit: set CUDA_HOME, or put nvcc on the PATH")
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:  # torch's own default asks which GPU is there
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch's own default asks which GPU is there, also where it is empty
         known = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
         chips = [chip for chip in CUDA_ARCHITECTURES if "sm_" + chip.replace(".", "") in known] or list(CUDA_ARCHITECTURES)
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chips) + "+PTX"

@@ -25,7 +25,10 @@ Stream current_stream(c10::Device device) {
 
 // Matrices of this many elements in all are stacked at a time: 16 of 1024. cuBLAS fills a GPU with less, and the copies that a
 // batch needs (about 8 of it) stay near half a gigabyte, or 8 d^2 floats for one matrix that is larger.
-constexpr int64_t kBatchNumel = int64_t(1) << 24;
+#ifndef SOAP_OPT_BATCH_NUMEL
+#define SOAP_OPT_BATCH_NUMEL (int64_t(1) << 24)
+#endif
+constexpr int64_t kBatchNumel = SOAP_OPT_BATCH_NUMEL;
 
 // The block kernel's launches: the shared memory of a launch is that of its largest matrix, and decides how many share an SM.
 constexpr int64_t kBlockClasses[] = {64, 128, INT32_MAX};
@@ -65,14 +68,17 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
   return q;
 }
 
-// What the kernels do, for matrices of equal size as a batch.
+// What the kernels do, for matrices of equal size as a batch. In two steps, because memory may run out in the first: no basis
+// is written before every batch has all that it needs.
 struct Batch {
   std::vector<int64_t> members;
   at::TensorList grams, bases, orders, rotations;
   const std::optional<at::Tensor>& due; // [n] bool
   double tolerance;
+  std::vector<at::Tensor> kept{}; // of each member: a bool on the device
 
-  void refresh(const at::Tensor& outcomes, Stream stream) const {
+  // Orders and outcomes; Q', or the Q that stays, goes to where the rotations will be.
+  void factor(const at::Tensor& outcomes, Stream stream) {
     const auto stacked = [&](at::TensorList list) {
       std::vector<at::Tensor> chosen;
       for (int64_t i : members) chosen.push_back(list[i]);
@@ -106,15 +112,27 @@ struct Batch {
     const at::Tensor sorted = product.gather(1, order.unsqueeze(-1).expand_as(product)).contiguous();
     const at::Tensor q = sorted.scalar_type() == at::kFloat ? blocked_qr(sorted, outcome, stream).mT()
                                                             : std::get<0>(at::linalg_qr(sorted.mT())); // [B, d, d] Q'
-    const int64_t d = gram.size(1);
-    const at::Tensor mask = chosen.view({-1, 1, 1}), rotation = at::bmm(transposed, q);
-    const at::Tensor identity = at::eye(d, gram.options()), natural = at::arange(d, order.options());
+    const at::Tensor natural = at::arange(gram.size(1), order.options()), stays = chosen.logical_not();
+    const at::Tensor next = at::where(stays.view({-1, 1, 1}), basis, q); // [B, d, d]
     for (size_t b = 0; b < members.size(); ++b) {
       const int64_t i = members[b];
-      orders[i].copy_(at::where(chosen[b], order[b], natural));
-      rotations[i].copy_(at::where(mask[b], rotation[b], identity));
-      bases[i].copy_(at::where(mask[b], q[b], basis[b]));
+      orders[i].copy_(at::where(stays[b], natural, order[b]));
+      rotations[i].copy_(next[b]);
       outcomes[i].copy_(outcome[b]);
+      kept.push_back(stays[b]);
+    }
+  }
+
+  // Bases and rotations. work: at least d^2 elements.
+  void finish(const at::Tensor& work) const {
+    for (size_t b = 0; b < members.size(); ++b) {
+      const at::Tensor &basis = bases[members[b]], &rotation = rotations[members[b]];
+      at::Tensor product = work.narrow(0, 0, basis.numel()).view(basis.sizes()); // [d, d] Q^T Q'
+      at::mm_out(product, basis.mT(), rotation);
+      product.masked_fill_(kept[b], 0);
+      product.diagonal().masked_fill_(kept[b], 1);
+      basis.copy_(rotation);
+      rotation.copy_(product);
     }
   }
 };
@@ -148,14 +166,19 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
   // The largest first: they take longest
-  for (auto batch = batches.rbegin(); batch != batches.rend(); ++batch) {
-    const auto& [kind, members] = *batch;
+  std::vector<Batch> large;
+  std::map<at::ScalarType, at::Tensor> work;
+  for (auto alike = batches.rbegin(); alike != batches.rend(); ++alike) {
+    const auto& [kind, members] = *alike;
     const int64_t count = std::max<int64_t>(1, kBatchNumel / (kind.second * kind.second));
     for (size_t first = 0; first < members.size(); first += count) {
       const auto begin = members.begin() + first, end = members.begin() + std::min<size_t>(first + count, members.size());
-      Batch{{begin, end}, grams, bases, orders, rotations, due, tolerance}.refresh(outcomes, stream);
+      large.push_back({{begin, end}, grams, bases, orders, rotations, due, tolerance});
+      large.back().factor(outcomes, stream);
     }
+    if (!work.count(kind.first)) work[kind.first] = at::empty(kind.second * kind.second, grams[members[0]].options());
   }
+  for (const Batch& batch : large) batch.finish(work[grams[batch.members[0]].scalar_type()]);
   std::stable_sort(in_blocks.begin(), in_blocks.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
   for (auto begin = in_blocks.begin(); begin != in_blocks.end();) {
     const int64_t* bound = std::end(kBlockClasses) - 1;

@@ -121,6 +121,38 @@ def refresh(problems: Sequence[tuple], **options) -> list[Refreshed]:
     return results
 
 
+@functools.cache
+def operators():
+    """torch.ops.soap_opt_fibers: the CUDA operators, their kernels on fibers and ATen's products on the CPU; built once."""
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-O1", "-shared", "-fPIC", f"-isystem{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+    library = build(
+        [HERE / "operator_on_fibers.cpp"],
+        Path(tempfile.mkdtemp(prefix="soap_opt_fibers_")) / "operator_on_fibers.so",
+        [*flags, f"-Wl,-rpath,{torch_folder / 'lib'}"],
+        libraries=["-ltorch_cpu", "-lc10"],
+    )
+    torch.ops.load_library(str(library))
+    return torch.ops.soap_opt_fibers
+
+
+def refresh_by_operator(problems: Sequence[tuple], *, seed: int = 1, limit: int = SHARED_LIMITS["sm_90"]) -> list[Refreshed]:
+    """The whole operator, as a GPU would run it: what outgrows shared memory goes through the host code's blocked QR."""
+    import torch
+
+    grams, bases = ([torch.tensor(x, dtype=torch.float32) for x in column] for column in zip(*problems))
+    orders = [torch.empty(len(gram), dtype=torch.int64) for gram in grams]
+    rotations, outcomes = [torch.empty_like(gram) for gram in grams], torch.full((len(grams),), -1, dtype=torch.int32)
+    operators().configure(seed, limit)
+    operators().refresh_basis_(grams, bases, orders, rotations, outcomes)
+    return [
+        Refreshed(outcome, order.numpy(), basis.numpy(), rotation.numpy())
+        for outcome, order, basis, rotation in zip(outcomes.tolist(), orders, bases, rotations)
+    ]
+
+
 def barrier_lines() -> dict[int, str]:
     """Source lines of the kernels' barriers, 1-based."""
     lines = KERNELS.read_text().splitlines()

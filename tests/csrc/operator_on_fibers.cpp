@@ -8,6 +8,7 @@
 
 #include "../../csrc/cuda/refresh_basis.cu"
 
+#define SOAP_OPT_BATCH_NUMEL 20000 // several batches of small matrices too: two of 100, three of 75
 #undef TORCH_LIBRARY_IMPL // its CUDA registration; what it registers is registered below under another name
 #define TORCH_LIBRARY_IMPL(name, device, m) [[maybe_unused]] static void unused_registration(torch::Library& m)
 #include "../../csrc/cuda/refresh_basis_host.cpp"

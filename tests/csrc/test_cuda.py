@@ -3,7 +3,9 @@
 Not run on a GPU so far: see "Honest limits" in the README. The operator's results on a GPU are in test_refresh_basis.py.
 """
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,11 +26,42 @@ on_gpu = pytest.mark.skipif(
 )
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def build(tmp_path, **environment):
+    """``setup.py build_ext`` of a copy of the sources, in which no compiler works."""
+    for name in ("soap_opt", "csrc", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "kernels"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SOAP_OPT_BUILD", "TORCH_CUDA"))}
+    environment = {**kept, "CC": "false", "CXX": "false", **environment}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("", ""), ("SOAP_OPT_BUILD", "1"), ("SOAP_OPT_BUILD_CUDA", "1")])
+def test_a_build_that_was_asked_for_is_an_error_when_it_fails(tmp_path, variable, value):
+    """And otherwise never."""
+    done = build(tmp_path, **({variable: value} if variable else {"SOAP_OPT_BUILD_CUDA": "0"}))
+    assert (done.returncode != 0) == bool(variable), done.stderr[-2000:]
+    assert (tmp_path / "soap_opt" / "_build_failure.txt").exists() != bool(variable)
+
+
+def test_builds_that_contradict_each_other(tmp_path):
+    done = build(tmp_path, SOAP_OPT_BUILD="0", SOAP_OPT_BUILD_CUDA="1")
+    assert done.returncode != 0 and "contradict" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ("8.0", "9.0", "10.0"))
 def test_nvcc_builds_without_spills(chip):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if "sm_" + chip.replace(".", "") not in known:
+        pytest.skip(f"this nvcc does not know {chip}")
     kernels = refresh_kernels.ptxas(chip)
     assert kernels.keys() == {"refresh_in_warps_kernel", "refresh_in_blocks_kernel", "factor_panel_kernel"}
     for name, figures in kernels.items():
@@ -72,6 +105,7 @@ def test_graph_capture():
     due = torch.zeros(len(grams), dtype=torch.bool, device="cuda")
     results = results_for(bases)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.ops.soap_opt.refresh_basis_(grams, bases, *results, -1.0, due)  # warm up
     torch.cuda.synchronize()
