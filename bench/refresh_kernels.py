@@ -155,8 +155,8 @@ def counts() -> list[Row]:
 
     The original, one matrix after the other: estimates (two products, diagonal), argsort, permutation, product, QR: 7 library
     calls, each of at least one launch (torch.linalg.qr of several), and about 15 d^2 numbers through memory, QR's own passes
-    counted as one. Ours: counted from the kernels' source, a launch for each class of sizes and 800 of its matrices; panels: the
-    ATen calls and panel launches of one batch of each size. On neither side what comes before and behind: here three small
+    counted as one. Ours: counted from the kernels' source, a launch for each class of sizes and 800 of its matrices; panels:
+    the ATen calls and panel launches of one batch of each size. On neither side what comes before and behind: here three small
     kernels that say what is due, and the 2 to 4 launches that re-express m and v.
     """
     from compressai.zoo import image_models

@@ -211,8 +211,8 @@ def test_autocast_has_no_say(implementation):
 
 
 def test_launches(fibers):
-    """At most four for everything that fits in shared memory, however many matrices (a table holds 16 of them here, 800 on
-    a GPU); the largest size class alone takes one."""
+    """One for each class of sizes that fits in shared memory, four in all, and for every table of its matrices, which holds
+    16 here and 800 on a GPU."""
     fibers.configure(1, SHARED_LIMITS["sm_90"])
     grams, bases = problems((1, 5, 32, 33, 64, 65, 128, 129, 140))
     fibers.refresh_basis_(grams, bases, *results_for(bases))

@@ -1,5 +1,8 @@
 """The CUDA refresh's own source, compiled by g++ and run on fibers (fibers.h says what that shows and what not)."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from harness import (
     SHARED_LIMITS,
     barrier_lines,
     binary,
+    compiler,
     launch,
     refresh,
     refresh_by_operator,
@@ -67,7 +71,9 @@ def test_qr_of_2049():
 
 def test_panels_of_several_batches():
     """Sizes and kinds mixed, on a device with little shared memory: no batch is another's."""
-    problems = [(make(kind, d), orthogonal(d)) for d in (90, 60, 100) for kind in ("gram", "rank_deficient", "clustered", "tiny")]
+    problems = [
+        (make(kind, d), orthogonal(d)) for d in (90, 60, 100) for kind in ("gram", "rank_deficient", "clustered", "tiny")
+    ]
     together = refresh_by_operator(problems, limit=18432)
     for (gram, basis), result in zip(problems, together):
         assert result.outcome == REFRESHED
@@ -264,14 +270,30 @@ def test_wrong_kernels_are_caught(right, wrong, kind):
         judge(matrices[-1:], refresh([(matrices[-1], np.eye(64))], program=program, limit=16384))
 
 
+def needs_asan():
+    found = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip("g++ has no libasan here")
+
+
 @pytest.mark.slow
 def test_sanitizers():
-    """AddressSanitizer and UBSan over every kernel; the same results as without."""
+    """AddressSanitizer and UBSan over every kernel, blocks of 512 threads too; the same results as without."""
+    needs_asan()
     program = binary(*SANITIZERS)
-    problems = [(make("gram", d), orthogonal(d)) for d in (1, 2, 7, 16, 32, 33, 47, 64, 100)]
+    problems = [(make("gram", d), orthogonal(d)) for d in (1, 2, 7, 16, 32, 33, 47, 64, 100, 140)]
     for limit in (232448, 30000, 18432):
         for (gram, basis), result in zip(problems, refresh(problems, program=program, limit=limit)):
             judge_refresh(gram, basis, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", (7, 47))
+def test_the_sanitizer_sees_an_overrun(d):
+    needs_asan()
+    overrun = ("i < d; i += threads) matrix.order[i] = i;", "i <= d; i += threads) matrix.order[i] = i;")
+    done, _ = launch([(make("gram", d), orthogonal(d), False)], program=binary(*SANITIZERS, change=overrun))
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- convergence
