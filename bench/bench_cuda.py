@@ -15,7 +15,7 @@ from .results import table
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("model", ["bmshj2018-hyperprior", "bmshj2018-factorized"])
-def bench_steps(model):
+def test_steps(model):
     rows = contest(to(MODELS[model](), "cuda"), contestants("cuda", []), rounds=60)
     print(f"\n{torch.cuda.get_device_name()}\n{table(rows)}")
     of = {row["optimizer"]: row for row in rows}

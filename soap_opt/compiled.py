@@ -9,6 +9,7 @@ generator's does.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def optimizer_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     places: Sequence[int],
-    optimizer: int,
+    number: int,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -51,33 +52,44 @@ def optimizer_step_(
         params: those with a gradient, updated in place.
         grads: same shapes; never written. In a graph they need not be ``p.grad``, which is only set when it has run.
         places: of each parameter over all groups.
-        optimizer: from :func:`register`. Its options are read when the operator runs.
+        number: of the optimizer, from :func:`register`. Its options are read when the operator runs.
         grad_scale, found_inf: as GradScaler leaves them with the optimizer.
     """
     try:
-        instance = _optimizers[optimizer]
+        instance = _optimizers[number]
     except KeyError:
         raise RuntimeError("a compiled function steps a SOAP optimizer that no longer exists") from None
-    owners = [param for group in instance.param_groups for param in group["params"]]
+    owners = all_params(instance)
+    if len(owners) != len(instance._traced_params) or not all(map(operator.is_, owners, instance._traced_params)):
+        instance._traced_params = owners
+        raise RuntimeError(
+            "param_groups were changed other than by add_param_group after the step was compiled; nothing was stepped, and the "
+            "next call compiles it anew"
+        )
     given = {owners[place]: (param, grad) for place, param, grad in zip(places, params, grads)}
     instance._step(given, grad_scale, found_inf)
 
 
 @optimizer_step_.register_fake
-def _(params, grads, places, optimizer, grad_scale=None, found_inf=None):
+def _(params, grads, places, number, grad_scale=None, found_inf=None):
     return None
 
 
+def all_params(optimizer: SOAP) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def step_in_graph(optimizer: SOAP) -> None:
-    """What Dynamo traces of :meth:`SOAP.step`."""
+    """What Dynamo traces of :meth:`SOAP.step`.
+
+    It reads a list of its own: at the sight of ``param_groups`` Dynamo guards every option, and sets ``capturable`` of CUDA
+    parameters that have no state yet.
+    """
     params, grads, places = [], [], []
-    place = 0
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                params.append(param)
-                grads.append(param.grad)
-                places.append(place)
-            place += 1
+    for place, param in enumerate(optimizer._traced_params):
+        if param.grad is not None:
+            params.append(param)
+            grads.append(param.grad)
+            places.append(place)
     scale, found = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     optimizer_step_(params, grads, places, optimizer._number, scale, found)

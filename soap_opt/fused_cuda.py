@@ -229,12 +229,13 @@ def fused_cuda_soap(
     matrices = [matrix.data_ptr() for column in (bases, grams) for matrix in column]
     recording = is_recording(device)
     key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize_grads)
-    aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors
+    aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors, and of Grams and bases
+    aligned[known.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
     if recording:
         plan = _plan_of_graph(exp_avgs, known, key, aligned)
     else:
         plan = _plan(exp_avgs[0], key, aligned)
-        if capturable and plan.for_graph is None:
+        if capturable and plan.for_graph is None and refresh_basis.unavailable(device.type) is None:
             plan.for_graph = Plan(key, aligned, device).reserve(groupable(known.units, exp_avgs, exp_avg_sqs, layouts))
     pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
     plan.problems.send(pointers, plan.tables.fill)
@@ -271,7 +272,7 @@ def fused_cuda_soap(
             exp_avgs, exp_avg_sqs, gram, basis, offsets, steps, layouts, plan.scalars, precondition_frequency, how
         )
         return []
-    t = [before + 1 for before in known.steps_before(state_steps, usable)]
+    t = [before + 1 for before in known.steps_before(state_steps, plan.scalars)]
     due = known.due(t, refresh_offsets, precondition_frequency, refresh)
     if not due:
         return []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .launch import USABLE
 from .plan import Layout
 from .refresh import due_units
 
@@ -42,24 +43,25 @@ class Followed:
 
 
 class Flags:
-    """``usable`` [P] (1 or 0 for each parameter) of one step, on its way to the host."""
+    """Which parameters were stepped, on its way to the host: a step's scalars [P, SCALARS], whole, since a column would first
+    be gathered by a kernel."""
 
-    def __init__(self, usable: Tensor) -> None:
-        on_cuda = usable.device.type == "cuda"
-        self._flags = torch.empty(usable.shape, dtype=usable.dtype, pin_memory=on_cuda)
-        self._flags.copy_(usable, non_blocking=True)
+    def __init__(self, scalars: Tensor) -> None:
+        on_cuda = scalars.device.type == "cuda"
+        self._flags = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=on_cuda)
+        self._flags.copy_(scalars, non_blocking=True)
         self._event = None
         if on_cuda:
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(usable.device))
+            self._event.record(torch.cuda.current_stream(scalars.device))
         self._values: list[int] | None = None
 
     def values(self) -> list[int]:
-        """Waits for the step that made them; the step after it is the first to ask."""
+        """1 or 0 for each parameter. Waits for the step that made them; the step after it is the first to ask."""
         if self._values is None:
             if self._event is not None:
                 self._event.synchronize()
-            self._values = [int(flag) for flag in self._flags.tolist()]
+            self._values = [int(flag) for flag in self._flags[:, USABLE].tolist()]
         return self._values
 
 
@@ -81,6 +83,7 @@ class ParameterList:
         followed: of each parameter.
         skipped: [P] pointers to the counts of unusable gradients.
         units: (parameter, place in its layout.modes) of every mode.
+        owners: [units] their parameters.
     """
 
     def __init__(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
@@ -90,7 +93,7 @@ class ParameterList:
         self.skipped = np.asarray([each.skipped.data_ptr() for each in self.followed], dtype=np.int64)
         self._strides = [layout.memory_strides for layout in layouts]
         self.units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
-        self._owners = np.asarray([i for i, _ in self.units], dtype=np.int64)
+        self.owners = np.asarray([i for i, _ in self.units], dtype=np.int64)
         self._offset_tensors: list[Tensor] = []  # and their versions, when they were read
         self._versions: list[int] | None = None
         self._offsets = np.empty(0, dtype=np.int64)
@@ -115,10 +118,10 @@ class ParameterList:
             self._offsets = np.asarray([int(offset) for offset in refresh_offsets], dtype=np.int64)
         if not self.units:
             return []
-        due = due_units(np.asarray(t, dtype=np.int64)[self._owners], self._offsets, frequency, policy)
+        due = due_units(np.asarray(t, dtype=np.int64)[self.owners], self._offsets, frequency, policy)
         return [self.units[unit] for unit in np.flatnonzero(due)]
 
-    def steps_before(self, state_steps: list[Tensor], usable: Tensor) -> list[int]:
+    def steps_before(self, state_steps: list[Tensor], scalars: Tensor) -> list[int]:
         """t of every parameter before the step that was just launched, without waiting for that step.
 
         Which refresh is due follows from t, and whether t moved is decided on the device. The host reads t once and then
@@ -127,7 +130,7 @@ class ParameterList:
         has another version, or is another tensor), or that a CUDA graph's replays may have moved, is read again, less the step
         that was just launched.
         """
-        flags = Flags(usable)
+        flags = Flags(scalars)
         result = []
         for place, (known, step) in enumerate(zip(self.followed, state_steps)):
             identity = (step.data_ptr(), step._version)

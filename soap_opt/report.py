@@ -45,7 +45,9 @@ def report() -> str:
         lines.append("  single tensor  available (pure PyTorch, foreach=False: the specification)")
         lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
         reason = _ext.unavailable(device_type)
-        on_request = "available (fused=True)" + (", by request only: never run on a GPU yet" if device_type == "cuda" else "")
+        on_request = "available (C++ engine, fused=True)"
+        if device_type == "cuda":
+            on_request = "available (Triton kernels, fused=True), by request only: never run on a GPU yet"
         lines.append("  fused          " + (on_request if reason is None else f"not available: {reason}"))
     lines.append(f"  CUDA refresh   {'built' if _ext._cuda_load_error is None else f'not built: {_ext._cuda_load_error}'}")
     return "\n".join(lines)

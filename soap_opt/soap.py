@@ -189,7 +189,7 @@ class SOAP(Optimizer):
         }
         check_options(defaults)
         self._overlap = Overlap()
-        self._number = compiled.register(self)
+        self._number, self._traced_params = compiled.register(self), []
         self._skipped: dict[Tensor, int] = {}
         self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout]] = {}  # derived, see plan.py
         super().__init__(params, defaults)
@@ -208,6 +208,7 @@ class SOAP(Optimizer):
                 if isinstance(tensor, Tensor):
                     _require_fused({**self.defaults, **param_group}, tensor.device.type)
         super().add_param_group(param_group)
+        self._traced_params = compiled.all_params(self)
         group = self.param_groups[-1]
         for param in group["params"]:
             large = [size for size in self._layout(param, group).sizes if size > LARGE_MODE]
@@ -370,6 +371,7 @@ class SOAP(Optimizer):
         super().__setstate__(state)
         if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
             self._overlap, self._number = Overlap(), compiled.register(self)
+        self._traced_params = compiled.all_params(self)
         self.__dict__.setdefault("_skipped", {})
         self._layouts = {}
         restored = self.__dict__.pop("_restored", None)
