@@ -86,6 +86,8 @@ class Plan:
         self.buffers = Buffers(device)  # of the refreshes
         self.refreshes: dict[tuple, GroupedRefresh] = {}  # by their due units
         self.of_graph = False
+        self.precision = ""  # of the step that made it ready for a capture
+        self.under_way = False  # a step has begun and not ended
         self.for_graph: Plan | None = None  # what the next capture takes
         self.graph_refresh: GraphRefresh | None = None
 
@@ -100,8 +102,9 @@ class Plan:
         if behind != self.behind:
             self.behind, self.buffers, self.refreshes = behind, Buffers(self.one.device), {}
 
-    def reserve(self, grouped: list[int]) -> Plan:
+    def reserve(self, grouped: list[int], precision: str) -> Plan:
         """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
+        self.precision = precision
         self.problems.reserve()
         self.graph_refresh = GraphRefresh(self.layouts, grouped, self.aligned, self.buffers)
         return self
@@ -232,11 +235,13 @@ def fused_cuda_soap(
     aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors, and of Grams and bases
     aligned[known.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
     if recording:
-        plan = _plan_of_graph(exp_avgs, known, key, aligned)
+        plan = _plan_of_graph(exp_avgs, known, key, aligned, precision)
     else:
         plan = _plan(exp_avgs[0], key, aligned)
         if capturable and plan.for_graph is None and refresh_basis.unavailable(device.type) is None:
-            plan.for_graph = Plan(key, aligned, device).reserve(groupable(known.units, exp_avgs, exp_avg_sqs, layouts))
+            plan.for_graph = Plan(key, aligned, device).reserve(
+                groupable(known.units, exp_avgs, exp_avg_sqs, layouts), precision
+            )
     pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
     plan.problems.send(pointers, plan.tables.fill)
 
@@ -250,6 +255,9 @@ def fused_cuda_soap(
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     sums = (plan.partials, plan.counters)
     with on_device(device):
+        if plan.under_way:  # an exception came between two launches: programs that arrived are still counted
+            plan.counters.zero_()
+        plan.under_way = True
         for each in plan.tables.launches:
             tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
             run_launch(
@@ -259,6 +267,7 @@ def fused_cuda_soap(
                 adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
             )  # fmt: skip
 
+    plan.under_way = False
     for of_original, of_copy in ((state_steps, steps), *zip(originals, arranged)):
         if of_copy is not of_original:
             for original, copy in zip(of_original, of_copy):
@@ -339,14 +348,14 @@ def _plan(owner: Tensor, key: PlanKey, aligned: np.ndarray) -> Plan:
     return plan
 
 
-def _plan_of_graph(exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: np.ndarray) -> Plan:
+def _plan_of_graph(exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: np.ndarray, precision: str) -> Plan:
     """The plan that an earlier step made ready, which is the graph's from now on."""
     made = _plans.get(exp_avgs[0], {}).get(key)
     plan = None if made is None else made.for_graph
-    if plan is None or (plan.aligned & ~aligned).any():
+    if plan is None or plan.precision != precision or (plan.aligned & ~aligned).any():
         raise RuntimeError(
             "a step of SOAP is recorded into a CUDA graph after a step with capturable=True that was not, with gradients for "
-            "the same parameters and of the same dtypes: make one before each capture"
+            "the same parameters, of the same dtypes and with the same options: make one before each capture"
         )
     made.for_graph = None
     plan.begin_capture()

@@ -10,7 +10,7 @@ from comparison import SoapRun, needs_engine, random_gradients, random_params, r
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from soap_opt import fused_cuda, host_side, refresh_cuda
+from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda
 from soap_opt.diagnostics import _scratch_on_cuda
 from soap_opt.overlap import Overlap
 
@@ -163,6 +163,73 @@ def test_dtypes_multiply_only_the_gram_and_the_first_projection(launches):
     run.step(gradients[1])
     assert launches == ["project_first_kernel"] * 2 + ["gram_ema_kernel"] * 2 + ["project_adam_kernel", "project_kernel",
                                                                                  "project_apply_kernel"]  # fmt: skip
+
+
+@needs_engine
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_precision_is_that_of_the_projections_alone(precision, monkeypatch):
+    """Grams, and what turns m after a refresh, are full float32 always."""
+    seen = {}
+
+    def watched(original):
+        def launch(kernel, *arguments, **constants):
+            seen.setdefault(kernel.fn.__name__, set()).add(constants.get("PRECISION"))
+            original(kernel, *arguments, **constants)
+
+        return launch
+
+    for module in (fused_cuda, refresh_cuda):
+        monkeypatch.setattr(module, "launch", watched(module.launch))
+    run = SoapRun(random_params([(6, 5), (4, 3, 6)]), fused=True, precision=precision, **OPTIONS)
+    for grads in random_gradients([(6, 5), (4, 3, 6)], 4):
+        run.step(grads)
+    projections = {"highest": "tf32x3", "high": "tf32"}[precision]
+    names = ["project_first_kernel", "project_kernel", "project_adam_kernel", "project_apply_kernel"]
+    exact = dict.fromkeys(["gram_ema_kernel", "reexpress_kernel"], {"tf32x3"})
+    assert seen == {**exact, **{name: {projections} for name in names}}
+
+
+def test_unaligned_state_takes_kernels_that_do_not_count_on_alignment():
+    """A state_dict's tensors are taken over as they are: views of a flat buffer, say."""
+    runs = [SoapRun(random_params([(64, 64)]), **kind, **OPTIONS) for kind in ({"foreach": False}, {"fused": True})]
+    first, *rest = random_gradients([(64, 64)], 3)
+    for run in runs:
+        run.step(first)
+    state = runs[1].state_of(0)
+    for name in ("basis_0", "gram_1"):
+        flat = torch.empty(64 * 64 + 1)
+        flat[1:] = state[name].reshape(-1)
+        state[name] = flat[1:].view(64, 64)
+    run_lockstep(*runs, rest, OPTIONS)
+    for plan in fused_cuda._plans[runs[1].state_of(0)["exp_avg"]].values():
+        assert not plan.aligned.any()
+        assert not {1, 3} & set(plan.tables.tiles[:, 1].tolist())
+
+
+def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
+    run = SoapRun(random_params([(70, 5), (4,)]), fused=True, max_grad_norm=1.0, **OPTIONS)
+    gradients = random_gradients([(70, 5), (4,)], 4)
+    for grads in gradients[:2]:
+        run.step(grads)
+    (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupted(*_, **__):
+            plan.counters.fill_(1)
+            raise KeyboardInterrupt
+
+        patch.setattr(fused_cuda, "launch", interrupted)
+        run.step(gradients[2])
+    before = run.params[1].detach().clone()
+    run.step(gradients[3])
+    assert not plan.counters.any() and not torch.equal(before, run.params[1])
+
+
+def test_capturable_steps_without_the_compiled_refresh(monkeypatch):
+    """ROCm, or no nvcc at installation: nothing can be captured there, and nothing needs to be made ready."""
+    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: "not built")
+    monkeypatch.setattr(refresh_basis, "refresh_bases_", lambda *a, **k: pytest.fail("called"))
+    assert lockstep([(6, 5), (4, 3, 3)], 4, {"capturable": True}) > 3
 
 
 def test_pointers_are_sent_only_when_they_changed(monkeypatch):
