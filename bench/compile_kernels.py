@@ -38,12 +38,7 @@ LIMITS = {"sm_80": (255, 163 << 10), "sm_90": (255, 227 << 10), "sm_100": (255, 
 
 ARGUMENTS = {
     **{"tiles": "*i32", "problems": "*i64", "scalars": "*fp32", "partials": "*fp32", "counters": "*i32"},
-    **{"units": "*i64", "due": "*u8", "count": "i32", "frequency": "i32"},
-    **{"grad_scale": "*fp32", "lr_scale": "*fp32", **dict.fromkeys(("correct_bias", "parameters", "normalize"), "i32")},
-    **dict.fromkeys(
-        ("lr", "weight_decay", "log_beta1", "log_beta2", "sign", "max_grad_norm", "beta1", "beta2", "eps", "shampoo_beta"),
-        "fp32",
-    ),
+    **{"options": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "units": "*i64", "due": "*u8", "count": "i32"},
 }
 
 

@@ -153,7 +153,7 @@ def model(name: str, shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     numel = sum(layout.numel for layout in layouts)
     needed = 2.5 * sum(2 * layout.numel * sum(layout.sizes) for layout in layouts)
     kinds = ["float32"] * len(layouts)
-    tables = make_tables(layouts, kinds, kinds, [True] * len(layouts), False)
+    tables = make_tables(layouts, kinds, kinds, [True] * len(layouts), [False] * len(layouts), [0] * len(layouts))
     own = [{"implementation": "soap_opt", "launches": 1, **row} for row in launches_of(tables, layouts)]
     total = {key: sum(row[key] for row in own) for key in ("launches", "programs", "flops", "tensor_bytes", "matrix_bytes")}
     adam = {"launch": "all", "launches": 1, "flops": 0, "bytes": 28 * numel}

@@ -5,27 +5,43 @@ import triton
 import triton.language as tl
 
 from .table import (
+    BETA2,
     CHUNK,
+    CORRECT_BIAS,
     COUNT,
     COUNTER,
     DECAY,
+    EPS,
     EXP_AVG,
     EXP_AVG_SQ,
     FACTOR,
+    FIRST_PARAMETER,
+    GROUP,
     INDEX,
+    LOG_BETA1,
+    LOG_BETA2,
+    LR,
+    MAX_GRAD_NORM,
     NORM_SQUARED,
     NUMEL,
+    OPTIONS,
     PARAM,
     PARAM_DTYPE,
+    PARAMETERS,
     RESCALE,
+    REST1,
+    REST2,
     SCALARS,
+    SIGN,
     SKIPPED,
     SLOT,
     STEP,
     STEP_SIZE,
     USABLE,
+    WEIGHT_DECAY,
     arrive,
     only_if,
+    option,
     pointer,
     size,
     total,
@@ -43,56 +59,59 @@ def finish_norm(row, c, squares, sums, first):
     Args:
         squares: [*, *] squares of this tile's raw gradients, float32.
         sums: (scalars, partials, counters).
-        first: (grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters).
-        grad_scale: [1] float32 that the gradients are divided by; NaN stands for found_inf (the step is not to count).
-        lr_scale: [1] float32; a learning rate that is a tensor is multiplied in here, with lr = 1.
-        log_beta1, log_beta2: natural logarithms; 1 - beta^t of a small t would lose its digits in float32, and float64 of one
-            program for each parameter costs nothing.
-        sign: -1 to maximize.
-        max_grad_norm: limit of the norm of all ``parameters`` together; 0 for none.
+        first: (grad_scale, found_inf, options).
+        grad_scale: [1] float32 that the gradients are divided by.
+        found_inf: [1] float32; where it is not 0 nothing is stepped, and no gradient counts as unusable.
+        options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program for each
+            parameter costs nothing.)
     """
     scalars, partials, counters = sums
-    grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, sign, correct_bias, max_grad_norm, parameters = first
-    lr = lr * tl.load(lr_scale)
+    grad_scale, found_inf, options = first
     slot = partials + tl.load(row + SLOT)
     count = size(row, COUNT, False)
     tl.store(slot + c, tl.sum(squares))
     if arrive(counters + tl.load(row + COUNTER), count):
-        scale = tl.load(grad_scale)
-        inverse = 1.0 / scale
+        group = options + tl.load(row + GROUP) * OPTIONS
+        inverse = 1.0 / tl.load(grad_scale)
+        found = tl.load(found_inf) != 0.0
         norm_squared = total(slot, count) * inverse * inverse
-        usable = norm_squared < float("inf")  # false for NaN too
+        usable = (norm_squared < float("inf")) & (found == 0)  # false for NaN too
         out = scalars + tl.load(row + INDEX) * SCALARS
         step = pointer(row, STEP, tl.float32, False)
         t = tl.load(step)
         if usable:
             t += 1.0
             tl.store(step, t)
-        elif scale == scale:
+        elif found == 0:
             skipped = pointer(row, SKIPPED, tl.int32, False)
             tl.store(skipped, tl.load(skipped) + 1)
         correction = 1.0
-        if correct_bias != 0:
+        if tl.load(group + CORRECT_BIAS) != 0:
             wide = t.to(tl.float64)
-            correction1 = 1.0 - tl.exp(wide * log_beta1)
-            correction2 = 1.0 - tl.exp(wide * log_beta2)
+            correction1 = 1.0 - tl.exp(wide * tl.load(group + LOG_BETA1))
+            correction2 = 1.0 - tl.exp(wide * tl.load(group + LOG_BETA2))
             correction = (tl.sqrt(correction2) / correction1).to(tl.float32)
         tl.store(out + USABLE, usable.to(tl.float32))
-        tl.store(out + FACTOR, sign * inverse)
+        lr = tl.load(group + LR)
+        tl.store(out + FACTOR, tl.load(group + SIGN) * inverse)
         tl.store(out + STEP_SIZE, lr * correction)
-        tl.store(out + DECAY, 1.0 - lr * weight_decay)
+        tl.store(out + DECAY, 1.0 - lr * tl.load(group + WEIGHT_DECAY))
         tl.store(out + RESCALE, 1.0)
-        if max_grad_norm > 0:
+        if tl.load(group + MAX_GRAD_NORM) > 0:
             tl.store(out + NORM_SQUARED, tl.where(usable, norm_squared, 0.0))
-            if arrive(counters, parameters):
-                clip(scalars, max_grad_norm, parameters)
+            parameters, before = tl.load(group + PARAMETERS).to(tl.int32), tl.load(group + FIRST_PARAMETER).to(tl.int32)
+            if arrive(counters + tl.load(row + GROUP), parameters):
+                clip(scalars + before * SCALARS, parameters, tl.load(group + MAX_GRAD_NORM))
 
 
 @triton.jit
-def clip(scalars, max_grad_norm, parameters):
+def clip(scalars, parameters, max_grad_norm):
     """``factors *= (max_grad_norm / (total_norm + 1e-6)).clamp(max=1)``: clip_grad_norm_ without touching a gradient.
 
-    Run by the one program that finds all norms there; Grams and Adam multiply by the factor anyway.
+    Run by the one program that finds all norms of a param group there; Grams and Adam multiply by the factor anyway.
+
+    Args:
+        scalars: from the group's first parameter on.
     """
     lanes = tl.arange(0, CHUNK)
     squares = tl.zeros([CHUNK], tl.float32)
@@ -107,7 +126,7 @@ def clip(scalars, max_grad_norm, parameters):
 
 
 @triton.jit
-def adam_update(projected, offset, inside, row, scalars, adam, ALIGNED: tl.constexpr):
+def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.constexpr):
     """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G.
 
     Pays because g is in registers: m and v are read and written once, g not at all. Nothing is written of a parameter whose
@@ -115,10 +134,10 @@ def adam_update(projected, offset, inside, row, scalars, adam, ALIGNED: tl.const
 
     Args:
         projected: [*, *] tile of the raw gradient in the eigenbasis; the scale and the sign are multiplied in here.
-        adam: (beta1, beta2, eps, normalize).
+        options: of the param groups.
         offset, inside: [*, *] element of the parameter's memory, and whether there is one.
     """
-    beta1, beta2, eps, _ = adam
+    rest1, beta2, rest2 = option(row, options, REST1), option(row, options, BETA2), option(row, options, REST2)
     out = scalars + tl.load(row + INDEX) * SCALARS
     writable = only_if(inside, tl.load(out + USABLE))
     g = projected * tl.load(out + FACTOR)
@@ -126,11 +145,11 @@ def adam_update(projected, offset, inside, row, scalars, adam, ALIGNED: tl.const
     v_pointer = pointer(row, EXP_AVG_SQ, tl.float32, ALIGNED) + offset
     m = tl.load(m_pointer, mask=inside, other=0.0)
     v = tl.load(v_pointer, mask=inside, other=0.0)
-    m += (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
+    m += rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
     tl.store(m_pointer, m, mask=writable)
     tl.store(v_pointer, v, mask=writable)
-    return m / (tl.sqrt(v) + eps)
+    return m / (tl.sqrt(v) + option(row, options, EPS))
 
 
 @triton.jit

@@ -15,14 +15,17 @@ from .table import (
     FACTORS,
     INDEX,
     INNER,
+    NORMALIZE,
     NUMEL,
     SCALARS,
+    SHAMPOO_REST,
     SLOT,
     USABLE,
     X,
     Y,
     arrive,
     only_if,
+    option,
     pointer,
     read_tile,
     size,
@@ -38,20 +41,20 @@ MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
 
 
 @triton.jit
-def ema(gram, place, mirrored, outer, inside, row, scalars, beta):
-    """``gram.lerp_(outer, 1 - beta)`` for elements of the lower triangle, and their mirror images."""
+def ema(gram, place, mirrored, outer, inside, row, scalars, rest):
+    """``gram.lerp_(outer, rest)`` for elements of the lower triangle, and their mirror images."""
     out = scalars + tl.load(row + INDEX) * SCALARS
     factor = tl.load(out + FACTOR)
     inside = only_if(inside, tl.load(out + USABLE))
     old = tl.load(gram + place, mask=inside, other=0.0)
-    new = old + (1.0 - beta) * (outer * (factor * factor) - old)
+    new = old + rest * (outer * (factor * factor) - old)
     tl.store(gram + place, new, mask=inside)
     tl.store(gram + mirrored, new, mask=inside)
 
 
 @triton.jit
-def partial_traces(row, slot, splits, scalars, beta, SIZE: tl.constexpr):
-    """``gram_f.lerp_(outer.diagonal(other factors).sum(-1), 1 - beta)`` for each factor f of a Kronecker group.
+def partial_traces(row, slot, splits, scalars, rest, SIZE: tl.constexpr):
+    """``gram_f.lerp_(outer.diagonal(other factors).sum(-1), rest)`` for each factor f of a Kronecker group.
 
     outer [SIZE, SIZE] (upper left [D, D] of it) is the sum of ``splits`` partial ones in ``slot``. Only its lower triangle
     is read, so that the Grams are symmetric to the bit.
@@ -72,16 +75,16 @@ def partial_traces(row, slot, splits, scalars, beta, SIZE: tl.constexpr):
             i, j = fixed + u * after, fixed + w * after
             for split in range(0, splits):
                 trace += tl.load(slot + split * (SIZE * SIZE) + i * SIZE + j, mask=inside, other=0.0, cache_modifier=".cg")
-        ema(gram, u * width + w, w * width + u, trace, inside, row, scalars, beta)
+        ema(gram, u * width + w, w * width + u, trace, inside, row, scalars, rest)
 
 
 @triton.jit
 def gram_tile(
-    row, r, c, sums, beta,
+    row, r, c, sums, rest,
     GRAD: tl.constexpr, PRECISION: tl.constexpr,
     SIZE: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), 1 - beta)`` in the lower triangle, and its mirror image.
+    """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), rest)`` in the lower triangle, and its mirror image.
 
     Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
     Gram over 16,384 columns) is cut into programs of at most launch.GRAM_MAX_ITERATIONS iterations, whose partial sums the
@@ -140,17 +143,16 @@ def gram_tile(
                 outer += tl.load(slot + split * (SIZE * SIZE) + inside_slot, cache_modifier=".cg")
     if done:
         if factors > 1:
-            partial_traces(row, slot, splits, scalars, beta, SIZE)
+            partial_traces(row, slot, splits, scalars, rest, SIZE)
         else:
             inside = (i < depth)[:, None] & (j[None, :] <= i[:, None])
             place, mirrored = i[:, None] * depth + j[None, :], j[None, :] * depth + i[:, None]
-            ema(pointer(row, FACTORS, tl.float32, ALIGNED), place, mirrored, outer, inside, row, scalars, beta)
+            ema(pointer(row, FACTORS, tl.float32, ALIGNED), place, mirrored, outer, inside, row, scalars, rest)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def gram_ema_kernel(
-    tiles, problems, scalars, partials, counters, shampoo_beta, beta1, beta2, eps, normalize,
-    GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    tiles, problems, scalars, partials, counters, options, GRAD: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
 
@@ -158,40 +160,41 @@ def gram_ema_kernel(
     the gradient), and, where no parameter has two products, those whose only one is done already (from scratch).
     """
     row, kind, r, c = read_tile(tiles, problems)
-    sums, adam = (scalars, partials, counters), (beta1, beta2, eps, normalize)
+    sums = (scalars, partials, counters)
+    rest = option(row, options, SHAMPOO_REST)
     if kind == ADAM_GRAD:
-        adam_block(row, c, sums, adam, GRAD, True)
+        adam_block(row, c, sums, options, GRAD, True)
     elif kind == ADAM_SCRATCH:
-        adam_block(row, c, sums, adam, tl.float32, False)
+        adam_block(row, c, sums, options, tl.float32, False)
     elif kind == 0:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
     elif kind == 1:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
     elif kind == 2:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
     elif kind == 3:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
     elif kind == 4:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
     elif kind == 6:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
     elif kind == 8:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
     elif kind == 10:
-        gram_tile(row, r, c, sums, shampoo_beta, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
 
 
 @triton.jit
 def adam_block(
-    row, c, sums, adam,
+    row, c, sums, options,
     X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, False)
     x = tl.load(pointer(row, X, X_DTYPE, False) + offset, mask=inside, other=0.0).to(tl.float32)
-    update = adam_update(x, offset, inside, row, sums[0], adam, False)
-    if adam[3] != 0:
+    update = adam_update(x, offset, inside, row, sums[0], options, False)
+    if option(row, options, NORMALIZE) != 0:
         tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
         finish_rms(row, c, update, inside, sums)
     elif WHOLE:

@@ -41,20 +41,21 @@ def permuted_block(row, c):
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def due_kernel(units, scalars, due, count, frequency):
+def due_kernel(units, scalars, due, count):
     """``due = usable[parameter] & ((step[parameter] + offset) % frequency == 0)`` for every unit.
 
     Only inside a CUDA graph: elsewhere the host knows t, and launches nothing for what is not due.
 
     Args:
-        units: [count, 3] int64: pointer to t, offset, number of the parameter. due: [count] uint8, out.
+        units: [count, 4] int64: pointer to t, offset, number of the parameter, frequency. due: [count] uint8, out.
     """
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < count
-    step = tl.load(units + 3 * unit, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(units + 4 * unit, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     t = tl.load(step, mask=inside, other=0.0).to(tl.int64)
-    offset = tl.load(units + 3 * unit + 1, mask=inside, other=0)
-    parameter = tl.load(units + 3 * unit + 2, mask=inside, other=0)
+    offset = tl.load(units + 4 * unit + 1, mask=inside, other=0)
+    parameter = tl.load(units + 4 * unit + 2, mask=inside, other=0)
+    frequency = tl.load(units + 4 * unit + 3, mask=inside, other=1)
     usable = tl.load(scalars + parameter * SCALARS + USABLE, mask=inside, other=0.0) != 0.0
     tl.store(due + unit, (usable & ((t + offset) % frequency == 0)).to(tl.uint8), mask=inside)
 

@@ -4,6 +4,7 @@ Shapes, in the words of soap_opt/launch.py, which makes all of these:
     tiles     [T, 4] int32    for each program: row of problems, kind, two indices of the tile
     problems  [R, WIDTH] int64  pointers and sizes of one product, Gram or elementwise pass
     scalars   [P, SCALARS] float32  of each parameter in this step, written by the first launch
+    options   [G, OPTIONS] float32  of each param group, written by the host
     partials  [*] float32     partial sums of programs that work on one result
     counters  [*] int32       how many of those programs are done; 0 between launches
 """
@@ -32,6 +33,7 @@ SKIPPED = tl.constexpr(launch.SKIPPED)
 OUTCOMES = tl.constexpr(launch.OUTCOMES)
 UNITS = tl.constexpr(launch.UNITS)
 NUMEL = tl.constexpr(launch.NUMEL)
+GROUP = tl.constexpr(launch.GROUP)
 FACTORS = tl.constexpr(launch.FACTORS)
 WIDTH = tl.constexpr(launch.WIDTH)
 
@@ -43,12 +45,26 @@ RESCALE = tl.constexpr(launch.RESCALE)
 NORM_SQUARED = tl.constexpr(launch.NORM_SQUARED)
 SCALARS = tl.constexpr(launch.SCALARS)
 
+LR = tl.constexpr(launch.LR)
+WEIGHT_DECAY = tl.constexpr(launch.WEIGHT_DECAY)
+LOG_BETA1 = tl.constexpr(launch.LOG_BETA1)
+LOG_BETA2 = tl.constexpr(launch.LOG_BETA2)
+SIGN = tl.constexpr(launch.SIGN)
+CORRECT_BIAS = tl.constexpr(launch.CORRECT_BIAS)
+MAX_GRAD_NORM = tl.constexpr(launch.MAX_GRAD_NORM)
+FIRST_PARAMETER = tl.constexpr(launch.FIRST_PARAMETER)
+PARAMETERS = tl.constexpr(launch.PARAMETERS)
+REST1 = tl.constexpr(launch.REST1)
+BETA2 = tl.constexpr(launch.BETA2)
+REST2 = tl.constexpr(launch.REST2)
+SHAMPOO_REST = tl.constexpr(launch.SHAMPOO_REST)
+EPS = tl.constexpr(launch.EPS)
+NORMALIZE = tl.constexpr(launch.NORMALIZE)
+OPTIONS = tl.constexpr(launch.OPTIONS)
+
 # No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
 # compiles is what runs, and the first steps compile nothing that the second does not use.
-ARGUMENTS = (
-    "tiles problems scalars partials counters grad_scale lr_scale lr weight_decay log_beta1 log_beta2 sign correct_bias "
-    "max_grad_norm parameters beta1 beta2 eps normalize shampoo_beta units due count frequency"
-).split()
+ARGUMENTS = "tiles problems scalars options partials counters grad_scale found_inf units due count".split()
 
 # Terms of a partial sum that one pass of `total` reads
 CHUNK = tl.constexpr(512)
@@ -60,6 +76,12 @@ def read_tile(tiles, problems):
     tile = tiles + tl.program_id(0) * 4
     row = problems + tl.load(tile).to(tl.int64) * WIDTH
     return row, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+
+
+@triton.jit
+def option(row, options, COLUMN: tl.constexpr):
+    """An option of the row's param group, float32."""
+    return tl.load(options + tl.load(row + GROUP) * OPTIONS + COLUMN)
 
 
 @triton.jit

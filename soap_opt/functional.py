@@ -25,7 +25,7 @@ from .eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from .fused_cuda import SCRATCH_LIMIT, fused_cuda_soap
+from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap
 from .overlap import Overlap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
@@ -58,6 +58,7 @@ def soap(
     refresh_tolerance: float,
     maximize: bool,
     max_grad_norm: float | None = None,
+    found_inf: Tensor | None = None,
     precision: str = "highest",
     overlap: Overlap | None = None,
     capturable: bool = False,
@@ -79,6 +80,8 @@ def soap(
         foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
         max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
+        found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
+            elsewhere the caller looks).
         precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
         overlap: what runs the fused CUDA path's refreshes behind the step; None, and the other paths, in place.
         capturable: get ready for a CUDA graph (fused CUDA path).
@@ -100,10 +103,10 @@ def soap(
         max_grad_norm = None
     if fused:
         extras = {
-            "max_grad_norm": max_grad_norm, "precision": precision, "overlap": overlap, "capturable": capturable,
+            "found_inf": found_inf, "precision": precision, "overlap": overlap, "capturable": capturable,
             "scratch_limit": scratch_limit,
         }  # fmt: skip
-        return _fused_soap(params, grads, *state, grad_scale, lr=lr, triton=extras, **options)
+        return _fused_soap(params, grads, *state, grad_scale, lr=lr, max_grad_norm=max_grad_norm, triton=extras, **options)
     function = _multi_tensor_soap if foreach is None or foreach else _single_tensor_soap
     return function(params, grads, *state, grad_scale, lr=float(lr), **options)
 
@@ -453,6 +456,7 @@ def _fused_soap(
     grad_scale: Tensor | None,
     *,
     lr: float | Tensor,
+    max_grad_norm: float | None,
     triton: dict[str, Any],
     **options: Any,
 ) -> list[int]:
@@ -473,7 +477,8 @@ def _fused_soap(
         lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
         lists += [of_modes(grams), of_modes(bases), of_modes(refresh_offsets), of(state_steps)]
         if runs_triton(exp_avgs[indices[0]]):
-            unusable = fused_cuda_soap(*lists, of(layouts), grad_scale, lr=lr, **triton, **options)
+            group = GroupOptions(lr=lr, max_grad_norm=max_grad_norm, **options)
+            unusable = fused_cuda_soap(*lists, of(layouts), grad_scale, [(len(indices), group)], **triton)
         elif device.type == "cuda":
             unusable = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), **options)
         else:

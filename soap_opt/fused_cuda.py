@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,7 +20,9 @@ from .host_side import ParameterList, followed, parameter_list
 from .launch import (
     ACCELERATOR,
     HIGH_PRECISION,
+    LR,
     MAX_NUMEL,
+    OPTIONS,
     PER_PARAMETER,
     PRECISION,
     SCALARS,
@@ -57,15 +62,48 @@ def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
     return bool(options.get("fused")) or (options.get("fused") is None and _ext.is_default("cuda"))
 
 
-# What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads
-PlanKey = tuple[tuple[Layout, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], bool]
+@dataclass(frozen=True)
+class GroupOptions:
+    """A param group's options, in the words of :func:`soap_opt.functional.soap`."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    shampoo_beta: float
+    eps: float
+    weight_decay: float
+    precondition_frequency: int
+    normalize_grads: bool
+    correct_bias: bool
+    refresh: str
+    refresh_tolerance: float
+    maximize: bool
+    max_grad_norm: float | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """For soap_opt::refresh_basis_."""
+        return self.refresh_tolerance if self.refresh == "adaptive" else -1.0
+
+    def row(self, first: int, count: int, lr: float) -> list[float]:
+        """In the order of launch.LR and those after it. first, count: the group's parameters."""
+        logs = [math.log(beta) if beta > 0 else -math.inf for beta in (self.beta1, self.beta2)]
+        return [
+            lr, self.weight_decay, *logs, -1.0 if self.maximize else 1.0, self.correct_bias, self.max_grad_norm or 0.0,
+            first, count, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - self.shampoo_beta, self.eps, self.normalize_grads,
+            0.0,
+        ]  # fmt: skip
+
+
+# What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads, number of the group
+PlanKey = tuple[tuple[Layout, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
 
 
 class Plan:
     """One step's tables on the device, its scratch, and the pointers that they were last filled with."""
 
     def __init__(self, key: PlanKey, aligned: np.ndarray, device: torch.device) -> None:
-        layouts, grad_dtypes, param_dtypes, normalize = key
+        layouts, grad_dtypes, param_dtypes, normalize, groups = key
         self.layouts, self.aligned = list(layouts), aligned
         self.tables = make_tables(
             layouts,
@@ -73,14 +111,17 @@ class Plan:
             [str(dtype).removeprefix("torch.") for dtype in param_dtypes],
             aligned.tolist(),
             normalize,
+            groups,
         )
+        self.options = DeviceTable((1 + max(groups), OPTIONS), device, torch.float32)  # [G, OPTIONS]
         self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
         self.problems = DeviceTable(self.tables.problems.shape, device)  # [R, WIDTH]
         self.scalars = torch.zeros(len(layouts), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
-        self.one = torch.ones(1, dtype=torch.float32, device=device)  # the scale when there is none
+        # the scale, and found_inf, where there is none
+        self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
         self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
         self.behind = False  # where the refreshes below were made
         self.buffers = Buffers(device)  # of the refreshes
@@ -97,6 +138,21 @@ class Plan:
             self.scratch = scratch_of_stream(self.one.device)
         return [*(buffer.data_ptr() for buffer in self.scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
 
+    def send_options(self, groups: list[tuple[int, GroupOptions]]) -> None:
+        """Nothing is sent that is there. A learning rate on the device is copied there, by every replay of a graph too."""
+        device, rows, on_device, first = self.one.device, [], [], 0
+        for number, (count, options) in enumerate(groups):
+            lr = options.lr
+            if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
+                on_device.append((number, lr))
+                lr = 0.0
+            rows.append(options.row(first, count, float(lr)))
+            first += count
+        table = np.asarray(rows, dtype=np.float32)
+        self.options.send(table)
+        for number, lr in on_device:
+            self.options.tensor[number, LR].copy_(lr.reshape(()))
+
     def run_behind(self, behind: bool) -> None:
         """Say on which stream the refreshes run from now on. Their memory belongs to the stream that it was allocated on."""
         if behind != self.behind:
@@ -106,6 +162,7 @@ class Plan:
         """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
         self.precision = precision
         self.problems.reserve()
+        self.options.reserve()
         self.graph_refresh = GraphRefresh(self.layouts, grouped, self.aligned, self.buffers)
         return self
 
@@ -121,12 +178,6 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first
 def is_recording(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def scale_or_nan(grad_scale: Tensor | None, found_inf: Tensor) -> Tensor:
-    """GradScaler's scale, or NaN when it found something infinite: no gradient is usable then, and none is counted."""
-    scale = torch.ones_like(found_inf) if grad_scale is None else grad_scale.to(found_inf.device)
-    return torch.where(found_inf.reshape(scale.shape) != 0, torch.nan, scale)
 
 
 def skipped_on_device(exp_avg: Tensor | None) -> int:
@@ -165,56 +216,63 @@ def fused_cuda_soap(
     state_steps: list[Tensor],
     layouts: list[Layout],
     grad_scale: Tensor | None,
+    groups: list[tuple[int, GroupOptions]],
     *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    weight_decay: float,
-    precondition_frequency: int,
-    normalize_grads: bool,
-    correct_bias: bool,
-    refresh: str,
-    refresh_tolerance: float,
-    maximize: bool,
-    max_grad_norm: float | None = None,
+    found_inf: Tensor | None = None,
     precision: str = "highest",
     overlap: Overlap | None = None,
     capturable: bool = False,
     scratch_limit: int = SCRATCH_LIMIT,
 ) -> list[int]:
-    """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches.
+    """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches,
+    however many param groups the parameters belong to.
 
     Models that need more than ``scratch_limit`` bytes of scratch take so many for each piece. Arguments as there. The result
     is empty: unusable gradients are counted on the device (:func:`skipped_on_device`). Refreshes come after, in one call of the
     compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a
     step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device
     decides what is due.
+
+    Args:
+        groups: the number of neighbouring parameters that belong to a param group, and its options; these agree in what
+            :attr:`GroupOptions.tolerance` is.
+        found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable.
     """
     from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
 
+    how = {
+        "found_inf": found_inf, "precision": precision, "overlap": overlap, "capturable": capturable,
+        "scratch_limit": scratch_limit,
+    }  # fmt: skip
     pieces = _pieces(tuple(layouts), scratch_limit)
     if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
-        if max_grad_norm is not None:
-            grad_scale = clipping_scale(grads, grad_scale, max_grad_norm)
+        columns = (params, grads, exp_avgs, exp_avg_sqs)
         matrices = [by_parameter(column, layouts) for column in (grams, bases, refresh_offsets)]
-        options = {
-            "beta1": beta1, "beta2": beta2, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency, "normalize_grads": normalize_grads, "correct_bias": correct_bias,
-            "refresh": refresh, "refresh_tolerance": refresh_tolerance, "maximize": maximize,
-        }  # fmt: skip
+
+        def part(of: Sequence[int]) -> list[list[Any]]:
+            lists = [[column[i] for i in of] for column in columns]
+            lists += [[matrix for i in of for matrix in column[i]] for column in matrices]
+            return lists + [[column[i] for i in of] for column in (state_steps, layouts)]
+
         unusable = []
+        if len(groups) > 1:
+            first = 0
+            for count, options in groups:
+                of = range(first, first + count)
+                unusable += [of[i] for i in fused_cuda_soap(*part(of), grad_scale, [(count, options)], **how)]
+                first += count
+            return unusable
+        ((_, options),) = groups
+        if options.max_grad_norm is not None:
+            grad_scale = clipping_scale(grads, grad_scale, options.max_grad_norm)
+            options = replace(options, max_grad_norm=None)
         for piece in pieces:
-            part = [[each[i] for i in piece] for each in (params, grads, exp_avgs, exp_avg_sqs)]
-            part += [[matrix for i in piece for matrix in each[i]] for each in matrices]
-            part += [[each[i] for i in piece] for each in (state_steps, layouts)]
-            if layouts[piece[0]].numel > MAX_NUMEL:
-                unusable += [piece[i] for i in _multi_tensor_soap(*part, grad_scale, lr=float(lr), **options)]
-            else:
-                fused_cuda_soap(
-                    *part, grad_scale, lr=lr, precision=precision, overlap=overlap, capturable=capturable, **options
-                )
+            if layouts[piece[0]].numel <= MAX_NUMEL:
+                fused_cuda_soap(*part(piece), grad_scale, [(len(piece), options)], **{**how, "scratch_limit": sys.maxsize})
+            elif found_inf is None or float(found_inf) == 0:
+                named = {name: value for name, value in vars(options).items() if name != "max_grad_norm"}
+                named["lr"] = float(options.lr)
+                unusable += [piece[i] for i in _multi_tensor_soap(*part(piece), grad_scale, **named)]
         return unusable
 
     device = params[0].device
@@ -231,7 +289,14 @@ def fused_cuda_soap(
     own[:, -1] = known.skipped
     matrices = [matrix.data_ptr() for column in (bases, grams) for matrix in column]
     recording = is_recording(device)
-    key = (tuple(layouts), tuple(grad.dtype for grad in grads), tuple(param.dtype for param in params), normalize_grads)
+    of_parameter = [(number, options) for number, (count, options) in enumerate(groups) for _ in range(count)]
+    key = (
+        tuple(layouts),
+        tuple(grad.dtype for grad in grads),
+        tuple(param.dtype for param in params),
+        tuple(options.normalize_grads for _, options in of_parameter),
+        tuple(number for number, _ in of_parameter),
+    )
     aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors, and of Grams and bases
     aligned[known.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
     if recording:
@@ -245,14 +310,11 @@ def fused_cuda_soap(
     pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
     plan.problems.send(pointers, plan.tables.fill)
 
-    grad_scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
-    lr_scale = plan.one
-    if isinstance(lr, Tensor):
-        if lr.device == device:  # the kernels read it, the host need not wait
-            lr_scale, lr = lr.to(torch.float32), 1.0
-    # float: an integer would compile the kernels anew
-    lr, weight_decay, shampoo_beta, beta1, beta2, eps = map(float, (lr, weight_decay, shampoo_beta, beta1, beta2, eps))
-    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    grad_scale, found_inf = (
+        none if given is None else given.to(device=device, dtype=torch.float32)
+        for given, none in ((grad_scale, plan.one), (found_inf, plan.zero))
+    )
+    plan.send_options(groups)
     sums = (plan.partials, plan.counters)
     with on_device(device):
         if plan.under_way:  # an exception came between two launches: programs that arrived are still counted
@@ -262,9 +324,7 @@ def fused_cuda_soap(
             tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
             run_launch(
                 each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
-                first=(grad_scale, lr_scale, lr, weight_decay, log_beta1, log_beta2, -1.0 if maximize else 1.0,
-                       int(correct_bias), 0.0 if max_grad_norm is None else float(max_grad_norm), len(params)),
-                adam=(beta1, beta2, eps, int(normalize_grads)), shampoo_beta=shampoo_beta,
+                first=(grad_scale, found_inf), options=plan.options.tensor,
             )  # fmt: skip
 
     plan.under_way = False
@@ -274,19 +334,22 @@ def fused_cuda_soap(
                 if copy is not original:
                     original.copy_(copy)
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
-    how = (refresh, refresh_tolerance)
+    tolerance = groups[0][1].tolerance
+    phases = known.phases(
+        refresh_offsets,
+        [options.precondition_frequency for _, options in of_parameter],
+        [options.refresh == "together" for _, options in of_parameter],
+    )
     if recording:
-        gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
-        plan.graph_refresh.run(
-            exp_avgs, exp_avg_sqs, gram, basis, offsets, steps, layouts, plan.scalars, precondition_frequency, how
-        )
+        gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
+        plan.graph_refresh.run(exp_avgs, exp_avg_sqs, gram, basis, phases, steps, layouts, plan.scalars, tolerance)
         return []
     t = [before + 1 for before in known.steps_before(state_steps, plan.scalars)]
-    due = known.due(t, refresh_offsets, precondition_frequency, refresh)
+    due = known.due(t, phases)
     if not due:
         return []
     gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
-    state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, how)
+    state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, tolerance)
     if refresh_basis.unavailable(device.type) is not None:
         refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind
     elif overlap is None or capturable:  # (a graph's replay does not wait for an event from outside)
@@ -308,9 +371,8 @@ def run_launch(
     sums: tuple[Tensor, Tensor],
     precision: str,
     *,
-    first: tuple[Any, ...],
-    adam: tuple[float, float, float, int],
-    shampoo_beta: float,
+    first: tuple[Tensor, Tensor],
+    options: Tensor,
 ) -> None:
     """One launch of the plan."""
     # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
@@ -322,12 +384,12 @@ def run_launch(
     grid = (each.count,)
     grad_dtype = getattr(tl, each.grad_dtype)
     if each.kernel == "project_first":
-        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, GRAD=grad_dtype, PRECISION=precision)  # fmt: skip
+        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, options, GRAD=grad_dtype, PRECISION=precision)
     elif each.kernel == "gram_ema":
-        launch(gram_ema_kernel, grid, *tables, scalars, *sums, shampoo_beta, *adam, GRAD=grad_dtype,
-               PRECISION=PRECISION[ACCELERATOR])  # fmt: skip
+        exact = PRECISION[ACCELERATOR]
+        launch(gram_ema_kernel, grid, *tables, scalars, *sums, options, GRAD=grad_dtype, PRECISION=exact)
     elif each.kernel == "project_adam":
-        launch(project_adam_kernel, grid, *tables, scalars, *sums, *adam, PRECISION=precision)
+        launch(project_adam_kernel, grid, *tables, scalars, *sums, options, PRECISION=precision)
     elif each.kernel == "project_apply":
         launch(project_apply_kernel, grid, *tables, scalars, PRECISION=precision)
     else:

@@ -110,15 +110,25 @@ class ParameterList:
             return tensors
         return [_in_memory_order(tensor, layout) for tensor, layout in zip(tensors, self.layouts)]
 
-    def due(self, t: list[int], refresh_offsets: list[Tensor], frequency: int, policy: str) -> list[tuple[int, int]]:
-        """Units that are due at t (of each parameter). refresh_offsets: of every unit, 0-d int64 on the CPU."""
+    def phases(self, refresh_offsets: list[Tensor], frequencies: Sequence[int], together: Sequence[bool]) -> np.ndarray:
+        """[units, 2] int64: offset and frequency of every unit.
+
+        Args:
+            refresh_offsets: of every unit, 0-d int64 on the CPU. Read once, and again when they are others.
+            frequencies, together: of every parameter; together: its units have no offsets.
+        """
         versions = [offset._version for offset in refresh_offsets]
         if versions != self._versions or not all(map(operator.is_, refresh_offsets, self._offset_tensors)):
             self._offset_tensors, self._versions = list(refresh_offsets), versions
             self._offsets = np.asarray([int(offset) for offset in refresh_offsets], dtype=np.int64)
-        if not self.units:
-            return []
-        due = due_units(np.asarray(t, dtype=np.int64)[self.owners], self._offsets, frequency, policy)
+        result = np.empty((len(self.units), 2), dtype=np.int64)
+        result[:, 0] = np.where(np.asarray(together, dtype=bool)[self.owners], 0, self._offsets)
+        result[:, 1] = np.asarray(frequencies, dtype=np.int64)[self.owners]
+        return result
+
+    def due(self, t: list[int], phases: np.ndarray) -> list[tuple[int, int]]:
+        """Units that are due at t (of each parameter)."""
+        due = due_units(np.asarray(t, dtype=np.int64)[self.owners], phases[:, 0], phases[:, 1], "staggered")
         return [self.units[unit] for unit in np.flatnonzero(due)]
 
     def steps_before(self, state_steps: list[Tensor], scalars: Tensor) -> list[int]:

@@ -35,7 +35,8 @@ COUNTER = 13  # the first counter of arrivals
 STEP, SKIPPED = 14, 15  # pointers: t (float32), how many gradients were not usable (int32)
 OUTCOMES, UNITS = 14, 15  # re-expressing: pointer to what became of the parameter's first unit (int32), how many it has
 NUMEL = 16  # elements of the parameter (Grams: how many factors)
-FACTORS = 17  # pointer and size of each factor: bases of a Kronecker product, Grams, orders (size + (stride << 32))
+GROUP = 17  # number of the param group: its row of options
+FACTORS = 18  # pointer and size of each factor: bases of a Kronecker product, Grams, orders (size + (stride << 32))
 MAX_FACTORS = int(math.log2(KRONECKER_MAX_WIDTH))
 WIDTH = FACTORS + 2 * MAX_FACTORS
 
@@ -47,6 +48,19 @@ DECAY = 3  # 1 - lr * weight_decay
 RESCALE = 4  # 1 / (1e-30 + rms(U)), or 1
 NORM_SQUARED = 5  # ||G||_F^2, 0 when it is not usable; only with max_grad_norm
 SCALARS = 8
+
+# Columns of a row of options: what differs between param groups. 0 or 1 for what is on or off.
+LR = 0
+WEIGHT_DECAY = 1
+LOG_BETA1, LOG_BETA2 = 2, 3  # natural logarithms
+SIGN = 4  # -1 to maximize
+CORRECT_BIAS = 5
+MAX_GRAD_NORM = 6  # 0 for none
+FIRST_PARAMETER, PARAMETERS = 7, 8  # the group's, which are neighbours
+REST1, BETA2, REST2, SHAMPOO_REST = 9, 10, 11, 12  # 1 - beta: the difference of float32 numbers would be wrong by 1e-5
+EPS = 13
+NORMALIZE = 14
+OPTIONS = 16
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -181,13 +195,15 @@ SHARED = ("scratch_0", "scratch_1", "kronecker")
 class _Builder:
     """Collects rows, pointers and tiles while the launches are laid out one after the other."""
 
-    def __init__(self, layouts: Sequence[Layout]) -> None:
+    def __init__(self, layouts: Sequence[Layout], groups: Sequence[int]) -> None:
+        self.groups = groups  # of each parameter
         self.rows: list[list[int]] = []
         self.places: list[tuple[int, int, int]] = []  # (flat place, source, offset)
         self.tiles: list[np.ndarray] = []
         self.launches: list[Launch] = []
         self.pending: list[np.ndarray] = []
-        self.partials, self.counters = 0, 1  # counter 0: parameters whose norm is known
+        # the first counters, one for each group: parameters whose norm is known
+        self.partials, self.counters = 0, 1 + max(groups, default=0)
         parameters = len(layouts)
         self.first_mode = np.concatenate([[0], np.cumsum([len(layout.modes) for layout in layouts])]).tolist()
         modes = self.first_mode[-1]
@@ -199,6 +215,8 @@ class _Builder:
         values = [0] * WIDTH
         for name, value in columns.items():
             values[globals()[name]] = value
+        if "INDEX" in columns:
+            values[GROUP] = self.groups[columns["INDEX"]]
         self.rows.append(values)
         return len(self.rows) - 1
 
@@ -258,7 +276,8 @@ def make_tables(
     grad_dtypes: Sequence[str],
     param_dtypes: Sequence[str],
     aligned: Sequence[bool],
-    normalize_grads: bool,
+    normalize_grads: Sequence[bool],
+    groups: Sequence[int],
 ) -> Tables:
     """Lay out the launches of one step: project 1, Gram, project 2 .. k (Adam), back 1 .. k (apply).
 
@@ -269,9 +288,10 @@ def make_tables(
         layouts: of each parameter.
         grad_dtypes, param_dtypes: of DTYPES.
         aligned: whether all pointers of a parameter are multiples of 16 bytes.
-        normalize_grads: the updates wait for their rms.
+        normalize_grads: of each parameter; its update waits for its rms.
+        groups: of each parameter, the number of its param group, from 0 on; a group's parameters are neighbours.
     """
-    build = _Builder(layouts)
+    build = _Builder(layouts, groups)
     products = [problems_of(layout) for layout in layouts]
     numels = [layout.numel for layout in layouts]
     starts = np.concatenate([[0], np.cumsum([padded(numel) for numel in numels])]).tolist()
@@ -367,7 +387,7 @@ def make_tables(
                 else:
                     build.of_parameter(row, X, index, "grad")
                     scratch(row, Y, index, 0)
-                    waiting += [index] if normalize_grads else []
+                    waiting += [index] if normalize_grads[index] else []
                 build.state(row, index)
                 build.sums(row, count, count, 1)
                 build.grid(row, ADAM_SCRATCH if products[index] else ADAM_GRAD, 1, count)
@@ -451,7 +471,7 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
         Tables; where :meth:`Tables.fill` wants a basis it takes the mode's rotation (an identity for a mode that is not due
         but shares a Kronecker product with one that is), for a Gram its order, and for "step" the parameter's outcomes.
     """
-    build = _Builder(layouts)
+    build = _Builder(layouts, [0] * len(layouts))
     starts = np.concatenate([[0], np.cumsum([padded(layout.numel) for layout in layouts])]).tolist()
     stages: list[list[Callable[[], None]]] = []  # what each launch does
     kronecker_numel = 0

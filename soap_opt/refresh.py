@@ -22,7 +22,7 @@ def is_due(step: int, offset: int, frequency: int, policy: str) -> bool:
     return step > 0 and (step + offset) % frequency == 0
 
 
-def due_units(steps: np.ndarray, offsets: np.ndarray, frequency: int, policy: str) -> np.ndarray:
+def due_units(steps: np.ndarray, offsets: np.ndarray, frequency: int | np.ndarray, policy: str) -> np.ndarray:
     """:func:`is_due` for many units: [n] bool of [n] int64."""
     moved = steps if policy == "together" else steps + offsets
     return (steps > 0) & (moved % frequency == 0)

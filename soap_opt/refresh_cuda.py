@@ -32,18 +32,19 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class DeviceTable:
-    """An int64 table on the device that the host fills, and what it was last filled from."""
+    """A table on the device that the host fills, and what it was last filled from."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.tensor = torch.empty(shape, dtype=torch.int64, device=device)
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> None:
+        self.tensor = torch.empty(shape, dtype=dtype, device=device)
         self.source: np.ndarray | None = None
         self._staging: Tensor | None = None
 
     def reserve(self) -> None:
         """Pinned memory for one filling inside a CUDA graph's capture, where none can be had. Replays read it again."""
-        self._staging = torch.empty(self.tensor.shape, dtype=torch.int64, pin_memory=self.tensor.device.type == "cuda")
+        on_cuda = self.tensor.device.type == "cuda"
+        self._staging = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=on_cuda)
 
-    def send(self, source: np.ndarray, make: Callable[[np.ndarray], np.ndarray]) -> None:
+    def send(self, source: np.ndarray, make: Callable[[np.ndarray], np.ndarray] = lambda source: source) -> None:
         """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
         if self.source is not None and np.array_equal(source, self.source):
             return
@@ -248,7 +249,7 @@ class GraphRefresh:
         self.refresh.keep_for_graph()
         if self.refresh.tables is not None:
             self.refresh.problems.reserve()
-        self.units = DeviceTable((len(units), 3), buffers.device)
+        self.units = DeviceTable((len(units), 4), buffers.device)
         self.units.reserve()
         self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
         self._load_kernels()
@@ -262,7 +263,7 @@ class GraphRefresh:
         tiles = torch.zeros(1, 4, dtype=torch.int32, device=device)
         problems = torch.zeros(1, WIDTH, dtype=torch.int64, device=device)  # of a parameter with no units
         with on_device(device):
-            launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0, 1)
+            launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0)
             launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
         sizes = sorted(set(self.refresh.sizes))
         none = torch.zeros(len(sizes), dtype=torch.bool, device=device)
@@ -275,26 +276,26 @@ class GraphRefresh:
         exp_avg_sqs: list[Tensor],
         grams: list[list[Tensor]],
         bases: list[list[Tensor]],
-        offsets: list[list[Tensor]],
+        phases: np.ndarray,
         steps: list[Tensor],
         layouts: list[Layout],
         scalars: Tensor,
-        frequency: int,
-        how: tuple[str, float],
+        tolerance: float,
     ) -> None:
-        """As :func:`refresh_due`. offsets: of every mode, on the host, read once. steps, scalars: on the device."""
+        """As :func:`refresh_due`. phases: [units, 2] offset and frequency of every unit. steps, scalars: on the device."""
         if not self.refresh.due:
             return
         from .kernels.reexpress import due_kernel  # late: importing soap_opt does not wait for Triton
 
-        together = how[0] == "together"
-        rows = [[steps[i].data_ptr(), 0 if together else int(offsets[i][k]), i] for i, k in self.refresh.due]
-        self.units.send(np.asarray(rows, dtype=np.int64), lambda units: units)
+        rows = np.empty((len(self.refresh.due), 4), dtype=np.int64)
+        rows[:, 0] = [steps[i].data_ptr() for i, _ in self.refresh.due]
+        rows[:, 2] = [i for i, _ in self.refresh.due]
+        rows[:, [1, 3]] = phases
+        self.units.send(rows)
         with on_device(scalars.device):
             count = len(rows)
-            launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count, frequency)
+            launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count)
             wanted = self.due.view(torch.bool)
-            tolerance = how[1] if how[0] == "adaptive" else -1.0
             self.refresh.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
 
 
@@ -322,7 +323,7 @@ def refresh_due(
     bases: list[list[Tensor]],
     layouts: list[Layout],
     usable: Tensor,
-    how: tuple[str, float],
+    tolerance: float,
 ) -> None:
     """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
 
@@ -331,9 +332,8 @@ def refresh_due(
         due: units, parameter after parameter.
         exp_avgs, exp_avg_sqs, grams, bases, layouts: of every parameter of the plan, all on one device.
         usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
-        how: the policy, refresh, and refresh_tolerance. What "adaptive" passes over is known on the device only.
+        tolerance: with the policy "adaptive", else negative. What is passed over is known on the device only.
     """
-
     grouped = groupable(due, exp_avgs, exp_avg_sqs, layouts)
     key = (tuple(due), tuple(grouped))
     kept = plan.refreshes.get(key)
@@ -341,7 +341,6 @@ def refresh_due(
         if len(plan.refreshes) >= MAX_KEPT:
             plan.refreshes.clear()
         kept = plan.refreshes[key] = GroupedRefresh(due, layouts, grouped, plan.aligned, plan.buffers)
-    tolerance = how[1] if how[0] == "adaptive" else -1.0
     wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
     with on_device(usable.device):
         kept.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
@@ -359,13 +358,14 @@ def refresh_due_through_torch(
     bases: list[list[Tensor]],
     layouts: list[Layout],
     usable: Tensor,
-    how: tuple[str, float],
+    tolerance: float,
 ) -> None:
     """:func:`refresh_due` where the operator is not built: torch's QR, one size after the other, and the host waits to hear
     which units "adaptive" wants."""
     from .functional import _refresh_units  # late: functional imports fused_cuda, which imports this file
 
-    for i, refreshed in _refresh_units(due, grams, bases, *how).items():
+    policy = "adaptive" if tolerance >= 0 else "staggered"
+    for i, refreshed in _refresh_units(due, grams, bases, policy, tolerance).items():
         for k, new in refreshed.items():
             counts, size = usable[i] != 0, bases[i][k].shape[0]
             refreshed[k] = Refresh(

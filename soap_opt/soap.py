@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from . import _ext, compiled, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
-from .functional import clipping_scale, first_grams, soap, use_fused
-from .fused_cuda import SCRATCH_LIMIT, scale_or_nan, skipped_on_device, steps_on_device
+from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
+from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, skipped_on_device, steps_on_device
 from .launch import MAX_NUMEL
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
@@ -262,11 +262,11 @@ class SOAP(Optimizer):
         ]
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             self._check_capture(work, pending)
-        if found_inf is not None:
-            if not pending and all(steps_on_device(w.group, param) for w in work for param in w.params):
-                grad_scale = scale_or_nan(grad_scale, found_inf)  # the kernels look, the host need not wait
-            elif float(found_inf) != 0:
+        # Where the kernels look at found_inf, the host need not wait
+        if found_inf is not None and (pending or not all(steps_on_device(w.group, p) for w in work for p in w.params)):
+            if float(found_inf) != 0:
                 return
+            found_inf = None
         with full_precision_matmul({param.device.type for w in work for param in w.params}):
             scales = [grad_scale] * len(work)
             if pending:
@@ -281,9 +281,8 @@ class SOAP(Optimizer):
                     _Work(w.group, *([x for x, p in zip(column, w.params) if p not in waiting] for column in w[1:]))
                     for w in work
                 ]
-            for w, scale in zip(work, scales):
-                if w.params:
-                    self._steady_step(w, scale, w.group["max_grad_norm"] if scale is grad_scale else None)
+            for works, scale in _together([(w, scale) for w, scale in zip(work, scales) if w.params]):
+                self._steady_step(works, scale, found_inf, clip=scale is grad_scale)
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
         """How often a gradient was not usable (not finite, or its squared norm overflowed): its parameter stayed as it was.
@@ -550,12 +549,13 @@ class SOAP(Optimizer):
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
 
-    def _steady_step(self, work: _Work, grad_scale: Tensor | None, max_grad_norm: float | None) -> None:
-        group, params, tensors, grads, states, layouts = work
-        beta1, beta2 = group["betas"]
-        skipped = soap(
-            tensors,
-            grads,
+    def _steady_step(self, works: list[_Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
+        """One steady step of groups that one call may serve (:func:`_together`). clip: grad_scale does not clip already."""
+        states = [state for work in works for state in work.states]
+        layouts = [layout for work in works for layout in work.layouts]
+        lists = (
+            [tensor for work in works for tensor in work.tensors],
+            [grad for work in works for grad in work.grads],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state[key] for state, layout in zip(states, layouts) for key in layout.gram_keys],
@@ -563,29 +563,26 @@ class SOAP(Optimizer):
             [state[key] for state, layout in zip(states, layouts) for key in layout.offset_keys],
             [state["step"] for state in states],
             layouts,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            grad_scale=grad_scale,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            shampoo_beta=_shampoo_beta(group),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            precondition_frequency=group["precondition_frequency"],
-            normalize_grads=group["normalize_grads"],
-            correct_bias=group["correct_bias"],
-            refresh=group["refresh"],
-            refresh_tolerance=group["refresh_tolerance"],
-            maximize=group["maximize"],
-            max_grad_norm=max_grad_norm,
-            precision=group["precision"],
-            overlap=self._overlap if group["overlap_refresh"] else None,
-            capturable=group["capturable"],
-            scratch_limit=group["scratch_limit"],
         )
-        for i in skipped:
-            self._skip(params[i])
+        group = works[0].group
+        how = {
+            "found_inf": found_inf,
+            "precision": group["precision"],
+            "overlap": self._overlap if group["overlap_refresh"] else None,
+            "capturable": group["capturable"],
+            "scratch_limit": group["scratch_limit"],
+        }
+        options = [_step_options(work.group, clip) for work in works]
+        if len(works) == 1:
+            flags = {"foreach": group["foreach"], "fused": group["fused"]}
+            skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
+        else:
+            counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
+            skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
+        if skipped:
+            params = [param for work in works for param in work.params]
+            for i in skipped:
+                self._skip(params[i])
 
     def _skip(self, param: Tensor) -> None:
         if param not in self._skipped and param.device.type == "cpu":
@@ -617,6 +614,40 @@ _ADDED_DEFAULTS: dict[str, Any] = {
 def _shampoo_beta(group: dict[str, Any]) -> float:
     beta = group["shampoo_beta"]
     return group["betas"][1] if beta is None or beta < 0 else beta
+
+
+def _step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
+    """What :func:`soap_opt.functional.soap` wants to know of a group, whatever implementation runs."""
+    beta1, beta2 = group["betas"]
+    names = (
+        "lr eps weight_decay precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize"
+    ).split()
+    return {
+        **{name: group[name] for name in names},
+        "beta1": beta1,
+        "beta2": beta2,
+        "shampoo_beta": _shampoo_beta(group),
+        "max_grad_norm": group["max_grad_norm"] if clip else None,
+    }
+
+
+def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
+    """Groups, each with its scale, put together where the fused CUDA path makes one step of them: the number of launches is
+    then that of one group. Everything that is not in GroupOptions must agree, and what is refreshed in one call."""
+    if len(work) < 2:
+        return [([w], scale) for w, scale in work]
+    calls: dict[Any, tuple[list[_Work], Tensor | None]] = {}
+    for w, scale in work:
+        group, exp_avgs = w.group, [state["exp_avg"] for state in w.states]
+        key: Any = id(w)
+        if use_fused(exp_avgs, group["foreach"], group["fused"]) and all(map(runs_triton, exp_avgs)):
+            devices = tuple({exp_avg.device for exp_avg in exp_avgs})
+            if len(devices) == 1:
+                tolerance = group["refresh_tolerance"] if group["refresh"] == "adaptive" else -1.0
+                names = ("precision", "overlap_refresh", "capturable", "scratch_limit")
+                key = (devices, id(scale), tolerance, *(group[name] for name in names))
+        calls.setdefault(key, ([], scale))[0].append(w)
+    return list(calls.values())
 
 
 def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ def layouts_of(shapes, max_precond_dim=10000, precondition_1d=False):
 
 def tables_of(layouts, dtype="float32", normalize=False):
     kinds = [dtype] * len(layouts)
-    return make_tables(layouts, kinds, kinds, [True] * len(layouts), normalize)
+    return make_tables(layouts, kinds, kinds, [True] * len(layouts), [normalize] * len(layouts), [0] * len(layouts))
 
 
 def test_the_worked_example_of_the_readme():

@@ -246,7 +246,7 @@ def test_first_gradient_is_used_twice(monkeypatch, foreach):
     def mutated(self, pending, grad_scale):
         original(self, pending, grad_scale)
         for group in self.param_groups:
-            self._steady_step(self._with_grad(group), grad_scale[id(group)], None)
+            self._steady_step([self._with_grad(group)], grad_scale[id(group)], None)
 
     monkeypatch.setattr(soap.SOAP, "_initialize", mutated)
     assert_caught(foreach)

@@ -23,6 +23,19 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+def options_of(lr=0.0, weight_decay=0.0, beta1=0.9, beta2=0.99, sign=1.0, eps=1e-8, normalize=0.0, shampoo_beta=0.75):
+    """[1, OPTIONS] of one param group."""
+    row = torch.zeros(1, launch.OPTIONS)
+    values = {
+        "LR": lr, "WEIGHT_DECAY": weight_decay, "LOG_BETA1": math.log(beta1), "LOG_BETA2": math.log(beta2), "SIGN": sign,
+        "CORRECT_BIAS": 1.0, "REST1": 1 - beta1, "BETA2": beta2, "REST2": 1 - beta2, "EPS": eps, "NORMALIZE": normalize,
+        "SHAMPOO_REST": 1 - shampoo_beta,
+    }  # fmt: skip
+    for name, value in values.items():
+        row[0, getattr(launch, name)] = value
+    return row
+
+
 class Table:
     """Rows and tiles of one launch."""
 
@@ -88,9 +101,10 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
         checks.append((x, q, y, step, skipped))
     tiles, problems = table.tensors()
     scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
+    options = options_of(lr=0.1, weight_decay=0.5, sign=-1.0)
     project_first_kernel[(len(tiles),)](
-        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.ones(1), 0.1, 0.5,
-        math.log(0.9), math.log(0.99), -1.0, 1, 0.0, 1, GRAD=DTYPES[dtype], PRECISION="ieee",
+        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.zeros(1), options,
+        GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
     assert not counters.any()
     for index, (x, q, y, step, skipped) in enumerate(checks):
@@ -117,8 +131,8 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     table.tiles = [(row, launch.NORM, 0, 0)]
     scalars = torch.zeros(1, launch.SCALARS)
     project_first_kernel[(1,)](
-        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.ones(1), 1.0, 0.0,
-        math.log(0.95), math.log(beta2), 1.0, 1, 0.0, 1, GRAD=tl.float32, PRECISION="ieee",
+        *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1),
+        options_of(lr=1.0, beta1=0.95, beta2=beta2), GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
     want = (1 - beta2**t) ** 0.5 / (1 - 0.95**t)
     assert float(scalars[0, launch.STEP_SIZE]) == pytest.approx(want, rel=8 * EPS)
@@ -144,7 +158,7 @@ def test_adam_epilogue(usable):
         scalars = scalars_of(usable)
         tiles, problems = table.tensors()
         sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
-        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, 0.9, 0.99, 1e-8, 1, PRECISION="ieee")
+        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, options_of(normalize=1.0), PRECISION="ieee")
         if not usable:
             assert torch.equal(m.double(), old[0]) and torch.equal(v.double(), old[1])
             continue
@@ -198,7 +212,7 @@ def test_gram_ema(dtype, aligned):
         # the programs that arrive last are not always those of the last columns
         order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
         gram_ema_kernel[(len(tiles),)](
-            tiles[order].contiguous(), problems, scalars_of(), *sums, 0.75, 0.0, 0.0, 0.0, 0,
+            tiles[order].contiguous(), problems, scalars_of(), *sums, options_of(),
             GRAD=DTYPES[dtype], PRECISION="ieee",
         )  # fmt: skip
         outer = torch.einsum("aib,ajb->ij", x.double(), x.double())

@@ -10,7 +10,8 @@ from comparison import SoapRun, needs_engine, random_gradients, random_params, r
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda
+import soap_opt
+from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda, soap
 from soap_opt.diagnostics import _scratch_on_cuda
 from soap_opt.overlap import Overlap
 
@@ -100,19 +101,22 @@ def test_an_unusable_gradient_changes_nothing_of_its_parameter(value):
         assert float(tested.state_of(broken)["step"]) == 1
 
 
-def test_grad_scale_and_found_inf():
-    """A power of two scales without rounding: the result is the same to the bit. NaN as scale is found_inf."""
+def test_grad_scale_and_found_inf(monkeypatch):
+    """A power of two scales without rounding: the result is the same to the bit. The kernels look at found_inf."""
+    monkeypatch.setattr(soap, "steps_on_device", lambda group, param: True)
     shapes = [(6, 5), (4, 3, 3, 3), (4,)]
     plain, scaled = (SoapRun(random_params(shapes), fused=True, **OPTIONS) for _ in range(2))
-    for grads in random_gradients(shapes, 4):
+    for number, grads in enumerate(random_gradients(shapes, 4)):
         plain.step(grads)
         scaled.optimizer.grad_scale = torch.tensor([1024.0])
+        if number > 0:
+            scaled.optimizer.found_inf = torch.zeros(1)
         scaled.step([grad * 1024 for grad in grads])
-        if scaled.state_of(0)["step"] > 0:
+        if number > 0:
             before = [scaled.params[0].clone(), *(value.clone() for value in scaled.state_of(0).values())]
-            scale = fused_cuda.scale_or_nan(scaled.optimizer.grad_scale, torch.tensor([1.0]))
-            scaled.optimizer.grad_scale = scale
+            scaled.optimizer.found_inf = torch.ones(1)
             scaled.step(grads)
+            scaled.step([torch.full_like(grad, torch.nan) for grad in grads])
             for old, new in zip(before, [scaled.params[0], *scaled.state_of(0).values()]):
                 assert torch.equal(old, new)
     assert scaled.optimizer.skipped_steps() == 0
@@ -153,6 +157,55 @@ def test_launches_of_a_steady_step(launches, shapes, options, count):
     assert len(launches) == count, launches
     orders = [len(run.optimizer._layout(p, run.optimizer.param_groups[0]).modes) for p in run.params]
     assert count <= 1 + 2 * max(orders) or max(orders) == 0
+
+
+GROUPS = [
+    {"lr": 0.05, "weight_decay": 0.0, "betas": (0.8, 0.97), "max_grad_norm": 3.0, "precondition_frequency": 1},
+    {"normalize_grads": True, "maximize": True, "correct_bias": False, "refresh": "together", "shampoo_beta": 0.8},
+    {"eps": 1e-3, "precondition_1d": True, "precondition_frequency": 2, "max_precond_dim": 6},
+    {"lr": torch.tensor(0.02), "max_grad_norm": 1.0},
+]
+
+
+def in_groups(shapes, flags, seed=0):
+    """A run whose parameters, in neighbours of three, belong to GROUPS."""
+    run = SoapRun(random_params(shapes, seed), **flags, **OPTIONS)
+    groups = [{"params": run.params[3 * i : 3 * i + 3], **options} for i, options in enumerate(GROUPS)]
+    run.optimizer = soap_opt.SOAP([group for group in groups if group["params"]], **flags, **OPTIONS)
+    return run
+
+
+def test_groups_share_their_launches(launches):
+    """Whatever their options: 9 for all, in lockstep with the specification group by group."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,), (7, 3), (5,), (5, 5), (9, 2), (3,), (2, 3, 4), (8, 3), (3, 3, 3), (6,)]
+    reference, tested = in_groups(shapes, {"foreach": False}), in_groups(shapes, {"fused": True})
+    for number, grads in enumerate(random_gradients(shapes, 6, missing=0.05)):
+        for run in (reference, tested):
+            run.step(grads)
+        launches.clear()
+        for i, (p, q) in enumerate(zip(reference.params, tested.params)):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda text, where=(number, i): f"{where}: {text}")
+            state = reference.state_of(i)
+            for key, value in tested.state_of(i).items():
+                if key.startswith("gram"):
+                    torch.testing.assert_close(value, state[key], rtol=1e-5, atol=1e-6)
+                elif not key.startswith(("basis", "exp_avg")):  # (whose columns have any sign, and none that is determined)
+                    assert torch.equal(value, state[key]), (number, i, key)
+            tested.adopt(i, p.detach(), state)
+    launches.clear()
+    tested.step(random_gradients(shapes, 1)[0])
+    assert len([name for name in launches if name != "reexpress_kernel"]) <= 9
+
+
+def test_groups_of_matrices_take_the_launches_of_one(launches):
+    shapes = [(6, 5), (7, 3), (5, 4), (9, 2), (3, 8), (4, 4)]
+    run = in_groups(shapes, {"fused": True})
+    for group in run.optimizer.param_groups:
+        group["precondition_frequency"] = 10**6
+    for grads in random_gradients(shapes, 2):
+        launches.clear()
+        run.step(grads)
+    assert len(launches) == 5
 
 
 def test_dtypes_multiply_only_the_gram_and_the_first_projection(launches):
@@ -236,10 +289,10 @@ def test_pointers_are_sent_only_when_they_changed(monkeypatch):
     sent = []
     original = refresh_cuda.DeviceTable.send
 
-    def send(self, pointers, make):
+    def send(self, source, *make):
         before = self.source
-        original(self, pointers, make)
-        sent.append(self.source is not before)
+        original(self, source, *make)
+        sent.append((self.tensor.dtype, self.source is not before))
 
     monkeypatch.setattr(refresh_cuda.DeviceTable, "send", send)
     plans = []
@@ -252,8 +305,11 @@ def test_pointers_are_sent_only_when_they_changed(monkeypatch):
         if number == 3:  # new memory for a gradient; the old one is kept, lest the new one gets its address
             kept.append(run.params[0].grad)
             run.params[0].grad = run.params[0].grad.clone()
+        if number == 4:
+            run.optimizer.param_groups[0]["lr"] /= 2
         run.optimizer.step()
-    assert sent == [True, False, False, True, False, False]
+    assert [new for dtype, new in sent if dtype == torch.int64] == [True, False, False, True, False, False]
+    assert [new for dtype, new in sent if dtype == torch.float32] == [True, False, False, False, True, False]  # the options
     assert len(plans) == 1
 
 
