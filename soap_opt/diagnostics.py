@@ -37,9 +37,9 @@ class MemoryReport:
             thread: for each core three times the largest parameter that one core steps, and packed matrices and tiles for its
             modes: 2 D^2 elements for each of up to 512, and for the widest 784 D and 0.8 MiB, or 2 D^2 + 640 D where that is
             more and D at most 512 (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step: 8 bytes for
-            each element of the largest group; for the refreshes of its largest phase 4 d^2 + 8 d bytes for each basis, and with
-            overlap_refresh 8 for each element of its parameters; with capturable, for each graph, as much again with all bases.
-            0 where another implementation runs.
+            each element, but no more than scratch_limit; for the refreshes of each group's largest phase 4 d^2 + 8 d bytes for
+            each basis, and with overlap_refresh 8 for each element of its parameters; with capturable, for each graph, as much
+            again with all bases. 0 where another implementation runs.
         refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
             where d <= 512.
     """
@@ -123,7 +123,7 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
     report = MemoryReport()
     index = 0
     scratch: dict[torch.dtype, int] = {}
-    cuda_scratch = 0
+    on_cuda: list[tuple[dict[str, Any], list[Layout]]] = []
     for group in groups:
         layouts: dict[torch.dtype, list[Layout]] = {}
         for place, param in enumerate(group["params"]):
@@ -153,27 +153,32 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
             for dtype, of_dtype in layouts.items():
                 needed = scratch_numel(tuple(of_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
-        on_cuda = all(param.device.type == "cuda" for param in group["params"])
-        if on_cuda and use_fused(group["params"], group["foreach"], group["fused"]):
-            cuda_scratch = max(cuda_scratch, _scratch_on_cuda(group, layouts.get(torch.float32, []), offsets))
-    report.scratch = sum(scratch.values()) + cuda_scratch
+        if all(param.device.type == "cuda" for param in group["params"]):
+            if use_fused(group["params"], group["foreach"], group["fused"]):
+                on_cuda.append((group, layouts.get(torch.float32, [])))
+    report.scratch = sum(scratch.values()) + _scratch_on_cuda(on_cuda, offsets)
     return report
 
 
-def _scratch_on_cuda(group: dict[str, Any], layouts: list[Layout], offsets: dict[Tensor, list[int]] | None) -> int:
-    """Bytes that the fused CUDA step keeps for a group besides its state."""
-    frequency = group["precondition_frequency"]
-    none = [[0] * len(layout.modes) for layout in layouts]
-    if group["refresh"] == "together":
-        of_modes = none
-    elif offsets is not None:
-        of_modes = [offsets[p] for p in group["params"] if state_dtype(p) == torch.float32]
-    else:
-        flops = [unit_flops(layout.numel, size) for layout in layouts for size in layout.sizes]
-        balanced = iter(complete_offsets(flops, [None] * len(flops), frequency))
-        of_modes = [[next(balanced) for _ in layout.modes] for layout in layouts]
-    step = scratch_bytes(layouts, group["scratch_limit"])
-    result = step + kept_bytes(layouts, of_modes, frequency, group["overlap_refresh"] and not group["capturable"])
-    if group["capturable"]:
-        result += step + kept_bytes(layouts, none, 1, False)
-    return result
+def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets: dict[Tensor, list[int]] | None) -> int:
+    """Bytes that the fused CUDA step keeps besides the state. groups: with the layouts of their float32 parameters."""
+    together: dict[tuple[Any, ...], list[Layout]] = {}  # one step serves groups that agree in these
+    kept = 0
+    for group, layouts in groups:
+        key = tuple(group[name] for name in ("precision", "overlap_refresh", "capturable", "scratch_limit"))
+        together.setdefault(key, []).extend(layouts)
+        frequency, none = group["precondition_frequency"], [[0] * len(layout.modes) for layout in layouts]
+        if group["refresh"] == "together":
+            of_modes = none
+        elif offsets is not None:
+            of_modes = [offsets[p] for p in group["params"] if state_dtype(p) == torch.float32]
+        else:
+            flops = [unit_flops(layout.numel, size) for layout in layouts for size in layout.sizes]
+            balanced = iter(complete_offsets(flops, [None] * len(flops), frequency))
+            of_modes = [[next(balanced) for _ in layout.modes] for layout in layouts]
+        kept += kept_bytes(layouts, of_modes, frequency, group["overlap_refresh"] and not group["capturable"])
+        if group["capturable"]:
+            kept += kept_bytes(layouts, none, 1, False)
+    steps = [(scratch_bytes(layouts, limit), capturable) for (*_, capturable, limit), layouts in together.items()]
+    graphs = sum(step for step, capturable in steps if capturable)
+    return max((step for step, _ in steps), default=0) + graphs + kept
