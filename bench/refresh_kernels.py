@@ -14,6 +14,9 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from soap_opt.refresh_basis import block_shared_memory
+from soap_opt.refresh_basis import largest_in_shared_memory as largest_block
+
 from .results import Row, save, significant, table
 
 ROOT = Path(__file__).parent.parent
@@ -23,17 +26,8 @@ SOURCE = ROOT / "csrc" / "cuda" / "refresh_basis.cu"
 # of it that a block may have. 65,536 registers everywhere; a block's shared memory costs 1 KiB more than it asks for.
 CHIPS = {"8.0": (2048, 32, 164, 163), "8.6": (1536, 16, 100, 99), "9.0": (2048, 32, 228, 227), "10.0": (2048, 32, 228, 227)}
 
-WARP_LIMIT, PANEL, LARGE_PANEL = 32, 16, 32
+WARP_LIMIT, LARGE_PANEL = 32, 32
 TABLE_ROWS = 800  # matrices of a launch
-
-
-def block_shared_memory(size: int) -> int:
-    """block_shared_floats of csrc/cuda/refresh_basis.cuh, in bytes; tests/csrc compares the sizes that follow."""
-    return 4 * (size * (size | 1) + PANEL * size + 2 * PANEL * PANEL + PANEL + 64)
-
-
-def largest_block(limit: int) -> int:
-    return max(size for size in range(33, 400) if block_shared_memory(size) <= limit)
 
 
 def ptxas(chip: str) -> dict[str, Row]:

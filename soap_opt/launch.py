@@ -67,8 +67,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Kinds of tiles. 0 .. 11 are the classes of products and Grams: 4 * (place in TILES) + 2 * ROWS + ALIGNED.
 NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY, PERMUTE = 12, 13, 14, 15, 16, 17, 18
 
-# An outcome of soap_opt::refresh_basis_: the basis is another
-REFRESHED = 1
+# Outcomes of soap_opt::refresh_basis_: the basis is what it was, it is another
+KEPT, REFRESHED = 0, 1
 
 BLOCK = 2048  # elements of an elementwise tile
 KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR

@@ -20,6 +20,17 @@ def unavailable(device_type: str) -> str | None:
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 
+def block_shared_memory(d: int) -> int:
+    """Bytes of shared memory of a block that refreshes one matrix [d, d] (block_shared_floats, csrc/cuda/refresh_basis.cuh)."""
+    panel = 16
+    return 4 * (d * (d | 1) + panel * d + 2 * panel * panel + panel + 64)
+
+
+def largest_in_shared_memory(limit: int) -> int:
+    """The largest d that fits in ``limit`` bytes: from there on the operator is a sequence of ATen calls, on CUDA."""
+    return max(d for d in range(33, 400) if block_shared_memory(d) <= limit)
+
+
 def _operator():
     return torch.ops.soap_opt.refresh_basis_
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import refresh_basis
 from .eigenbasis import Refresh, reexpress_
-from .launch import ACCELERATOR, BLOCK, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
+from .launch import ACCELERATOR, BLOCK, KEPT, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
 from .plan import KRONECKER_MAX_FACTOR, Layout
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class GroupedRefresh:
         self.first_unit = [self.places[i, of[i][0]] for i in grouped]
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.scratch: Scratch | None = None  # that of the stream, of the last time; a graph's own
-        self.of_graph = False
+        self.of_graph = False  # and then orders and rotations are too
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables = None
         if grouped:
@@ -213,15 +214,15 @@ class GroupedRefresh:
         orders, rotations = self.matrices()
         if self.tables is not None:  # before any basis is written: it allocates
             self.send(exp_avgs, exp_avg_sqs, orders, rotations)
-        if not self.of_graph:  # whose orders and rotations stay as they are between two replays; these are shared
-            self.outcomes.fill_(-1)
-        refreshed, _ = refresh_basis.refresh_bases_(
-            [grams[i][k] for i, k in self.due],
-            [bases[i][k] for i, k in self.due],
-            tolerance,
-            wanted,
-            out=(orders, rotations, self.outcomes),
-        )
+        self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
+        of = [[matrices[i][k] for i, k in self.due] for matrices in (grams, bases)]
+        refresh_basis.refresh_bases_(*of, tolerance, wanted, out=(orders, rotations, self.outcomes))
+        self.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+
+    def reexpress(
+        self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], bases: list[list[Tensor]], layouts: list[Layout]
+    ) -> None:
+        """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
         if self.tables is not None:
             from .kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
@@ -229,15 +230,41 @@ class GroupedRefresh:
                 tiles = self.tiles[each.first : each.first + each.count]
                 launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
         alone: dict[int, dict[int, Refresh]] = {}
-        for (i, k), new in zip(self.due, refreshed):
+        for (i, k), order, rotation in zip(self.due, *self.matrices()):
             if i not in self.grouped:
-                alone.setdefault(i, {})[k] = new
-        for i, results in alone.items():  # (an identity where nothing was refreshed)
+                alone.setdefault(i, {})[k] = Refresh(order, bases[i][k], rotation)
+        for i, results in alone.items():
             reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], results)
+
+
+def has_conditional_nodes() -> bool:
+    """Whether torch can record what a CUDA graph's replays do only on a condition."""
+    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return cuda >= (12, 4) and hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+
+
+@contextmanager
+def if_set(condition: Tensor) -> Iterator[None]:
+    """What is recorded inside runs in those replays that find ``condition`` set (0-d bool on the device)."""
+    graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+    graph.begin_capture_to_if_node(condition)
+    try:
+        yield
+    finally:
+        graph.end_capture_to_conditional_node()
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else sys.maxsize
 
 
 class GraphRefresh:
     """The refresh inside a CUDA graph: every unit is in every replay, and the device decides which of them are due.
+
+    Bases that fit in a block's shared memory are refreshed by kernels whose blocks return at once where nothing is due. Larger
+    ones take ATen's calls, which are recorded into conditional nodes, one for each phase of the period; where torch has none,
+    they are made in every replay, and their results kept when due.
 
     Made before the capture, which can neither allocate pinned memory nor wait; used for one. Arguments as of
     :class:`GroupedRefresh`.
@@ -252,7 +279,23 @@ class GraphRefresh:
         self.units = DeviceTable((len(units), 4), buffers.device)
         self.units.reserve()
         self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
+        self.limit = sys.maxsize  # sizes above it go into conditional nodes
+        if has_conditional_nodes():
+            self.limit = refresh_basis.largest_in_shared_memory(shared_memory_limit(buffers.device))
+        large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
+        self._rest(large)
+        # None: all of them
+        self.small = [n for n, d in enumerate(self.refresh.sizes) if d <= self.limit]
+        self._small_places = to_device(np.asarray(self.small, dtype=np.int64), buffers.device) if large else None
         self._load_kernels()
+
+    def _rest(self, places: list[int]) -> None:
+        """What stands where a unit is not refreshed."""
+        orders, rotations = self.refresh.matrices()
+        for n in places:
+            torch.arange(self.refresh.sizes[n], out=orders[n])
+            rotations[n].zero_().fill_diagonal_(1.0)
+            self.refresh.outcomes[n].fill_(KEPT)
 
     def _load_kernels(self) -> None:
         """Compile and load what the capture will launch: a capture may do neither. Nothing is due, and nothing happens."""
@@ -283,20 +326,52 @@ class GraphRefresh:
         tolerance: float,
     ) -> None:
         """As :func:`refresh_due`. phases: [units, 2] offset and frequency of every unit. steps, scalars: on the device."""
-        if not self.refresh.due:
+        refresh = self.refresh
+        if not refresh.due:
             return
         from .kernels.reexpress import due_kernel  # late: importing soap_opt does not wait for Triton
 
-        rows = np.empty((len(self.refresh.due), 4), dtype=np.int64)
-        rows[:, 0] = [steps[i].data_ptr() for i, _ in self.refresh.due]
-        rows[:, 2] = [i for i, _ in self.refresh.due]
+        count = len(refresh.due)
+        rows = np.empty((count, 4), dtype=np.int64)
+        rows[:, 0] = [steps[i].data_ptr() for i, _ in refresh.due]
+        rows[:, 2] = [i for i, _ in refresh.due]
         rows[:, [1, 3]] = phases
         self.units.send(rows)
+        orders, rotations = refresh.matrices()
+        if refresh.tables is not None:
+            refresh.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        wanted = self.due.view(torch.bool)
+
+        def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:
+            of = [[matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)]
+            out = [orders[n] for n in places], [rotations[n] for n in places], outcomes
+            refresh_basis.refresh_bases_(*of, tolerance, due, out=out)
+
+        by_phase: dict[tuple[int, int], list[int]] = {}
+        for n, d in enumerate(refresh.sizes):
+            if d > self.limit:
+                by_phase.setdefault((int(phases[n, 0]), int(phases[n, 1])), []).append(n)
         with on_device(scalars.device):
-            count = len(rows)
             launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count)
-            wanted = self.due.view(torch.bool)
-            self.refresh.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
+            if self._small_places is None:
+                refresh_units(self.small, wanted, refresh.outcomes)
+            elif self.small:
+                outcomes = refresh.outcomes.index_select(0, self._small_places)
+                refresh_units(self.small, wanted.index_select(0, self._small_places), outcomes)
+                refresh.outcomes.index_copy_(0, self._small_places, outcomes)
+            # (views and one kernel each: a capture cannot send lists of indices to the device)
+            of_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
+            conditions = [due.any() for due in of_phase]
+            for condition, due, places in zip(conditions, of_phase, by_phase.values()):
+                with if_set(condition):
+                    outcomes = torch.full((len(places),), -1, dtype=torch.int32, device=due.device)
+                    refresh_units(places, due, outcomes)
+                    for n, outcome in zip(places, outcomes.unbind()):
+                        refresh.outcomes[n].copy_(outcome)
+            refresh.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+            for condition, places in zip(conditions, by_phase.values()):
+                with if_set(condition):
+                    self._rest(places)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

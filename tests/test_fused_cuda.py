@@ -181,8 +181,9 @@ def test_refreshes_behind_the_next_forward_pass_give_the_same_bits(refresh):
 
 @gpu
 @pytest.mark.skipif(_ext._cuda_load_error is not None, reason=str(_ext._cuda_load_error))
+@pytest.mark.parametrize("width", [33, 300])  # 300 is beyond a block's shared memory: conditional nodes
 @pytest.mark.parametrize("refresh", ["together", "staggered", "adaptive"])
-def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh):
+def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh, width):
     """Forward, backward and step in one graph, as torch's documentation has it; against the same steps one by one."""
     torch.manual_seed(0)
     steps = 54
@@ -190,7 +191,7 @@ def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh):
 
     def training():
         torch.manual_seed(1)
-        net = torch.nn.Sequential(torch.nn.Linear(24, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)).cuda()
+        net = torch.nn.Sequential(torch.nn.Linear(24, width), torch.nn.Tanh(), torch.nn.Linear(width, 5)).cuda()
         options = {**OPTIONS, "refresh": refresh, "fused": True, "capturable": True}
         return net, soap_opt.SOAP(net.parameters(), **options)
 

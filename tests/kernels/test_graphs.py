@@ -4,6 +4,7 @@ What a CUDA graph's capture forbids is an error here too: reading a tensor on th
 in the meantime. What was decided on the host while recording stays as it was, in a replay as in a graph's.
 """
 
+import contextlib
 import copy
 
 import numpy
@@ -32,6 +33,8 @@ class Tape(TorchDispatchMode):
             monkeypatch.setattr(module, "launch", self._launch(module.launch))
         monkeypatch.setattr(fused_cuda, "is_recording", lambda device: self.recording)
         monkeypatch.setattr(refresh_cuda, "to_device", self._to_device(refresh_cuda.to_device))
+        monkeypatch.setattr(refresh_cuda, "if_set", self._if_set)
+        self.conditions = 0
 
     def __enter__(self):
         self.recording = True
@@ -49,6 +52,17 @@ class Tape(TorchDispatchMode):
             self._untracked(launch, *arguments, **constants)
 
         return recorded
+
+    @contextlib.contextmanager
+    def _if_set(self, condition):
+        """A conditional node: the body runs now, as everything does, and in a replay where the condition is set."""
+        calls, self.calls = self.calls, []
+        self.conditions += 1
+        try:
+            yield
+        finally:
+            body, self.calls = self.calls, calls
+            calls.append(lambda: [call() for call in body] if bool(condition) else None)
 
     def _to_device(self, original):
         def refused(*arguments):
@@ -117,9 +131,10 @@ class Recorded(SoapRun):
         self.tape = tape
 
 
-@pytest.mark.parametrize(
-    "refresh", ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
-)
+QUICK_AND_SLOW = ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
+
+
+@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
 def test_replays_are_the_specification(refresh, monkeypatch):
     """Also with unusable gradients on the way, and whatever t is: each replay refreshes what is due then."""
     options = {**OPTIONS, "refresh": refresh, "refresh_tolerance": 0.05}
@@ -134,6 +149,29 @@ def test_replays_are_the_specification(refresh, monkeypatch):
     with pytest.warns(UserWarning, match="not finite"):
         assert run_lockstep(reference, tested, gradients[4:], options) > 20
     assert tested.optimizer.skipped_steps(per_parameter=True) == [0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
+def test_bases_beyond_shared_memory_are_refreshed_in_conditional_nodes(refresh, monkeypatch):
+    """A device with little shared memory; one parameter is re-expressed by itself (seven modes)."""
+    monkeypatch.setattr(refresh_cuda, "has_conditional_nodes", lambda: True)
+    monkeypatch.setattr(refresh_cuda, "shared_memory_limit", lambda device: 18432)  # d = 55
+    shapes = [(5,), (60, 33), (6, 70, 3, 3), (64, 58), (5, 5), (2, 3, 2, 2, 2, 3, 2)]
+    options = {**OPTIONS, "refresh": refresh, "refresh_tolerance": 0.05}
+    params = random_params(shapes)
+    reference = SoapRun(params, foreach=False, **options)
+    tested = Recorded(params, fused=True, capturable=True, **options)
+    gradients = random_gradients(shapes, 10)
+    gradients[7][1][0, 0] = torch.nan
+    run_lockstep(reference, tested, gradients[:3], options)
+    reference.step(gradients[3])
+    tape = Tape(monkeypatch)
+    tested.record(tape, gradients[3])
+    assert tape.conditions == (2 if refresh == "together" else 2 * 3)  # a period of 3 steps
+    (plan,) = host_side.followed(tested.state_of(0)["exp_avg"]).plans_of_graphs
+    assert [plan.graph_refresh.refresh.sizes[n] for n in plan.graph_refresh.small].count(33) == 1
+    with pytest.warns(UserWarning, match="not finite"):
+        assert run_lockstep(reference, tested, gradients[4:], options) > 10
 
 
 @pytest.mark.slow
