@@ -4,6 +4,7 @@ would break torch.compile's tests in this process on a machine with a GPU."""
 import csv
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,19 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")))
-@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_under_tritons_interpreter(marker, file):
+FILES = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+LONG = "test_every_shape.py"  # minutes for each of its tests, so that each gets a process of its own
+RUNS = [("not slow", path.name) for path in FILES if path.name != LONG]
+RUNS += [("slow", path.name) for path in FILES if path.name != LONG]
+RUNS += [("slow", f"{LONG}::{name}") for name in re.findall(r"^def (test_\w+)", FILES[0].with_name(LONG).read_text(), re.M)]
+
+
+@pytest.mark.parametrize(
+    ("marker", "tests"), [pytest.param(*run, marks=[pytest.mark.slow] if run[0] == "slow" else []) for run in RUNS]
+)
+def test_under_tritons_interpreter(marker, tests):
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, f"tests/kernels/{file}"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, f"tests/kernels/{tests}"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

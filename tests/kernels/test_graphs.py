@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
+from lockstep import OPTIONS, QUICK_AND_SLOW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import soap_opt
@@ -19,7 +20,6 @@ from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda
 pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), needs_engine]
 
 SHAPES = [(5,), (17, 33), (6, 5, 3, 3), (3, 17, 5), (5, 5), (2, 3, 2, 2, 2, 3, 2)]
-OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refresh": "staggered"}
 
 
 class Tape(TorchDispatchMode):
@@ -129,9 +129,6 @@ class Recorded(SoapRun):
         with tape:
             self.optimizer.step()
         self.tape = tape
-
-
-QUICK_AND_SLOW = ["staggered", *(pytest.param(name, marks=pytest.mark.slow) for name in ("together", "adaptive"))]
 
 
 @pytest.mark.parametrize("refresh", QUICK_AND_SLOW)

@@ -1,0 +1,239 @@
+"""Refreshes of the Triton path: behind the next step, grouped; whose memory they use."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
+from lockstep import OPTIONS, QUICK_AND_SLOW, lockstep
+
+from soap_opt import fused_cuda, refresh_cuda
+from soap_opt.diagnostics import _scratch_on_cuda
+from soap_opt.overlap import Overlap
+
+pytestmark = pytest.mark.usefixtures("fused_on_cpu")
+
+
+class Late(Overlap):
+    """What should run behind runs as late as it may: when somebody waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = []
+
+    def behind(self, device, function, tensors):
+        self.late.append((function, list(tensors)))
+
+    def wait(self, device=None):
+        late, self.late = self.late, []
+        for function, _ in late:
+            function()
+
+
+READERS = {
+    "step": None,
+    "state_dict": lambda optimizer: optimizer.state_dict()["state"],
+    "deepcopy": lambda optimizer: copy.deepcopy(optimizer).state_dict()["state"],
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)).state_dict()["state"],
+    "wait_for_refresh": lambda optimizer: optimizer.wait_for_refresh() or torch.optim.Optimizer.state_dict(optimizer)["state"],
+}
+
+
+@needs_engine
+@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
+    shapes = [(6, 5), (7,)]
+    options = {**OPTIONS, "refresh": refresh}
+    in_place = SoapRun(random_params(shapes), fused=True, overlap_refresh=False, **options)
+    behind = SoapRun(random_params(shapes), fused=True, **options)
+    behind.optimizer._overlap = Late()
+    pending = 0
+    for grads in random_gradients(shapes, 8):
+        in_place.step(grads)
+        behind.step(grads)
+        pending += len(behind.optimizer._overlap.late)
+        if reader != "step":
+            states = READERS[reader](behind.optimizer)
+            for i in range(len(shapes)):
+                for key, value in in_place.state_of(i).items():
+                    assert torch.equal(value, states[i][key]), (i, key)
+    assert pending >= 2  # something did run behind
+    assert all(torch.equal(p, q) for p, q in zip(in_place.params, behind.params))
+
+
+@needs_engine
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
+    """float64 goes to the multi-tensor path; the others keep their kernels, their pieces, and refreshes that run behind."""
+    params = random_params([(6, 5), (4,)]) + random_params([(3, 4)], 2, dtype=torch.float64) + random_params([(7, 3)], 3)
+    options = {**OPTIONS, "max_grad_norm": max_grad_norm, "scratch_limit": 8 * 40}
+    made = random_gradients([p.shape for p in params], 6)
+    gradients = [[grad.to(p.dtype) for grad, p in zip(grads, params)] for grads in made]
+    in_place = SoapRun(params, foreach=False, **options)
+    behind = SoapRun(params, fused=True, **options)
+    late = behind.optimizer._overlap = Late()
+    pending = 0
+    for grads in gradients:
+        in_place.step(grads)
+        launches.clear()
+        behind.step(grads)
+        pending += len(late.late)
+    assert pending >= 2
+    assert launches.count("project_first_kernel") == 2  # two pieces
+    behind.optimizer.wait_for_refresh()
+    for i, (p, q) in enumerate(zip(in_place.params, behind.params)):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        assert float(in_place.state_of(i)["step"]) == float(behind.state_of(i)["step"]) == 5
+
+
+@needs_engine
+def test_memory_belongs_to_the_stream_that_it_was_made_on():
+    """overlap_refresh switched in the middle: nothing that one stream allocated is used on the other."""
+    run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
+    run.optimizer._overlap = Late()
+    kept = []
+    for number, grads in enumerate(random_gradients([(6, 5)], 8)):
+        run.optimizer.param_groups[0]["overlap_refresh"] = number < 4
+        run.step(grads)
+        run.optimizer.wait_for_refresh()
+        kept += [plan.buffers for plan in fused_cuda._plans.get(run.state_of(0)["exp_avg"], {}).values()]
+    assert kept[0] is kept[2] and kept[2] is not kept[3] and kept[3] is kept[6]
+
+
+@needs_engine
+@pytest.mark.parametrize("refresh", ["together", "staggered"])
+def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
+    gc.collect()
+    assert not refresh_cuda._scratch
+    shapes = [(17, 33), (6, 5, 3, 3), (5,)]
+    run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "refresh": refresh})
+    for grads in random_gradients(shapes, 5):
+        run.step(grads)
+    group, optimizer = run.optimizer.param_groups[0], run.optimizer
+    layouts = [optimizer._layout(p, group) for p in run.params]
+    foretold = _scratch_on_cuda([({**group, "overlap_refresh": False}, layouts)], optimizer._refresh_offsets())
+    (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
+    (scratch,) = refresh_cuda._scratch.values()
+    tensors = [*scratch.take(0), *plan.buffers._flat.values()]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    units = sum(len(layout.modes) for layout in layouts)
+    assert foretold <= held <= foretold + 2 * 32 * units  # each piece begins at a multiple of 16 bytes
+    del run, group, optimizer, plan, scratch, tensors
+    gc.collect()
+    assert not refresh_cuda._scratch
+
+
+@needs_engine
+def test_loading_a_state_waits_for_refreshes_that_run_behind():
+    run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
+    run.optimizer._overlap = Late()
+    first, second = random_gradients([(6, 5)], 2)
+    run.step(first)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.step(second)
+    assert run.optimizer._overlap.late
+    run.optimizer.load_state_dict(saved)
+    assert not run.optimizer._overlap.late
+    assert all(torch.equal(value, run.state_of(0)[key]) for key, value in saved["state"][0].items())
+
+
+@needs_engine
+def test_everything_that_a_refresh_behind_writes_is_recorded():
+    """Or the allocator could hand the memory out while the refresh still uses it."""
+    shapes = [(6, 5), (4, 3, 3, 3)]
+    run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
+    late = run.optimizer._overlap = Late()
+    written = 0
+    for grads in random_gradients(shapes, 6):
+        run.step(grads)
+        states = [run.optimizer.state[p] for p in run.params]
+        before = [{key: value.clone() for key, value in state.items()} for state in states]
+        recorded = {tensor.data_ptr() for _, tensors in late.late for tensor in tensors}
+        late.wait()
+        for state, old in zip(states, before):
+            for key, value in state.items():
+                if not torch.equal(value, old[key]):
+                    written += 1
+                    assert value.data_ptr() in recorded, key
+    assert written > 10
+
+
+# Rank 2 to 5, Kronecker products alone, first, in the middle and last, one mode of a product due without the other
+REEXPRESSED = [
+    (17, 33),
+    (65, 2),
+    (3, 17, 5),
+    (5, 5),
+    (6, 5, 3, 3),
+    (4, 3, 5, 5),
+    (2, 3, 1, 5, 2),
+    (64, 8, 4),
+    (3, 5, 40),
+    (9, 130),
+]
+
+
+@needs_engine
+@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
+def test_refreshes_are_grouped(refresh, monkeypatch, launches):
+    """m and v of all parameters together, in lockstep with the specification, and not one of them by itself."""
+
+    def never(*_):
+        raise AssertionError("a parameter was re-expressed alone")
+
+    options = {"refresh": refresh, "refresh_tolerance": 0.05, "precondition_frequency": 2}
+    monkeypatch.setattr("soap_opt.refresh_cuda.reexpress_", never)
+    assert lockstep(REEXPRESSED, 5, options, missing=0.1) > 20
+    counts = {name: launches.count(name) for name in set(launches)}
+    assert 0 < counts["reexpress_kernel"] <= 5 * 5, counts
+
+
+@needs_engine
+def test_parameters_that_the_grouped_refresh_cannot_take():
+    """Seven modes; state that does not lie in its layout's order."""
+    assert lockstep([(2, 3, 2, 2, 2, 3, 2), (6, 5)], 4, {"precondition_frequency": 1}) > 10
+    options = {**OPTIONS, "precondition_frequency": 1}
+    runs = [SoapRun(random_params([(6, 5, 3)]), **kind, **options) for kind in ({"foreach": False}, {"fused": True})]
+    first, *rest = random_gradients([(6, 5, 3)], 5)
+    for run in runs:
+        run.step(first)
+    state = runs[1].state_of(0)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = state[key].movedim(0, -1).contiguous().movedim(-1, 0)
+    run_lockstep(*runs, rest, options)
+
+
+@needs_engine
+def test_a_refresh_sends_its_table_once(monkeypatch):
+    """The same units a period later: nothing goes to the device again."""
+    sent = []
+    original = refresh_cuda.to_device
+    monkeypatch.setattr(refresh_cuda, "to_device", lambda array, device: sent.append(array.shape) or original(array, device))
+    run = SoapRun(random_params([(6, 5), (4, 3, 3)]), fused=True, **OPTIONS)
+    counts = []
+    first, *rest = random_gradients([(6, 5), (4, 3, 3)], 13)
+    run.step(first)
+    for grads in rest:
+        for param, grad in zip(run.params, grads):
+            param.grad.copy_(grad)
+        run.optimizer.step()
+        counts.append(len(sent))
+    assert counts[4] > counts[0] > 0  # tiles and pointers of the step, then of the first period's phases
+    assert counts[7:] == [counts[7]] * 5
+
+
+@needs_engine
+def test_a_skipped_step_refreshes_nothing_of_its_parameter():
+    options = {**OPTIONS, "precondition_frequency": 1}
+    run = SoapRun(random_params([(6, 5), (4, 4)]), fused=True, **options)
+    gradients = random_gradients([(6, 5), (4, 4)], 4)
+    for grads in gradients[:3]:
+        run.step(grads)
+    before = {key: value.clone() for key, value in run.state_of(0).items()}
+    other = run.state_of(1)["basis_0"].clone()
+    run.step([torch.full((6, 5), torch.inf), gradients[3][1]])
+    assert all(torch.equal(value, before[key]) for key, value in run.state_of(0).items())
+    assert not torch.equal(run.state_of(1)["basis_0"], other)
