@@ -53,7 +53,7 @@ def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any]
 
 
 def _layout_for(param: Tensor, options: dict[str, Any]) -> Layout:
-    from .soap import LAYOUT_OPTIONS  # soap.py imports this module
+    from .options import LAYOUT_OPTIONS  # late: its imports lead here
 
     return layout_of(tuple(param.shape), memory_order(param), **{name: options[name] for name in LAYOUT_OPTIONS})
 

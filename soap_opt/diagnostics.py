@@ -15,10 +15,11 @@ from . import _ext
 from .checkpoint import state_dtype
 from .functional import use_fused
 from .fused_cuda import scratch_bytes
+from .options import LAYOUT_OPTIONS, REFUSED, check_options
 from .plan import Layout, layout_of, memory_order, scratch_numel
 from .refresh import complete_offsets, unit_flops
 from .refresh_cuda import kept_bytes
-from .soap import LAYOUT_OPTIONS, REFUSED, SOAP, check_options
+from .soap import SOAP
 
 # Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
 THREADED_SIZE = 512

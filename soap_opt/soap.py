@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -18,21 +17,13 @@ from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bas
 from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, skipped_on_device, steps_on_device
 from .launch import MAX_NUMEL
+from .options import ADDED_DEFAULTS, LAYOUT_OPTIONS, REFUSED, check_options, shampoo_beta, step_options
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
-from .refresh import POLICIES, complete_offsets, unit_flops
-
-# Options that decide the shapes, or the meaning, of what is in the state
-LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_format")
+from .refresh import complete_offsets, unit_flops
 
 # eigh of a 4,096 x 4,096 Gram takes about a minute on two cores, its Gram and basis 128 MiB
 LARGE_MODE = 4096
-
-REFUSED = {
-    "amsgrad": "the running maximum of v would mix coordinates of different eigenbases after every refresh",
-    "decoupled_weight_decay": "weight decay is always decoupled here, as with AdamW; leave it out",
-    "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
-}
 
 
 class _Work(NamedTuple):
@@ -377,7 +368,7 @@ class SOAP(Optimizer):
         if restored is not None:
             self.state.update(restored)
         for group in self.param_groups:
-            for name, default in {**_ADDED_DEFAULTS, **self.defaults}.items():
+            for name, default in {**ADDED_DEFAULTS, **self.defaults}.items():
                 group.setdefault(name, default)
             for param in group["params"]:
                 param_state = self.state.get(param)
@@ -514,7 +505,7 @@ class SOAP(Optimizer):
             how = group["foreach"], group["fused"]
             compiled = all(refresh_basis.unavailable(grad.device.type) is None for grad in gradients)
             engine = engine and compiled and use_fused(gradients, *how)
-            made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], _shampoo_beta(group))
+            made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], shampoo_beta(group))
             for param, layout, (outers, says_something) in zip(params, layouts, made):
                 if outers is None:
                     unusable.append(param)
@@ -572,7 +563,7 @@ class SOAP(Optimizer):
             "capturable": group["capturable"],
             "scratch_limit": group["scratch_limit"],
         }
-        options = [_step_options(work.group, clip) for work in works]
+        options = [step_options(work.group, clip) for work in works]
         if len(works) == 1:
             flags = {"foreach": group["foreach"], "fused": group["fused"]}
             skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
@@ -592,43 +583,6 @@ class SOAP(Optimizer):
                 stacklevel=_users_stacklevel(),
             )
         self._skipped[param] = self._skipped.get(param, 0) + 1
-
-
-# Options that state written by an older version may lack, for objects unpickled from one
-_ADDED_DEFAULTS: dict[str, Any] = {
-    "shampoo_beta": None,
-    "data_format": "channels_first",
-    "refresh": "staggered",
-    "refresh_tolerance": 0.01,
-    "maximize": False,
-    "max_grad_norm": None,
-    "precision": "highest",
-    "overlap_refresh": True,
-    "scratch_limit": SCRATCH_LIMIT,
-    "capturable": False,
-    "foreach": None,
-    "fused": None,
-}
-
-
-def _shampoo_beta(group: dict[str, Any]) -> float:
-    beta = group["shampoo_beta"]
-    return group["betas"][1] if beta is None or beta < 0 else beta
-
-
-def _step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
-    """What :func:`soap_opt.functional.soap` wants to know of a group, whatever implementation runs."""
-    beta1, beta2 = group["betas"]
-    names = (
-        "lr eps weight_decay precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize"
-    ).split()
-    return {
-        **{name: group[name] for name in names},
-        "beta1": beta1,
-        "beta2": beta2,
-        "shampoo_beta": _shampoo_beta(group),
-        "max_grad_norm": group["max_grad_norm"] if clip else None,
-    }
 
 
 def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
@@ -669,43 +623,3 @@ def _require_fused(group: dict[str, Any], device_type: str) -> None:
         reason = _ext.unavailable(device_type)
         if reason is not None:
             raise RuntimeError(f"fused=True cannot be met: {reason}")
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Check the options of a param group, in torch's wording; raises ValueError (RuntimeError for foreach with fused)."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
-    if not 0.0 <= lr:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= options["eps"]:
-        raise ValueError(f"Invalid epsilon value: {options['eps']}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas}")
-    for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor):
-            raise ValueError(f"betas must be floats, but index {i} is a Tensor: {beta}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not 0.0 <= options["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
-    beta = options["shampoo_beta"]
-    if beta is not None and not beta < 1.0:
-        raise ValueError(f"Invalid shampoo_beta value: {beta}")
-    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("scratch_limit", 0)):
-        if isinstance(options[name], bool) or not isinstance(options[name], Integral) or options[name] < least:
-            raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
-    if options["data_format"] not in ("channels_first", "channels_last"):
-        raise ValueError(f"Invalid data_format: {options['data_format']!r} (channels_first or channels_last)")
-    if options["refresh"] not in POLICIES:
-        raise ValueError(f"Invalid refresh policy: {options['refresh']!r} (one of {', '.join(POLICIES)})")
-    if not 0.0 <= options["refresh_tolerance"]:
-        raise ValueError(f"Invalid refresh_tolerance value: {options['refresh_tolerance']}")
-    if options["max_grad_norm"] is not None and not 0.0 < options["max_grad_norm"]:
-        raise ValueError(f"Invalid max_grad_norm value: {options['max_grad_norm']}")
-    if options["precision"] not in ("highest", "high"):
-        raise ValueError(f"Invalid precision: {options['precision']!r} (highest or high)")
-    if options["foreach"] and options["fused"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -8,7 +8,7 @@ import torch
 from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
 from test_parity import CASES, TOLERANCE, follow, run_of
 
-from soap_opt import eigenbasis, functional, soap
+from soap_opt import eigenbasis, functional, options, soap
 from soap_opt.eigenbasis import Refresh
 
 BOTH = [False, True]
@@ -275,7 +275,8 @@ def test_projected_back_with_the_wrong_side(monkeypatch, foreach):
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_beta_of_the_gram_is_beta1(monkeypatch, foreach):
-    monkeypatch.setattr(soap, "_shampoo_beta", lambda group: group["betas"][0])
+    for module in (soap, options):
+        monkeypatch.setattr(module, "shampoo_beta", lambda group: group["betas"][0])
     assert worst_parity("shampoo_beta", foreach) > 2 * TOLERANCE
     assert_lockstep_fails(foreach, betas=(0.9, 0.99))
 
