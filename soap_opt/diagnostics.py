@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,11 +164,12 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
 
 def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets: dict[Tensor, list[int]] | None) -> int:
     """Bytes that the fused CUDA step keeps besides the state. groups: with the layouts of their float32 parameters."""
-    together: dict[tuple[Any, ...], list[Layout]] = {}  # one step serves groups that agree in these
+    together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # one step serves groups that agree in these
     kept = 0
     for group, layouts in groups:
-        key = tuple(group[name] for name in ("precision", "overlap_refresh", "capturable", "scratch_limit"))
-        together.setdefault(key, []).extend(layouts)
+        tolerance = group["refresh_tolerance"] if group["refresh"] == "adaptive" else -1.0
+        key = (tolerance, *(group[name] for name in ("precision", "overlap_refresh", "capturable", "scratch_limit")))
+        together.setdefault(key, []).append(layouts)
         frequency, none = group["precondition_frequency"], [[0] * len(layout.modes) for layout in layouts]
         if group["refresh"] == "together":
             of_modes = none
@@ -179,7 +181,9 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
             of_modes = [[next(balanced) for _ in layout.modes] for layout in layouts]
         kept += kept_bytes(layouts, of_modes, frequency, group["overlap_refresh"] and not group["capturable"])
         if group["capturable"]:
-            kept += kept_bytes(layouts, none, 1, False)
-    steps = [(scratch_bytes(layouts, limit), capturable) for (*_, capturable, limit), layouts in together.items()]
-    graphs = sum(step for step, capturable in steps if capturable)
-    return max((step for step, _ in steps), default=0) + graphs + kept
+            kept += kept_bytes(layouts, none, 1, True)  # a graph's scratch is its own
+    steps = [0]
+    for (*_, limit), of_groups in together.items():
+        whole = scratch_bytes([layout for layouts in of_groups for layout in layouts], sys.maxsize)
+        steps += [whole] if whole <= limit else [scratch_bytes(layouts, limit) for layouts in of_groups]
+    return max(steps) + kept

@@ -201,7 +201,7 @@ def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None
     when anything was changed."""
     grad = grad.to(dtype)
     if grad_scale is not None:
-        grad = grad / grad_scale.to(device=grad.device, dtype=dtype)
+        grad = grad / grad_scale.to(device=grad.device, dtype=dtype).reshape(())  # [1] would make a 0-d gradient [1]
     return -grad if maximize else grad
 
 

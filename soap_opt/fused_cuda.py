@@ -145,7 +145,7 @@ class Plan:
             lr = options.lr
             if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
                 on_device.append((number, lr))
-                lr = 0.0
+                lr = -1.0  # which no learning rate is: the next one on the host is sent, whatever it is
             rows.append(options.row(first, count, float(lr)))
             first += count
         table = np.asarray(rows, dtype=np.float32)
@@ -317,8 +317,10 @@ def fused_cuda_soap(
     plan.send_options(groups)
     sums = (plan.partials, plan.counters)
     with on_device(device):
-        if plan.under_way:  # an exception came between two launches: programs that arrived are still counted
+        if plan.under_way:  # an exception came after a launch: programs that arrived are still counted, t may have moved
             plan.counters.zero_()
+            for each in known.followed:
+                each.identity = None
         plan.under_way = True
         for each in plan.tables.launches:
             tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
@@ -327,7 +329,6 @@ def fused_cuda_soap(
                 first=(grad_scale, found_inf), options=plan.options.tensor,
             )  # fmt: skip
 
-    plan.under_way = False
     for of_original, of_copy in ((state_steps, steps), *zip(originals, arranged)):
         if of_copy is not of_original:
             for original, copy in zip(of_original, of_copy):
@@ -343,8 +344,10 @@ def fused_cuda_soap(
     if recording:
         gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
         plan.graph_refresh.run(exp_avgs, exp_avg_sqs, gram, basis, phases, steps, layouts, plan.scalars, tolerance)
+        plan.under_way = False
         return []
     t = [before + 1 for before in known.steps_before(state_steps, plan.scalars)]
+    plan.under_way = False
     due = known.due(t, phases)
     if not due:
         return []

@@ -48,7 +48,7 @@ class Flags:
 
     def __init__(self, scalars: Tensor) -> None:
         on_cuda = scalars.device.type == "cuda"
-        self._flags = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=on_cuda)
+        self._flags = torch.empty(scalars.shape, dtype=scalars.dtype, device="cpu", pin_memory=on_cuda)
         self._flags.copy_(scalars, non_blocking=True)
         self._event = None
         if on_cuda:

@@ -43,7 +43,7 @@ class DeviceTable:
     def reserve(self) -> None:
         """Pinned memory for one filling inside a CUDA graph's capture, where none can be had. Replays read it again."""
         on_cuda = self.tensor.device.type == "cuda"
-        self._staging = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, pin_memory=on_cuda)
+        self._staging = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device="cpu", pin_memory=on_cuda)
 
     def send(self, source: np.ndarray, make: Callable[[np.ndarray], np.ndarray] = lambda source: source) -> None:
         """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
@@ -239,8 +239,10 @@ class GroupedRefresh:
 
 def has_conditional_nodes() -> bool:
     """Whether torch can record what a CUDA graph's replays do only on a condition."""
-    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    return cuda >= (12, 4) and hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() < 12040:
+        return False
+    built_with = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    return built_with >= (12, 4) and hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
 
 
 @contextmanager
@@ -293,7 +295,7 @@ class GraphRefresh:
         """What stands where a unit is not refreshed."""
         orders, rotations = self.refresh.matrices()
         for n in places:
-            torch.arange(self.refresh.sizes[n], out=orders[n])
+            torch.arange(self.refresh.sizes[n], out=orders[n], device=orders[n].device)
             rotations[n].zero_().fill_diagonal_(1.0)
             self.refresh.outcomes[n].fill_(KEPT)
 

@@ -89,8 +89,9 @@ class SOAP(Optimizer):
         overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, behind the next forward and backward
             pass (not with capturable). The optimizer's methods wait for them; read ``optimizer.state`` itself after
             :meth:`wait_for_refresh` (default: True).
-        scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element; a group that needs more is
-            stepped piece by piece, each with launches of its own (default: 2 GiB).
+        scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element; groups that need more are stepped
+            one by one, and a group that needs more piece by piece, each with launches of its own. A CUDA graph keeps 8 for each
+            element whatever the limit (default: 2 GiB).
         capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA
             graphs, whose replays refresh what is due. Make an ordinary step before each capture, after every parameter's
             first gradient; a learning rate that is to change between replays is a Tensor on the device (default: False).
@@ -309,6 +310,8 @@ class SOAP(Optimizer):
                     yield f"{self._describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
                 elif param.numel() > MAX_NUMEL:
                     yield f"{self._describe(param)} has more than {MAX_NUMEL:,} elements"
+                elif self.state[param]["step"].device != param.device:  # fused or capturable were set when there was a state
+                    yield f"the step of {self._describe(param)} is on {self.state[param]['step'].device}: load a state_dict"
                 elif param.device != device:
                     yield f"{self._describe(param)} is on {param.device}, and the graph on {device}"
 

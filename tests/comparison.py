@@ -68,6 +68,21 @@ class SoapRun:
             own[key].copy_(value)
 
 
+class Setting:
+    """Sets something for a with block and puts the old value back."""
+
+    def __init__(self, get, set_, value):
+        self.get, self.set, self.value = get, set_, value
+
+    def __enter__(self):
+        self.old = self.get()
+        self.set(self.value)
+
+    def __exit__(self, *_):
+        assert self.get() == self.value, "the step changed a global setting"
+        self.set(self.old)
+
+
 class OracleRun:
     """The naive SOAP of oracle.py behind the same interface."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import SoapRun, every_implementation, random_gradients, random_params
+from comparison import Setting, SoapRun, every_implementation, random_gradients, random_params
 from oracle import Oracle
 from small_model import assert_same, assert_unchanged, model_of, snapshot, train
 from torch import nn
@@ -270,21 +270,6 @@ def assert_runs_equal(a, b):
         for key, value in a.state_of(i).items():
             assert torch.equal(value, b.state_of(i)[key]), key
             assert value.dtype == b.state_of(i)[key].dtype, key
-
-
-class Setting:
-    """Sets something for a with block and puts the old value back."""
-
-    def __init__(self, get, set_, value):
-        self.get, self.set, self.value = get, set_, value
-
-    def __enter__(self):
-        self.old = self.get()
-        self.set(self.value)
-
-    def __exit__(self, *_):
-        assert self.get() == self.value, "the step changed a global setting"
-        self.set(self.old)
 
 
 AROUND = {

@@ -61,6 +61,76 @@ def test_lockstep_with_the_specification(dtype, case):
     assert refreshed > 300 or case in ("merged", "no modes", "together", "adaptive")
 
 
+GROUPS = [
+    {"lr": 0.05, "weight_decay": 0.0, "betas": (0.8, 0.97), "max_grad_norm": 3.0, "precondition_frequency": 2},
+    {"normalize_grads": True, "maximize": True, "correct_bias": False, "refresh": "together", "shampoo_beta": 0.8},
+    {"eps": 1e-3, "precondition_1d": True, "max_precond_dim": 60},
+    {"max_grad_norm": 1.0},  # lr: on the device
+]
+
+
+def in_groups(flags, device="cuda"):
+    """MIX dealt out to GROUPS."""
+    run = SoapRun(random_params(MIX, device=device), **flags, **OPTIONS)
+    size = -(-len(MIX) // len(GROUPS))
+    groups = [{"params": run.params[size * i : size * i + size], **options} for i, options in enumerate(GROUPS)]
+    groups[3]["lr"] = torch.tensor(0.02, device=device)
+    run.optimizer = soap_opt.SOAP(groups, **flags, **OPTIONS)
+    return run
+
+
+@gpu
+def test_param_groups_step_together():
+    """In lockstep with the specification, whose state is taken over after each step."""
+    reference, tested = in_groups({"foreach": False}), in_groups({"fused": True})
+    for grads in random_gradients(MIX, 8, device="cuda", missing=0.1):
+        for run in (reference, tested):
+            run.step(grads)
+        tested.optimizer.wait_for_refresh()
+        for i, (p, q) in enumerate(zip(reference.params, tested.params)):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+            if reference.optimizer.state.get(p):
+                tested.adopt(i, p.detach(), reference.state_of(i))
+
+
+@gpu
+def test_param_groups_do_not_wait_for_the_device():
+    run = in_groups({"fused": True})
+    gradients = random_gradients(MIX, 24, device="cuda")
+    for grads in gradients[:13]:
+        run.step(grads)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for grads in gradients[13:]:
+            run.step(grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.skipif(_ext._cuda_load_error is not None, reason=str(_ext._cuda_load_error))
+def test_a_cuda_graph_of_param_groups():
+    """Clipped, with a learning rate on the device that moves between replays."""
+    flags = {"fused": True, "capturable": True}
+    plain, recorded = in_groups(flags), in_groups(flags)
+    gradients = random_gradients(MIX, 12, device="cuda")
+    for grads in gradients[:3]:
+        for run in (plain, recorded):
+            run.step(grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded.optimizer.step()
+    for number, grads in enumerate(gradients[3:]):
+        for run in (plain, recorded):
+            run.optimizer.param_groups[3]["lr"].fill_(0.02 / (1 + number))
+        plain.step(grads)
+        for param, grad in zip(recorded.params, grads):
+            param.grad.copy_(grad)
+        graph.replay()
+    for p, q in zip(plain.params, recorded.params):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
 @gpu
 def test_gradients_of_several_dtypes_and_memory_formats():
     kinds = [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False), (torch.float32, True)]

@@ -16,7 +16,7 @@ struct Matrix {
   int32_t index;     // of due and outcomes
 };
 
-// What became of a matrix; the values of refresh_basis_'s third result.
+// What became of a matrix: the values of refresh_basis_'s outcomes.
 enum Outcome : int32_t {
   kKept = 0,      // not due, or diagonal enough: order and rotation are identities
   kRefreshed = 1, //

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
+from comparison import Setting, SoapRun, needs_engine, random_gradients, random_params, run_lockstep
 from lockstep import OPTIONS, lockstep
 
 import soap_opt
@@ -246,6 +246,48 @@ def test_unaligned_state_takes_kernels_that_do_not_count_on_alignment():
         assert not {1, 3} & set(plan.tables.tiles[:, 1].tolist())
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: torch.device("meta"),
+        lambda: Setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+        lambda: Setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    ],
+    ids=["default device", "default dtype", "deterministic"],
+)
+def test_what_stands_around_a_step_does_not_change_it(around, capturable):
+    runs = [SoapRun(random_params([(6, 5), (4,)]), fused=True, capturable=capturable, **OPTIONS) for _ in range(2)]
+    for grads in random_gradients([(6, 5), (4,)], 5):
+        runs[0].step(grads)
+        with around():
+            runs[1].step(grads)
+    for p, q in zip(*(run.params for run in runs)):
+        assert torch.equal(p, q)
+
+
+def test_a_step_broken_off_after_t_has_moved(monkeypatch):
+    """The host reads t again."""
+    run = SoapRun(random_params([(70, 5), (4,)]), fused=True, **OPTIONS)
+    gradients = random_gradients([(70, 5), (4,)], 4)
+    for grads in gradients[:2]:
+        run.step(grads)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        original = fused_cuda.launch
+
+        def interrupted(kernel, *arguments, **constants):
+            if "gram" in kernel.fn.__name__:
+                raise KeyboardInterrupt
+            original(kernel, *arguments, **constants)
+
+        patch.setattr(fused_cuda, "launch", interrupted)
+        run.step(gradients[2])
+    assert float(run.state_of(0)["step"]) == 2
+    run.step(gradients[3])
+    for i in range(2):
+        assert host_side.followed(run.state_of(i)["exp_avg"]).catch_up() == float(run.state_of(i)["step"]) == 3
+
+
 def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
     run = SoapRun(random_params([(70, 5), (4,)]), fused=True, max_grad_norm=1.0, **OPTIONS)
     gradients = random_gradients([(70, 5), (4,)], 4)
@@ -367,6 +409,19 @@ def test_a_learning_rate_that_is_a_tensor():
         plain.step(grads)
         tensor.step(grads)
     assert all(torch.equal(p, q) for p, q in zip(plain.params, tensor.params))
+
+
+def test_a_learning_rate_that_is_no_tensor_any_more():
+    """Whatever float comes after it, 0 too."""
+    run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "lr": torch.tensor(0.25), "weight_decay": 0.0})
+    gradients = random_gradients([(6, 5)], 5)
+    for grads in gradients[:3]:
+        run.step(grads)
+    for lr in (0.0, torch.tensor(0.0)):
+        run.optimizer.param_groups[0]["lr"] = lr
+        before = run.params[0].detach().clone()
+        run.step(gradients[3])
+        assert torch.equal(before, run.params[0])
 
 
 def test_a_model_larger_than_the_scratch_is_stepped_in_pieces(launches):
