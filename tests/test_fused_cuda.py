@@ -277,14 +277,14 @@ def test_a_cuda_graph_of_training_steps_refreshes_what_is_due(refresh, width):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for number in range(3):
+        for number in range(4):  # the first gradient, and three steps: t = 3
             x.copy_(data[number]), y.copy_(target[number])
             step(*recorded, x, y)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(*recorded, x, y)
-    for number in range(3, steps):
+    for number in range(4, steps):
         x.copy_(data[number]), y.copy_(target[number])
         if number % 17 == 16:  # an ordinary step between two replays; the graph's gradients stay its own
             kept = [p.grad for p in recorded[0].parameters()]
