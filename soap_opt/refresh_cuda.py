@@ -314,6 +314,11 @@ class GraphRefresh:
         none = torch.zeros(len(sizes), dtype=torch.bool, device=device)
         matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in sizes]
         refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
+        if self._small_places is not None:  # torch's own, too
+            first = torch.zeros_like(self._small_places[:1])
+            outcomes = self.refresh.outcomes.index_select(0, first)
+            self.refresh.outcomes.index_copy_(0, first, outcomes)
+            torch.stack([self.due.view(torch.bool)[0]]).index_select(0, first).any()
 
     def run(
         self,
