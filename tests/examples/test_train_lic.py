@@ -77,6 +77,7 @@ def test_compressais_eval_model_agrees(tmp_path, photos):
     assert theirs["ms-ssim-rgb"] == pytest.approx(ours["ms-ssim-rgb"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, photos, examples, capsys):
     """SIGINT ends the run within a step, with a checkpoint and the command to resume; resumed, it ends with the same
     bits as a run that nobody stopped."""
@@ -280,6 +281,7 @@ def test_bad_images(tmp_path, capsys, examples, monkeypatch):
     assert last.startswith(f"train_lic.py: error: cannot read {cut} as an image: image file is truncated")
 
 
+@pytest.mark.slow
 def test_bad_checkpoints_and_folders(tmp_path, photos, capsys):
     folder = tmp_path / "run"
     options = [*TINY, "--dataset", str(photos), "--steps", "1", "--save", str(folder)]

@@ -131,7 +131,8 @@ class Recorded(SoapRun):
         self.tape = tape
 
 
-@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["staggered", "together", "adaptive"])
 def test_replays_are_the_specification(refresh, monkeypatch):
     """Also with unusable gradients on the way, and whatever t is: each replay refreshes what is due then."""
     options = {**OPTIONS, "refresh": refresh, "refresh_tolerance": 0.05}

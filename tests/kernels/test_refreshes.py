@@ -43,7 +43,9 @@ READERS = {
 
 @needs_engine
 @pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "reader", [pytest.param(name, marks=[] if name in ("step", "state_dict") else pytest.mark.slow) for name in READERS]
+)
 def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
     shapes = [(6, 5), (7,)]
     options = {**OPTIONS, "refresh": refresh}
@@ -104,7 +106,7 @@ def test_memory_belongs_to_the_stream_that_it_was_made_on():
 
 
 @needs_engine
-@pytest.mark.parametrize("refresh", ["together", "staggered"])
+@pytest.mark.parametrize("refresh", [pytest.param("together", marks=pytest.mark.slow), "staggered"])
 def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
     gc.collect()
     assert not refresh_cuda._scratch
@@ -177,7 +179,8 @@ REEXPRESSED = [
 
 
 @needs_engine
-@pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["staggered", "together", "adaptive"])
 def test_refreshes_are_grouped(refresh, monkeypatch, launches):
     """m and v of all parameters together, in lockstep with the specification, and not one of them by itself."""
 
@@ -207,6 +210,7 @@ def test_parameters_that_the_grouped_refresh_cannot_take():
 
 
 @needs_engine
+@pytest.mark.slow
 def test_a_refresh_sends_its_table_once(monkeypatch):
     """The same units a period later: nothing goes to the device again."""
     sent = []
