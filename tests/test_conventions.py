@@ -312,7 +312,8 @@ CPU_PARAMS = random_params([(4, 3)])
 
 
 # In a process of its own: torch's switch from the old settings to the new ones cannot be taken back.
-@pytest.mark.parametrize("order", ["4,3,0,4,5,1,2,4,0,2", pytest.param("0,1,2,3,4,5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["4,3,0,4,5,1,2,4,0,2", "0,1,2,3,4,5"])
 def test_the_new_precision_api_mixed_with_the_old_one(order):
     """torch raises when one is read after the other was written; a step must not, and must leave them as they were."""
     script = """

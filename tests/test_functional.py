@@ -129,7 +129,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("tested", implementations("oracle", "multi", "fused"))
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(problem=problems())
 def test_lockstep_of_anything(tested, problem):
     shapes, options, dtype, kind, seed = problem

@@ -71,6 +71,7 @@ def test_an_install_without_the_engine_works_and_says_so(tmp_path):
     assert "error: fused=True cannot be met: soap_opt was installed without its compiled part" in text
 
 
+@pytest.mark.slow
 def test_a_failed_build_is_reported_with_its_reason(tmp_path):
     text = without_engine(tmp_path, TRAIN, "RuntimeError: Error compiling objects for extension")
     assert "building soap_opt._C failed when soap_opt was installed: RuntimeError: Error compiling objects" in text

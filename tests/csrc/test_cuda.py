@@ -41,6 +41,7 @@ def build(tmp_path, **environment):
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variable", "value"), [("", ""), ("SOAP_OPT_BUILD", "1"), ("SOAP_OPT_BUILD_CUDA", "1")])
 def test_a_build_that_was_asked_for_is_an_error_when_it_fails(tmp_path, variable, value):
     """And otherwise never."""

@@ -116,7 +116,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, photos, examples, ca
     assert "Results are in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
 def test_resume_with_more_steps(tmp_path, photos, schedule):
     """A finished run goes on when given more --steps; with a constant learning rate it is as if it had always had them."""
     options = [*TINY, "--dataset", str(photos), "--schedule", schedule, "--warmup-steps", "3"]
@@ -302,6 +302,7 @@ def test_bad_checkpoints_and_folders(tmp_path, photos, capsys):
     assert "Not a directory" in error_line(capsys, [*options[:-1], str(tmp_path / "file" / "run")])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_to_be_compared(tmp_path, photos, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     options = [*TINY, "--dataset", str(photos), "--steps", "3", "--patch-size", "64"]

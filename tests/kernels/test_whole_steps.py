@@ -27,10 +27,10 @@ def test_a_ragged_mix():
     "options",
     [
         {"normalize_grads": True, "maximize": True},
-        {"precondition_1d": True, "correct_bias": False, "weight_decay": 0.0},
-        {"merge_dims": True, "max_precond_dim": 20, "data_format": "channels_last"},
-        {"max_precond_dim": 5, "betas": (0.0, 0.5), "eps": 1e-3},
-        {"max_precond_dim": 0, "normalize_grads": True},
+        pytest.param({"precondition_1d": True, "correct_bias": False, "weight_decay": 0.0}, marks=SLOW),
+        pytest.param({"merge_dims": True, "max_precond_dim": 20, "data_format": "channels_last"}, marks=SLOW),
+        pytest.param({"max_precond_dim": 5, "betas": (0.0, 0.5), "eps": 1e-3}, marks=SLOW),
+        pytest.param({"max_precond_dim": 0, "normalize_grads": True}, marks=SLOW),
         {"refresh": "adaptive", "refresh_tolerance": 0.2, "betas": (0.9, 0.999), "shampoo_beta": 0.7},
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()),
@@ -89,6 +89,7 @@ def test_an_unusable_gradient_changes_nothing_of_its_parameter(value):
         assert float(tested.state_of(broken)["step"]) == 1
 
 
+@SLOW
 def test_grad_scale_and_found_inf(monkeypatch):
     """A power of two scales without rounding: the result is the same to the bit. The kernels look at found_inf."""
     monkeypatch.setattr(soap, "steps_on_device", lambda group, param: True)
@@ -247,7 +248,7 @@ def test_unaligned_state_takes_kernels_that_do_not_count_on_alignment():
         assert not {1, 3} & set(plan.tables.tiles[:, 1].tolist())
 
 
-@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("capturable", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.parametrize(
     "around",
     [
@@ -354,7 +355,7 @@ def test_a_step_is_the_same_to_the_bit_every_time():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 20.0])
+@pytest.mark.parametrize("max_norm", [1.0, pytest.param(20.0, marks=SLOW)])
 def test_max_grad_norm(launches, max_norm):
     """Against the specification, which folds clip_grad_norm_'s factor into grad_scale (tests/test_clipping.py)."""
     shapes = [(6, 5), (4, 3, 3, 3), (4,), (7, 3)]
