@@ -238,11 +238,10 @@ class GroupedRefresh:
 
 
 def has_conditional_nodes() -> bool:
-    """Whether torch can record what a CUDA graph's replays do only on a condition."""
+    """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on."""
     if torch.version.cuda is None or not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() < 12040:
         return False
-    built_with = tuple(map(int, torch.version.cuda.split(".")[:2]))
-    return built_with >= (12, 4) and hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+    return tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 4)
 
 
 @contextmanager
@@ -265,7 +264,7 @@ class GraphRefresh:
     """The refresh inside a CUDA graph: every unit is in every replay, and the device decides which of them are due.
 
     Bases that fit in a block's shared memory are refreshed by kernels whose blocks return at once where nothing is due. Larger
-    ones take ATen's calls, which are recorded into conditional nodes, one for each phase of the period; where torch has none,
+    ones take ATen's calls, which are recorded into conditional nodes, one for each phase of the period; where CUDA has none,
     they are made in every replay, and their results kept when due.
 
     Made before the capture, which can neither allocate pinned memory nor wait; used for one. Arguments as of
