@@ -16,7 +16,7 @@ from . import _ext
 from .checkpoint import state_dtype
 from .functional import use_fused
 from .fused_cuda import scratch_bytes
-from .options import LAYOUT_OPTIONS, REFUSED, check_options
+from .options import LAYOUT_OPTIONS, REFUSED, check_options, step_kind
 from .plan import Layout, layout_of, memory_order, scratch_numel
 from .refresh import complete_offsets, unit_flops
 from .refresh_cuda import kept_bytes
@@ -167,9 +167,7 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
     together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # one step serves groups that agree in these
     kept = 0
     for group, layouts in groups:
-        tolerance = group["refresh_tolerance"] if group["refresh"] == "adaptive" else -1.0
-        key = (tolerance, *(group[name] for name in ("precision", "overlap_refresh", "capturable", "scratch_limit")))
-        together.setdefault(key, []).append(layouts)
+        together.setdefault(step_kind(group), []).append(layouts)
         frequency, none = group["precondition_frequency"], [[0] * len(layout.modes) for layout in layouts]
         if group["refresh"] == "together":
             of_modes = none

@@ -34,6 +34,7 @@ from .launch import (
 )
 from .overlap import Overlap
 from .plan import Layout
+from .refresh import tolerance_of
 from .refresh_cuda import (
     Buffers,
     DeviceTable,
@@ -83,7 +84,7 @@ class GroupOptions:
     @property
     def tolerance(self) -> float:
         """For soap_opt::refresh_basis_."""
-        return self.refresh_tolerance if self.refresh == "adaptive" else -1.0
+        return tolerance_of(self.refresh, self.refresh_tolerance)
 
     def row(self, first: int, count: int, lr: float) -> list[float]:
         """In the order of launch.LR and those after it. first, count: the group's parameters."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .fused_cuda import SCRATCH_LIMIT
-from .refresh import POLICIES
+from .refresh import POLICIES, tolerance_of
 
 # Options that decide the shapes, or the meaning, of what is in the state
 LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_format")
@@ -94,3 +94,10 @@ def step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
         "shampoo_beta": shampoo_beta(group),
         "max_grad_norm": group["max_grad_norm"] if clip else None,
     }
+
+
+def step_kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What groups must agree in to be stepped together on CUDA: everything that GroupOptions does not hold for each of them,
+    and what is passed over when due, since one call refreshes all. The last is scratch_limit."""
+    names = ("precision", "overlap_refresh", "capturable", "scratch_limit")
+    return tolerance_of(group["refresh"], group["refresh_tolerance"]), *(group[name] for name in names)

@@ -28,6 +28,11 @@ def due_units(steps: np.ndarray, offsets: np.ndarray, frequency: int | np.ndarra
     return (steps > 0) & (moved % frequency == 0)
 
 
+def tolerance_of(policy: str, refresh_tolerance: float) -> float:
+    """What soap_opt::refresh_basis_ is given: only "adaptive" passes over anything that is due."""
+    return refresh_tolerance if policy == "adaptive" else -1.0
+
+
 def unit_flops(numel: int, size: int) -> float:
     """Flops of refreshing one mode of size d of a parameter with ``numel`` elements, from shapes alone.
 

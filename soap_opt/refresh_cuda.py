@@ -200,6 +200,13 @@ class GroupedRefresh:
         pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
         self.problems.send(pointers, self.tables.fill)
 
+    def prepare(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Orders and rotations, and the table that points to them: all that allocates, before any basis is written."""
+        orders, rotations = self.matrices()
+        if self.tables is not None:
+            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        return orders, rotations
+
     def run(
         self,
         exp_avgs: list[Tensor],
@@ -211,9 +218,7 @@ class GroupedRefresh:
         tolerance: float,
     ) -> None:
         """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
-        orders, rotations = self.matrices()
-        if self.tables is not None:  # before any basis is written: it allocates
-            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        orders, rotations = self.prepare(exp_avgs, exp_avg_sqs)
         self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
         of = [[matrices[i][k] for i, k in self.due] for matrices in (grams, bases)]
         refresh_basis.refresh_bases_(*of, tolerance, wanted, out=(orders, rotations, self.outcomes))
@@ -343,9 +348,7 @@ class GraphRefresh:
         rows[:, 2] = [i for i, _ in refresh.due]
         rows[:, [1, 3]] = phases
         self.units.send(rows)
-        orders, rotations = refresh.matrices()
-        if refresh.tables is not None:
-            refresh.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        orders, rotations = refresh.prepare(exp_avgs, exp_avg_sqs)
         wanted = self.due.view(torch.bool)
 
         def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:

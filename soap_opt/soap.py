@@ -17,7 +17,7 @@ from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bas
 from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, skipped_on_device, steps_on_device
 from .launch import MAX_NUMEL
-from .options import ADDED_DEFAULTS, LAYOUT_OPTIONS, REFUSED, check_options, shampoo_beta, step_options
+from .options import ADDED_DEFAULTS, LAYOUT_OPTIONS, REFUSED, check_options, shampoo_beta, step_kind, step_options
 from .overlap import Overlap
 from .plan import Layout, layout_of, memory_order
 from .refresh import complete_offsets, unit_flops
@@ -590,7 +590,7 @@ class SOAP(Optimizer):
 
 def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
     """Groups, each with its scale, put together where the fused CUDA path makes one step of them: the number of launches is
-    then that of one group. Everything that is not in GroupOptions must agree, and what is refreshed in one call."""
+    then that of one group."""
     if len(work) < 2:
         return [([w], scale) for w, scale in work]
     calls: dict[Any, tuple[list[_Work], Tensor | None]] = {}
@@ -600,9 +600,7 @@ def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work]
         if use_fused(exp_avgs, group["foreach"], group["fused"]) and all(map(runs_triton, exp_avgs)):
             devices = tuple({exp_avg.device for exp_avg in exp_avgs})
             if len(devices) == 1:
-                tolerance = group["refresh_tolerance"] if group["refresh"] == "adaptive" else -1.0
-                names = ("precision", "overlap_refresh", "capturable", "scratch_limit")
-                key = (devices, id(scale), tolerance, *(group[name] for name in names))
+                key = (devices, id(scale), step_kind(group))
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
 

@@ -20,6 +20,17 @@ OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "precondition_frequency": 3, "refres
 NEVER = {**OPTIONS, "precondition_frequency": 10**6}
 
 
+def assert_steady_steps_do_not_wait(run, gradients):
+    for grads in gradients[:13]:  # init, compilation, and the tables of one period's refreshes
+        run.step(grads)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for grads in gradients[13:]:
+            run.step(grads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def run_python(code: str) -> str:
     root = Path(__file__).parent.parent
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
@@ -97,14 +108,7 @@ def test_param_groups_step_together():
 def test_param_groups_do_not_wait_for_the_device():
     run = in_groups({"fused": True})
     gradients = random_gradients(MIX, 24, device="cuda")
-    for grads in gradients[:13]:
-        run.step(grads)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for grads in gradients[13:]:
-            run.step(grads)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_steady_steps_do_not_wait(run, gradients)
 
 
 @gpu
@@ -181,14 +185,7 @@ def test_a_steady_step_does_not_wait_for_the_device(max_grad_norm):
     lr = torch.tensor(0.01, device="cuda")
     run = SoapRun(random_params(MIX, device="cuda"), fused=True, max_grad_norm=max_grad_norm, lr=lr)
     gradients = random_gradients(MIX, 34, device="cuda")
-    for grads in gradients[:13]:  # init, compilation, and the tables of one period's refreshes
-        run.step(grads)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for grads in gradients[13:]:
-            run.step(grads)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_steady_steps_do_not_wait(run, gradients)
 
 
 @gpu
