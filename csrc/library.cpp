@@ -9,8 +9,9 @@
 #include <torch/version.h>
 
 TORCH_LIBRARY(soap_opt, m) {
-  // Steps 1 to 6 of SOAP for parameters that are initialised; returns usable [n] bool: false where a gradient was not
-  // finite or its squared norm overflowed, and nothing of its parameter changed.
+  // Steps 1 to 6 of SOAP for parameters that are initialised; returns outcomes [n] int32: -1 where a gradient was not finite or
+  // its squared norm was above a quarter of the largest number, and nothing of its parameter changed; else how many of the
+  // parameter's bases could not be refreshed and stay as they were. What is written has another version afterwards.
   //   params[p], grads[p], exp_avgs[p], exp_avg_sqs[p]  [*shape]
   //   grams[], bases[]                                  [d, d] contiguous
   //   refresh_offsets[]                                 0-d int64
@@ -35,10 +36,10 @@ TORCH_LIBRARY(soap_opt, m) {
   m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
-  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and what became of each matrix: 0 kept, 1 refreshed, 2 not
-  // finite.
+  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and what became of each matrix: 0 kept, 1 refreshed, 2 failed.
   // tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and its permutation and rotation
-  // are the identities; so does one that is not due, or whose G or Q is not finite. On CUDA all of it is decided on the device:
+  // are the identities; so does one that is not due, and one that failed: G or Q is not finite, or Q' is not orthogonal within
+  // orthogonality_bound (csrc/cpu/loops.h; whatever the Gram, nothing else is written). On CUDA all of it is decided on the device:
   // the host waits for nothing.
   //   grams[], bases[], rotations[]  [d, d] contiguous
   //   orders[]                       [d] int64 contiguous

@@ -42,7 +42,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("soap_opt::step_")
     def _(params, *args, **kwargs):
-        return torch.empty(len(params), dtype=torch.bool, device="cpu")
+        return torch.empty(len(params), dtype=torch.int32, device="cpu")
 
     @torch.library.register_fake("soap_opt::gram_ema_")
     def _(grads, *args, **kwargs):

@@ -17,7 +17,9 @@ from .checkpoint import state_dtype
 from .eigenbasis import (
     BATCH_MAX_DIM,
     Refresh,
+    flush_subnormals_,
     gram_times_basis,
+    is_orthogonal,
     off_diagonal_share,
     outer_products,
     project,
@@ -29,6 +31,14 @@ from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap
 from .overlap import Overlap
 from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
+from .skipped import Skipped
+
+
+# _multi_tensor_soap makes zeros of subnormal numbers at every 16th t: until then few steps meet them, and they are never held.
+FLUSH_PERIOD = 16
+
+# With an eps from here on U' is finite whatever m and v are, and so is a parameter that is not float16.
+SAFE_EPS = 1e-18
 
 
 def soap(
@@ -63,7 +73,7 @@ def soap(
     overlap: Overlap | None = None,
     capturable: bool = False,
     scratch_limit: int = SCRATCH_LIMIT,
-) -> list[int]:
+) -> Skipped:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised.
 
     Lists run over parameters; those of matrices run over the preconditioned modes, parameter after parameter. d_i are the
@@ -88,7 +98,8 @@ def soap(
         scratch_limit: bytes of scratch from which on a model is stepped piece by piece (fused CUDA path).
 
     Returns:
-        Indices of the parameters whose gradient is not finite, or whose squared norm is not: nothing of them changed.
+        Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed. (The
+        fused CUDA path counts both on the device.)
     """
     options: dict[str, Any] = {
         "beta1": beta1, "beta2": beta2, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
@@ -177,14 +188,14 @@ def first_grams(
         squared_norms = torch.ops.soap_opt.gram_ema_(
             grads, [g for gram in grams for g in gram], layout_table(kinds), scratch(kinds, dtype), grad_scale, shampoo_beta
         ).tolist()
-        limit = torch.finfo(dtype).max
+        limit = largest_squared_norm(dtype)
         return [(gram if norm <= limit else None, norm > 0) for gram, norm in zip(grams, squared_norms)]
     result: list[tuple[list[Tensor] | None, bool]] = []
     for grad, layout in zip(grads, layouts):
         grad = prepare_gradient(grad, dtype, grad_scale, maximize=False)
         if is_usable(torch.linalg.vector_norm(grad)):
             outers = [(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)]
-            result.append((outers, bool(grad.any())))
+            result.append((outers, bool((grad.abs() >= torch.finfo(dtype).tiny).any())))
         else:
             result.append((None, True))
     return result
@@ -206,8 +217,14 @@ def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None
 
 
 def is_usable(norm: Tensor) -> Tensor:
-    """isfinite(||G||_F^2): bounds every entry of G, of its Grams and of v. Takes ||G||_F."""
-    return norm.square().isfinite()
+    """Whether ||G||_F^2 is at most :func:`largest_squared_norm`, which bounds every entry of G in any basis, of its Grams and of
+    v. Takes ||G||_F."""
+    return norm.square() <= largest_squared_norm(norm.dtype)  # false for NaN
+
+
+def largest_squared_norm(dtype: torch.dtype) -> float:
+    """A quarter of the type's largest number: room for rounding."""
+    return torch.finfo(dtype).max / 4
 
 
 def step_size(lr: float, t: float, beta1: float, beta2: float, correct_bias: bool) -> float:
@@ -239,15 +256,15 @@ def _single_tensor_soap(
     refresh: str,
     refresh_tolerance: float,
     maximize: bool,
-) -> list[int]:
+) -> Skipped:
     """The specification: one parameter after the other, step by step. Arguments and result as in :func:`soap`."""
-    skipped = []
+    skipped = Skipped([], [])
     matrices = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     for i, (param, gram, basis, offsets) in enumerate(zip(params, *matrices)):
         m, v, layout = exp_avgs[i], exp_avg_sqs[i], layouts[i]
         grad = prepare_gradient(grads[i], m.dtype, grad_scale, maximize)
         if not is_usable(torch.linalg.vector_norm(grad)):
-            skipped.append(i)
+            skipped.steps.append(i)
             continue
 
         # 1 project:  G' = G x_1 Q_1 ... x_k Q_k;  t <- t + 1
@@ -255,10 +272,12 @@ def _single_tensor_soap(
         state_steps[i] += 1
         t = state_steps[i].item()
 
-        # 2 adam:  m <- b1 m + (1 - b1) G';  v <- b2 v + (1 - b2) G'^2;  U' = m / (sqrt(v) + eps)
+        # 2 adam:  m <- b1 m + (1 - b1) G';  v <- b2 v + (1 - b2) G'^2;  U' = m / (sqrt(v) + eps), 0 for a division by 0
         m.lerp_(projected, 1 - beta1)
         v.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
-        update = m / v.sqrt().add_(eps)
+        flush_subnormals_((m, v))
+        denominator = v.sqrt().add_(eps)
+        update = torch.where(denominator > 0, m / denominator, 0)
 
         # 3 project back:  U = U' x_1 Q_1^T ... x_k Q_k^T
         update = project_back(update, basis, layout)
@@ -266,16 +285,15 @@ def _single_tensor_soap(
             update = update / (1e-30 + update.square().mean().sqrt())
 
         # 4 apply:  p <- p - lr c U;  p <- p (1 - lr weight_decay).  In the state's dtype: a bfloat16 p is rounded once.
-        moved = param if param.dtype == m.dtype else param.to(m.dtype)
-        moved.sub_(update, alpha=step_size(lr, t, beta1, beta2, correct_bias))
+        moved = param.to(m.dtype).sub(update, alpha=step_size(lr, t, beta1, beta2, correct_bias))
         if weight_decay != 0:
             moved.mul_(1 - lr * weight_decay)
-        if moved is not param:
-            param.copy_(moved)
+        copy_finite_(param, moved)
 
         # 5 gram EMA:  G_i <- beta_s G_i + (1 - beta_s) (G contracted with itself over all modes but i)
         for g, outer in zip(gram, outer_products(grad, layout)):
             g.lerp_(outer, 1 - shampoo_beta)
+        flush_subnormals_(gram)
 
         # 6 refresh:  P = G_i Q_i;  e = diag(Q_i^T P);  Q_i' = qr(P, columns by falling e).Q;  v permuted, m turned
         refreshed: dict[int, Refresh] = {}
@@ -283,7 +301,11 @@ def _single_tensor_soap(
             if is_due(int(t), int(offsets[k]), precondition_frequency, refresh):
                 product, eigenvalues = gram_times_basis(g, q)
                 if refresh != "adaptive" or off_diagonal_share(q, product, eigenvalues) > refresh_tolerance:
-                    refreshed[k] = refresh_basis(q, product, eigenvalues)
+                    new = refresh_basis(q, product, eigenvalues)
+                    if is_orthogonal(new.basis):
+                        refreshed[k] = new
+                    else:
+                        skipped.refreshes.append(i)
         if refreshed:
             reexpress_(m, v, basis, layout, refreshed)
     return skipped
@@ -313,11 +335,11 @@ def _multi_tensor_soap(
     refresh: str,
     refresh_tolerance: float,
     maximize: bool,
-) -> list[int]:
+) -> Skipped:
     """:func:`_single_tensor_soap` stage by stage over buckets of parameters: _foreach ops for everything elementwise,
     batched products for small tensors of one layout, batched QR for small bases. Arguments and result as in :func:`soap`.
     """
-    skipped: list[int] = []
+    skipped = Skipped([], [])
     gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     for bucket in buckets(exp_avgs, layouts):
         dtype = exp_avgs[bucket[0]].dtype
@@ -325,7 +347,7 @@ def _multi_tensor_soap(
         # One transfer to the host for the bucket. (Nothing is written before it is known what is usable.)
         usable = is_usable(torch.stack(torch._foreach_norm(list(grad.values())))).tolist()
         if not all(usable):
-            skipped += [i for i, ok in zip(bucket, usable) if not ok]
+            skipped.steps.extend(i for i, ok in zip(bucket, usable) if not ok)
             bucket = [i for i, ok in zip(bucket, usable) if ok]
             if not bucket:
                 continue
@@ -351,6 +373,9 @@ def _multi_tensor_soap(
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, eps)
         updates = list(torch._foreach_div(m, denominators))
+        if eps < SAFE_EPS:
+            for u, denominator in zip(updates, denominators):
+                u.masked_fill_(denominator == 0, 0)
         del denominators
 
         # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and needs no pass after the products.
@@ -364,7 +389,7 @@ def _multi_tensor_soap(
 
         # 4 apply
         ps = [params[i] for i in bucket]
-        moved = [p if p.dtype == dtype else p.to(dtype) for p in ps]
+        moved = [p.to(dtype, copy=eps < SAFE_EPS) for p in ps]
         sizes = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
         if len(set(sizes)) == 1:
             torch._foreach_add_(moved, list(update.values()), alpha=sizes[0])
@@ -373,7 +398,12 @@ def _multi_tensor_soap(
         del update
         if weight_decay != 0:
             torch._foreach_mul_(moved, 1 - lr * weight_decay)
-        low = [(p, q) for p, q in zip(ps, moved) if p is not q]
+        low = []
+        for p, q in zip(ps, moved):
+            if p.dtype == torch.float16 or eps < SAFE_EPS:
+                copy_finite_(p, q)
+            elif p is not q:
+                low.append((p, q))
         if low:
             torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
 
@@ -385,6 +415,9 @@ def _multi_tensor_soap(
                 outers += _unstack(outer, batch).values()
         if averaged:
             torch._foreach_lerp_(averaged, outers, 1 - shampoo_beta)
+        for i in bucket:
+            if t[i] % FLUSH_PERIOD == 0:
+                flush_subnormals_((exp_avgs[i], exp_avg_sqs[i], *gram[i]))
 
         # 6 refresh
         due = [
@@ -393,9 +426,17 @@ def _multi_tensor_soap(
             for k, offset in enumerate(offsets[i])
             if is_due(int(t[i]), int(offset), precondition_frequency, refresh)
         ]
-        for i, refreshed in _refresh_units(due, gram, basis, refresh, refresh_tolerance).items():
+        done, failed = _refresh_units(due, gram, basis, refresh, refresh_tolerance)
+        for i, refreshed in done.items():
             reexpress_(exp_avgs[i], exp_avg_sqs[i], basis[i], layouts[i], refreshed)
+        skipped.refreshes.extend(failed)
     return skipped
+
+
+def copy_finite_(param: Tensor, moved: Tensor) -> None:
+    """param <- moved, rounded once; entries that param's type cannot hold stay. (A float16 overflows at 65504.)"""
+    rounded = moved.to(param.dtype)
+    param.copy_(torch.where(rounded.isfinite(), rounded, param))
 
 
 def _stack(tensors: dict[int, Tensor] | list[Tensor], batch: list[int]) -> Tensor:
@@ -418,12 +459,14 @@ def _refresh_units(
     bases: list[list[Tensor]],
     refresh: str,
     refresh_tolerance: float,
-) -> dict[int, dict[int, Refresh]]:
-    """Refresh the due units (parameter, position of the mode), small ones of equal size as one batch."""
+) -> tuple[dict[int, dict[int, Refresh]], list[int]]:
+    """Refresh the due units (parameter, position of the mode), small ones of equal size as one batch; and the parameters of
+    those that failed."""
     by_size: dict[int, list[tuple[int, int]]] = {}
     for i, k in due:
         by_size.setdefault(bases[i][k].shape[0], []).append((i, k))
     result: dict[int, dict[int, Refresh]] = {}
+    failed: list[int] = []
     for size, units in by_size.items():
         for chunk in [units] if size <= BATCH_MAX_DIM else [[unit] for unit in units]:
             gram = torch.stack([grams[i][k] for i, k in chunk])
@@ -438,9 +481,12 @@ def _refresh_units(
                     mask = torch.tensor(wanted, device=basis.device)
                     basis, product, eigenvalues = basis[mask], product[mask], eigenvalues[mask]
             new = refresh_basis(basis, product, eigenvalues)
-            for place, (i, k) in enumerate(chunk):
-                result.setdefault(i, {})[k] = Refresh(*(part[place] for part in new))
-    return result
+            for place, ((i, k), good) in enumerate(zip(chunk, is_orthogonal(new.basis).tolist())):
+                if good:
+                    result.setdefault(i, {})[k] = Refresh(*(part[place] for part in new))
+                else:
+                    failed.append(i)
+    return result, failed
 
 
 def _fused_soap(
@@ -459,10 +505,10 @@ def _fused_soap(
     max_grad_norm: float | None,
     triton: dict[str, Any],
     **options: Any,
-) -> list[int]:
+) -> Skipped:
     """The package's own kernels, one call for each device and dtype of state: C++ on a CPU, Triton on CUDA (``triton``: what
     only it takes). Arguments and result as in :func:`soap`."""
-    skipped: list[int] = []
+    skipped = Skipped([], [])
     ends = list(itertools.accumulate(len(layout.modes) for layout in layouts))
     for (device, dtype), indices in alike(exp_avgs).items():
 
@@ -478,13 +524,18 @@ def _fused_soap(
         lists += [of_modes(grams), of_modes(bases), of_modes(refresh_offsets), of(state_steps)]
         if runs_triton(exp_avgs[indices[0]]):
             group = GroupOptions(lr=lr, max_grad_norm=max_grad_norm, **options)
-            unusable = fused_cuda_soap(*lists, of(layouts), grad_scale, [(len(indices), group)], **triton)
+            left = fused_cuda_soap(*lists, of(layouts), grad_scale, [(len(indices), group)], **triton)
         elif device.type == "cuda":
-            unusable = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), **options)
+            left = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), **options)
         else:
             kinds = tuple(of(layouts))
             tables = (layout_table(kinds), scratch(kinds, dtype))
-            usable = torch.ops.soap_opt.step_(*lists, *tables, grad_scale, lr=float(lr), **options)
-            unusable = [] if usable.all() else [i for i, ok in enumerate(usable.tolist()) if not ok]
-        skipped += [indices[i] for i in unusable]
+            outcomes = torch.ops.soap_opt.step_(*lists, *tables, grad_scale, lr=float(lr), **options)  # [P] int32
+            left = Skipped([], [])
+            for i, outcome in enumerate(outcomes.tolist() if outcomes.any() else ()):
+                if outcome < 0:
+                    left.steps.append(i)
+                else:
+                    left.refreshes.extend([i] * outcome)
+        skipped.extend(left, indices)
     return skipped

@@ -48,6 +48,7 @@ from .refresh_cuda import (
     scratch_of_stream,
     to_device,
 )
+from .skipped import Skipped
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
@@ -181,11 +182,6 @@ def is_recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def skipped_on_device(exp_avg: Tensor | None) -> int:
-    """How many of a parameter's gradients were not usable here (its ``exp_avg`` stands for it). Reads the device."""
-    return 0 if exp_avg is None else int(followed(exp_avg).skipped)
-
-
 @lru_cache(maxsize=64)
 def _pieces(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
     """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
@@ -224,13 +220,13 @@ def fused_cuda_soap(
     overlap: Overlap | None = None,
     capturable: bool = False,
     scratch_limit: int = SCRATCH_LIMIT,
-) -> list[int]:
+) -> Skipped:
     """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches,
     however many param groups the parameters belong to.
 
     Models that need more than ``scratch_limit`` bytes of scratch take so many for each piece. Arguments as there. The result
-    is empty: unusable gradients are counted on the device (:func:`skipped_on_device`). Refreshes come after, in one call of the
-    compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a
+    is empty: unusable gradients and failed refreshes are counted on the device (:func:`soap_opt.host_side.counts`). Refreshes come
+    after, in one call of the compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a
     step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device
     decides what is due.
 
@@ -255,14 +251,14 @@ def fused_cuda_soap(
             lists += [[matrix for i in of for matrix in column[i]] for column in matrices]
             return lists + [[column[i] for i in of] for column in (state_steps, layouts)]
 
-        unusable = []
+        skipped = Skipped([], [])
         if len(groups) > 1:
             first = 0
             for count, options in groups:
                 of = range(first, first + count)
-                unusable += [of[i] for i in fused_cuda_soap(*part(of), grad_scale, [(count, options)], **how)]
+                skipped.extend(fused_cuda_soap(*part(of), grad_scale, [(count, options)], **how), of)
                 first += count
-            return unusable
+            return skipped
         ((_, options),) = groups
         if options.max_grad_norm is not None:
             grad_scale = clipping_scale(grads, grad_scale, options.max_grad_norm)
@@ -273,8 +269,8 @@ def fused_cuda_soap(
             elif found_inf is None or float(found_inf) == 0:
                 named = {name: value for name, value in vars(options).items() if name != "max_grad_norm"}
                 named["lr"] = float(options.lr)
-                unusable += [piece[i] for i in _multi_tensor_soap(*part(piece), grad_scale, **named)]
-        return unusable
+                skipped.extend(_multi_tensor_soap(*part(piece), grad_scale, **named), piece)
+        return skipped
 
     device = params[0].device
     known = parameter_list(exp_avgs, layouts)
@@ -346,12 +342,12 @@ def fused_cuda_soap(
         gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
         plan.graph_refresh.run(exp_avgs, exp_avg_sqs, gram, basis, phases, steps, layouts, plan.scalars, tolerance)
         plan.under_way = False
-        return []
+        return Skipped([], [])
     t = [before + 1 for before in known.steps_before(state_steps, plan.scalars)]
     plan.under_way = False
     due = known.due(t, phases)
     if not due:
-        return []
+        return Skipped([], [])
     gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
     state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, tolerance)
     if refresh_basis.unavailable(device.type) is not None:
@@ -365,7 +361,7 @@ def fused_cuda_soap(
         touched = [plan.scalars, *plan.buffers.tensors()]
         touched += [x for i in owners for x in (exp_avgs[i], exp_avg_sqs[i], *gram[i], *basis[i])]
         overlap.behind(device, partial(refresh_due, plan, *state), touched)
-    return []
+    return Skipped([], [])
 
 
 def run_launch(

@@ -24,10 +24,11 @@ MAX_LISTS = 8
 
 
 class Followed:
-    """One parameter: its count of unusable gradients on the device, and t as the host knows it."""
+    """One parameter: what was counted of it on the device, and t as the host knows it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)  # unusable gradients
+        self.failed: list[Tensor] = []  # [units] refreshes that failed, of each table of units; 0-d views of them
         self.identity: tuple[int, int] | None = None  # of the step tensor when t was read; None: it was not
         self.t = 0
         self.last: tuple[Flags, int] | None = None  # where to look whether the last gradient counted
@@ -66,6 +67,12 @@ class Flags:
 
 
 _followed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> Followed
+
+
+def counts(exp_avg: Tensor | None) -> tuple[int, int]:
+    """Unusable gradients and failed refreshes of a parameter (its ``exp_avg`` stands for it). Reads the device."""
+    known = None if exp_avg is None else _followed.get(exp_avg)
+    return (0, 0) if known is None else (int(known.skipped), sum(map(int, known.failed)))
 
 
 def followed(exp_avg: Tensor) -> Followed:

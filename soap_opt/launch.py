@@ -68,7 +68,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY, PERMUTE = 12, 13, 14, 15, 16, 17, 18
 
 # Outcomes of soap_opt::refresh_basis_: the basis is what it was, it is another
-KEPT, REFRESHED = 0, 1
+KEPT, REFRESHED, FAILED = 0, 1, 2
 
 BLOCK = 2048  # elements of an elementwise tile
 KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Tiny neighbouring modes (the 5 x 5 of a convolution) are multiplied as one Kronecker product: one gemm of width 25 runs
 # at 73 GF/s where two batched products of width 5 are bound by memory. Wider factors are quicker on their own.
@@ -254,7 +256,16 @@ def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
     return result + list(small.values())
 
 
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """No FakeTensorMode and no inference mode inside. What is kept for everybody must not be made under one: a fake tensor, kept,
+    would fail every real optimizer with the same layouts."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
 @lru_cache(maxsize=64)
+@outside_modes()
 def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
     """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU: each distinct one once."""
     distinct = {layout: place for place, layout in enumerate(dict.fromkeys(layouts))}
@@ -274,11 +285,13 @@ def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
     needed = scratch_numel(layouts, dtype, torch.get_num_threads())
     if dtype not in kept or kept[dtype].numel() < needed:
         kept.pop(dtype, None)
-        kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
+        with outside_modes():
+            kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
     return kept[dtype]
 
 
 @lru_cache(maxsize=64)
+@outside_modes()
 def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
     """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
     return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from . import refresh_basis
 from .eigenbasis import Refresh, reexpress_
-from .launch import ACCELERATOR, BLOCK, KEPT, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
+from .host_side import followed
+from .launch import ACCELERATOR, BLOCK, FAILED, KEPT, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
 from .plan import KRONECKER_MAX_FACTOR, Layout
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ class GroupedRefresh:
 
     def __init__(self, due: Units, layouts: list[Layout], grouped: list[int], aligned: np.ndarray, buffers: Buffers) -> None:
         device = buffers.device
+        self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
+        self._counting: list[weakref.ref] = []  # the exp_avgs that know of it
         self.due, self.grouped, self.buffers = due, grouped, buffers
         self.sizes = [layouts[i].sizes[k] for i, k in due]
         self.places = {unit: n for n, unit in enumerate(due)}
@@ -205,7 +209,19 @@ class GroupedRefresh:
         orders, rotations = self.matrices()
         if self.tables is not None:
             self.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        self.count_for(exp_avgs)
         return orders, rotations
+
+    def count_for(self, exp_avgs: list[Tensor]) -> None:
+        """Let the parameters find what ``failed`` counts of them."""
+        owners = [exp_avgs[i] for i, _ in self.due]
+        if len(self._counting) == len(owners) and all(known() is x for known, x in zip(self._counting, owners)):
+            return
+        if self._counting:  # those were others
+            self.failed = torch.zeros_like(self.failed)
+        self._counting = [weakref.ref(x) for x in owners]
+        for exp_avg, count in zip(owners, self.failed.unbind()):
+            followed(exp_avg).failed.append(count)
 
     def run(
         self,
@@ -228,6 +244,7 @@ class GroupedRefresh:
         self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], bases: list[list[Tensor]], layouts: list[Layout]
     ) -> None:
         """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
+        self.failed.add_(self.outcomes == FAILED)
         if self.tables is not None:
             from .kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
@@ -449,7 +466,11 @@ def refresh_due_through_torch(
     from .functional import _refresh_units  # late: functional imports fused_cuda, which imports this file
 
     policy = "adaptive" if tolerance >= 0 else "staggered"
-    for i, refreshed in _refresh_units(due, grams, bases, policy, tolerance).items():
+    done, failed = _refresh_units(due, grams, bases, policy, tolerance)
+    for i in failed:
+        # (a stepped parameter's alone: a step that was skipped was not due)
+        followed(exp_avgs[i]).failed.append((usable[i] != 0).to(torch.int32))
+    for i, refreshed in done.items():
         for k, new in refreshed.items():
             counts, size = usable[i] != 0, bases[i][k].shape[0]
             refreshed[k] = Refresh(

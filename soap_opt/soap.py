@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import _ext, compiled, refresh_basis
 from .checkpoint import restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
-from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, skipped_on_device, steps_on_device
+from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, steps_on_device
 from .launch import MAX_NUMEL
 from .options import ADDED_DEFAULTS, LAYOUT_OPTIONS, REFUSED, check_options, shampoo_beta, step_kind, step_options
 from .overlap import Overlap
-from .plan import Layout, layout_of, memory_order
+from .parameters import LARGE_MODE, LONG_FIRST_STEP, check_params, describe_place, first_step_seconds, is_dataless
+from .plan import Layout, layout_of, memory_order, outside_modes
 from .refresh import complete_offsets, unit_flops
-
-# eigh of a 4,096 x 4,096 Gram takes about a minute on two cores, its Gram and basis 128 MiB
-LARGE_MODE = 4096
+from .skipped import Skipped, Skips, users_stacklevel
 
 
 class _Work(NamedTuple):
@@ -36,6 +39,9 @@ class _Work(NamedTuple):
     grads: list[Tensor]
     states: list[dict[str, Tensor] | None]
     layouts: list[Layout]
+
+    def where(self, wanted: list[bool]) -> _Work:
+        return _Work(self.group, *(list(compress(column, wanted)) for column in self[1:]))
 
 
 class SOAP(Optimizer):
@@ -119,9 +125,6 @@ class SOAP(Optimizer):
         TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here.
     """
 
-    # GradScaler: the step divides the scale out of its own copy of the gradients and honours found_inf.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -182,9 +185,10 @@ class SOAP(Optimizer):
         check_options(defaults)
         self._overlap = Overlap()
         self._number, self._traced_params = compiled.register(self), []
-        self._skipped: dict[Tensor, int] = {}
-        self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout]] = {}  # derived, see plan.py
+        self._skips = Skips()
+        self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout, tuple[int, ...]]] = {}  # derived, see plan.py
         super().__init__(params, defaults)
+        self._support_amp_scaling()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked like the constructor's. Late parameters take the lightest refresh phase."""
@@ -193,24 +197,40 @@ class SOAP(Optimizer):
             if not isinstance(param_group["params"], (Tensor, set)):
                 param_group["params"] = list(param_group["params"])
             params = param_group["params"]
-            for i, param in enumerate([params] if isinstance(params, Tensor) else params):
+            params = [params] if isinstance(params, Tensor) else params
+            check_params(params, partial(describe_place, params, sum(len(g["params"]) for g in self.param_groups)))
+            for param in params:
                 tensor = param[1] if isinstance(param, tuple) else param
-                if isinstance(tensor, Tensor) and tensor.is_complex():
-                    raise RuntimeError(f"SOAP does not support complex parameters, but parameter {i} is {tensor.dtype}")
                 if isinstance(tensor, Tensor):
                     _require_fused({**self.defaults, **param_group}, tensor.device.type)
         super().add_param_group(param_group)
         self._traced_params = compiled.all_params(self)
-        group = self.param_groups[-1]
-        for param in group["params"]:
-            large = [size for size in self._layout(param, group).sizes if size > LARGE_MODE]
-            if large:
-                warnings.warn(
-                    f"SOAP will decompose a {max(large)} x {max(large)} matrix for {self._describe(param)}, which takes much "
-                    f"time and {sum(8 * size * size for size in large) >> 20} MiB of state; max_precond_dim below "
-                    f"{max(large)} leaves that mode alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
-                    stacklevel=_users_stacklevel(),
-                )
+        self._warn_of_first_step(self.param_groups[-1])
+
+    def _warn_of_first_step(self, group: dict[str, Any]) -> None:
+        """Warn where a group's eigendecompositions will keep its first step for seconds."""
+        sizes = [(size, param) for param in group["params"] if not is_lazy(param) for size in self._layout(param, group).sizes]
+        seconds = first_step_seconds([size for size, param in sizes if param.device.type == "cpu"])
+        if seconds > LONG_FIRST_STEP:
+            time = f"about {seconds:.0f} s on this machine"
+        elif any(size > LARGE_MODE and param.device.type != "cpu" for size, param in sizes):
+            time = "much time"
+        else:
+            return
+        size, param = max(sizes, key=lambda each: each[0])
+        bytes_of_state = sum(2 * each * each * state_dtype(owner).itemsize for each, owner in sizes)
+        warnings.warn(
+            f"SOAP's first step will take {time}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix for "
+            f"{self._describe(param)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below {size} "
+            "leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
+            stacklevel=users_stacklevel(),
+        )
+
+    def _support_amp_scaling(self) -> None:
+        """As torch's optimizers do: with ``fused=True`` GradScaler hands its scale and found_inf to the step. Otherwise it divides
+        the gradients itself, before trainers clip them (Lightning refuses to clip where this attribute is set)."""
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -244,8 +264,19 @@ class SOAP(Optimizer):
         """:meth:`step` without a closure. given: of each parameter with a gradient the tensor that is updated and the gradient;
         None takes the parameters themselves and ``p.grad``."""
         self.wait_for_refresh()
+        try:
+            self._step_all(given, grad_scale, found_inf)
+        finally:  # a warning may be an exception: not before all groups are stepped
+            self._skips.warn(self._describe)
+
+    def _step_all(
+        self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         # Every check comes before the first change.
         work = [self._with_grad(group, given) for group in self.param_groups]
+        device_types = {param.device.type for w in work for param in w.params}
+        if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in {type(p) for w in work for p in w.params}):
+            work = [self._step_dataless(w) for w in work]
         pending = [
             (w.group, param, grad)
             for w in work
@@ -259,7 +290,7 @@ class SOAP(Optimizer):
             if float(found_inf) != 0:
                 return
             found_inf = None
-        with full_precision_matmul({param.device.type for w in work for param in w.params}):
+        with full_precision_matmul(device_types):
             scales = [grad_scale] * len(work)
             if pending:
                 groups = {id(group) for group, _, _ in pending}
@@ -269,10 +300,7 @@ class SOAP(Optimizer):
                         scales[i] = clipping_scale(w.grads, grad_scale, limit)
                 self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
                 waiting = {param for _, param, _ in pending}
-                work = [
-                    _Work(w.group, *([x for x, p in zip(column, w.params) if p not in waiting] for column in w[1:]))
-                    for w in work
-                ]
+                work = [w.where([p not in waiting for p in w.params]) for w in work]
             for works, scale in _together([(w, scale) for w, scale in zip(work, scales) if w.params]):
                 self._steady_step(works, scale, found_inf, clip=scale is grad_scale)
 
@@ -284,9 +312,25 @@ class SOAP(Optimizer):
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
-        counts = [self._skipped.get(p, 0) + skipped_on_device(self.state.get(p, {}).get("exp_avg")) for p in params]
+        counts = self._skips.totals(*self._params_and_exp_avgs()).steps
         return counts if per_parameter else sum(counts)
+
+    def skipped_refreshes(self, per_parameter: bool = False) -> int | list[int]:
+        """How often a basis was due and could not be refreshed: its Gram was not finite, or what the QR decomposition made of it
+        was not finite, or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments stayed as they
+        were.
+
+        The count is not part of the state_dict.
+
+        Args:
+            per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
+        """
+        counts = self._skips.totals(*self._params_and_exp_avgs()).refreshes
+        return counts if per_parameter else sum(counts)
+
+    def _params_and_exp_avgs(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        params = compiled.all_params(self)
+        return params, [self.state[p].get("exp_avg") if p in self.state else None for p in params]
 
     def _check_capture(self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
         """Raise unless the step can be recorded into a CUDA graph."""
@@ -349,23 +393,35 @@ class SOAP(Optimizer):
 
         self.wait_for_refresh()  # its memory may be about to go
         handle = self.register_load_state_dict_pre_hook(restore)  # after the user's own hooks
+        totals = self._skips.totals(*self._params_and_exp_avgs())
         try:
             super().load_state_dict(state_dict)
+            self._skips.set_totals(*self._params_and_exp_avgs(), totals)  # a device counts for a state
         finally:
             handle.remove()
             self.__dict__.pop("_restored", None)
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait_for_refresh()
-        counts = zip((p for group in self.param_groups for p in group["params"]), self.skipped_steps(per_parameter=True))
-        return {**super().__getstate__(), "_skipped": {p: count for p, count in counts if count}}
+        params, exp_avgs = self._params_and_exp_avgs()
+        counts = [
+            {p: count for p, count in zip(params, column) if count} for column in self._skips.totals(params, exp_avgs)
+        ]
+        return {**super().__getstate__(), "_skip_counts": tuple(counts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        counts = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # an older version counted steps alone
         super().__setstate__(state)
+        # torch adds `differentiable`, which no group of ours has, and which would be saved with the next checkpoint
+        self.defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
         if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
             self._overlap, self._number = Overlap(), compiled.register(self)
         self._traced_params = compiled.all_params(self)
-        self.__dict__.setdefault("_skipped", {})
+        if "_skips" not in self.__dict__:
+            self._skips = Skips()
+            self._skips.counts = tuple(map(dict, counts))
+        self._support_amp_scaling()
         self._layouts = {}
         restored = self.__dict__.pop("_restored", None)
         if restored is not None:
@@ -384,13 +440,19 @@ class SOAP(Optimizer):
     # ---- state ----------------------------------------------------------------------------------------------------------
 
     def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
-        """The parameter's layout; raises when an option that shapes existing state was changed."""
+        """The parameter's layout, anew where its shape or memory format is another; raises where that, or an option that shapes
+        the state, was changed under existing state."""
         options = tuple(group[name] for name in LAYOUT_OPTIONS)
-        known = self._layouts.get(param)
-        if known is not None and known[0] == options:
+        known, shape, stride = self._layouts.get(param), tuple(param.shape), param.stride()
+        if known is not None and known[0] == options and known[1].shape == shape and known[2] == stride:
             return known[1]
         state = self.state.get(param)
-        if known is not None and state:
+        if state and tuple(state["exp_avg"].shape) != shape:
+            raise ValueError(
+                f"{self._describe(param)} had the shape {tuple(state['exp_avg'].shape)} when its state was made: to go on with "
+                f"another, forget that state (del optimizer.state[param]) or make a new optimizer"
+            )
+        if known is not None and state and known[0] != options:
             changed = [
                 f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
             ]
@@ -398,20 +460,24 @@ class SOAP(Optimizer):
                 f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
                 "step, or put the parameter into a new optimizer"
             )
-        order = memory_order(state["exp_avg"] if state else param)
-        layout = layout_of(tuple(param.shape), order, **dict(zip(LAYOUT_OPTIONS, options)))
-        self._layouts[param] = (options, layout)
+        order = memory_order(torch.empty_like(param, device="meta"))  # the state's
+        if state and memory_order(state["exp_avg"]) != order:
+            # model.to(memory_format=..) after the first step: the state follows, as it would after load_state_dict
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].data = torch.empty_like(param, dtype=state[key].dtype).copy_(state[key])
+        layout = layout_of(shape, order, **dict(zip(LAYOUT_OPTIONS, options)))
+        self._layouts[param] = (options, layout, stride)
         return layout
 
     def _describe(self, param: Tensor) -> str:
         """'parameter 3 (layer.weight) of shape (4, 4)', counted over all groups."""
-        index = 0
+        before = 0
         for group in self.param_groups:
             for place, other in enumerate(group["params"]):
                 if other is param:
-                    name = f" ({group['param_names'][place]})" if "param_names" in group else ""
-                    return f"parameter {index}{name} of shape {tuple(param.shape)}"
-                index += 1
+                    named = list(zip(group["param_names"], group["params"])) if "param_names" in group else group["params"]
+                    return describe_place(named, before, place)
+            before += len(group["params"])
         return f"a parameter of shape {tuple(param.shape)}"
 
     def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> _Work:
@@ -428,7 +494,16 @@ class SOAP(Optimizer):
                     f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {grad.layout}"
                 )
             known = self._layouts.get(param)
-            layout = known[1] if known is not None and known[0] == options else self._layout(param, group)
+            # (a matrix has no memory formats to choose from, and there may be thousands of small ones)
+            if (
+                known is None
+                or known[0] != options
+                or known[1].shape != param.shape
+                or (len(known[2]) > 2 and known[2] != param.stride())
+            ):
+                layout = self._layout(param, group)
+            else:
+                layout = known[1]
             work.params.append(param)
             work.tensors.append(tensor)
             work.grads.append(grad)
@@ -474,6 +549,8 @@ class SOAP(Optimizer):
             for group in self.param_groups:
                 if group["precondition_frequency"] == frequency:
                     for param in group["params"]:
+                        if is_lazy(param):  # its shape, and what that costs, are not known yet
+                            continue
                         layout, state = self._layout(param, group), self.state.get(param, {})
                         offsets[param] = []
                         for mode, size in zip(layout.modes, layout.sizes):
@@ -531,8 +608,7 @@ class SOAP(Optimizer):
                 "nothing has changed"
             ) from error
 
-        for param in unusable:
-            self._skip(param)
+        self._skips.add(unusable, Skipped(list(range(len(unusable))), []))
         self._allocate(usable)
         for i, (param, gram_key, basis_key) in enumerate(owners):
             state = self.state[param]
@@ -542,6 +618,23 @@ class SOAP(Optimizer):
         for _, param in usable:
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
+
+    def _step_dataless(self, work: _Work) -> _Work:
+        """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
+        dataless = [is_dataless(param) for param in work.params]
+        for param, layout in compress(zip(work.params, work.layouts), dataless):
+            state = self.state.get(param)
+            if state:
+                with outside_modes() if not is_dataless(state["step"]) else nullcontext():
+                    state["step"] += 1
+                continue
+            with outside_modes():
+                self._allocate([(work.group, param)])
+            state = self.state[param]
+            for keys in (layout.gram_keys, layout.basis_keys):
+                state.update({key: param.new_zeros(d, d, dtype=state_dtype(param)) for key, d in zip(keys, layout.sizes)})
+            state["initialized"].fill_(True)
+        return work.where([not without for without in dataless])
 
     def _steady_step(self, works: list[_Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
         """One steady step of groups that one call may serve (:func:`_together`). clip: grad_scale does not clip already."""
@@ -573,19 +666,8 @@ class SOAP(Optimizer):
         else:
             counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
             skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
-        if skipped:
-            params = [param for work in works for param in work.params]
-            for i in skipped:
-                self._skip(params[i])
-
-    def _skip(self, param: Tensor) -> None:
-        if param not in self._skipped and param.device.type == "cpu":
-            warnings.warn(
-                f"SOAP: the gradient of {self._describe(param)} is not finite, or its squared norm overflows; the parameter "
-                "and its state stay as they are. Later cases are counted by skipped_steps() without a warning.",
-                stacklevel=_users_stacklevel(),
-            )
-        self._skipped[param] = self._skipped.get(param, 0) + 1
+        if any(skipped):
+            self._skips.add([param for work in works for param in work.params], skipped)
 
 
 def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
@@ -609,14 +691,6 @@ def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
     # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
     device = param.device if group["capturable"] or group["fused"] or steps_on_device(group, param) else "cpu"
     return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def _users_stacklevel() -> int:
-    """The first frame outside of torch and soap_opt, counted from the function that warns: torch's wrappers vary in number."""
-    frame, level = sys._getframe(1), 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _require_fused(group: dict[str, Any], device_type: str) -> None:

@@ -1,10 +1,11 @@
 """GradScaler, gradients that are not finite, Grams that eigh cannot decompose."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from comparison import SoapRun, every_implementation, random_gradients, random_params
+from comparison import NO_ENGINE, SoapRun, every_implementation, random_gradients, random_params
 from small_model import assert_same, assert_unchanged, model_of, snapshot, train
 from torch import nn
 
@@ -13,6 +14,18 @@ from soap_opt import SOAP
 BOTH = [False, True]
 
 # ---- GradScaler and the guard ---------------------------------------------------------------------------------------------
+
+
+def test_amp_scaling_is_supported_where_fused_was_asked_for():
+    """As torch.optim.Adam. Trainers that clip (Lightning) refuse to where the step divides the scale out itself."""
+    params = [nn.Parameter(torch.ones(2, 2))]
+    for flags in ({}, {"foreach": True}, {"foreach": False}, {"fused": False}, {"fused": True}):
+        if flags.get("fused") and NO_ENGINE is not None:
+            continue
+        for optimizer in (SOAP(params, **flags), copy.deepcopy(SOAP(params, **flags))):
+            adam = torch.optim.Adam(params, **flags)
+            name = "_step_supports_amp_scaling"
+            assert getattr(optimizer, name, False) == getattr(adam, name, False) == bool(flags.get("fused"))
 
 
 @every_implementation
@@ -77,7 +90,6 @@ def test_a_first_gradient_that_the_scaler_rejects_leaves_no_state():
 
 def test_found_inf_by_attribute(device):
     """GradScaler's protocol for optimizers that say _step_supports_amp_scaling: attributes, tensors on any device."""
-    assert SOAP._step_supports_amp_scaling
     run = SoapRun(random_params([(4, 3)], device=device))
     gradients = random_gradients([(4, 3)], 3, device=device)
     run.step(gradients[0])

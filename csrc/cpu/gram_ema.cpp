@@ -27,12 +27,12 @@ double squared_norm(const T* x, int64_t n) {
   return std::accumulate(sums, sums + 8, 0.0);
 }
 
-// ||G||^2; where it is finite in the state's precision, the Grams are averaged.
+// ||G||^2; where it is at most kLargestSquaredNorm, the Grams are averaged.
 template <typename T>
 double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
-  constexpr double limit = std::numeric_limits<T>::max();
+  constexpr double limit = kLargestSquaredNorm<T>;
   if (n == 0) return 0;
   if (task.alone) {
     const LargeWorkspace<T> work(layout, free_threads(), scratch);

@@ -1,8 +1,6 @@
 #include "householder.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -33,13 +31,10 @@ template <typename I, typename T>
 SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
     T* SOAP_OPT_RESTRICT v = a + k * d;
-    T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k], scale = 1;
+    T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k];
     if (alpha * alpha + below < kTinySquare<T>) {
       // A block of a Gram that is 1e-22 of the rest would cost Q its orthogonality. The norm again, scaled.
-      T largest = 0;
-      for (int64_t i = k; i < d; ++i) largest = std::max(largest, std::abs(v[i]));
-      scale = 1 / std::max(largest, std::numeric_limits<T>::min());
-      for (int64_t i = k; i < d; ++i) v[i] *= scale;
+      scale_tiny(v + k, d - k, 1);
       below = dot<I>(v + k + 1, v + k + 1, d - k - 1);
       alpha = v[k];
     }
@@ -50,9 +45,9 @@ SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t c
       tau = 0;
       continue;
     }
-    const T beta = -std::copysign(std::sqrt(alpha * alpha + below), alpha), inverse = 1 / (alpha - beta);
-    tau = (beta - alpha) / beta;
-    for (int64_t i = k + 1; i < d; ++i) v[i] *= inverse;
+    const Reflector<T> reflector(alpha, below);
+    tau = reflector.tau;
+    for (int64_t i = k + 1; i < d; ++i) v[i] *= reflector.inverse;
     for (int64_t j = k + 1; j < first + count; ++j) {
       T* SOAP_OPT_RESTRICT x = a + j * d;
       const T weight = tau * dot<I>(v + k, x + k, d - k);

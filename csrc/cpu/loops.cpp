@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
@@ -18,7 +19,8 @@ SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T
     const T vi = b2 * v[i] + w2 * gi * gi;
     m[i] = mi;
     v[i] = vi;
-    g[i] = mi / (std::sqrt(vi) + eps);
+    const T denominator = std::sqrt(vi) + eps;
+    g[i] = denominator > 0 ? mi / denominator : T(0); // eps may be 0
   }
 }
 
@@ -38,7 +40,44 @@ SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
 template <typename I, typename P, typename T>
 SOAP_OPT_INLINE void apply_body(P* SOAP_OPT_RESTRICT p, const T* SOAP_OPT_RESTRICT u, int64_t n, double step_, double keep_) {
   const T step = T(step_), keep = T(keep_);
-  for (int64_t i = 0; i < n; ++i) p[i] = P((T(p[i]) - step * u[i]) * keep);
+  constexpr T largest = std::numeric_limits<T>::max();
+  for (int64_t i = 0; i < n; ++i) {
+    const P next = P((T(p[i]) - step * u[i]) * keep);
+    p[i] = std::abs(T(next)) <= largest ? next : p[i]; // (a float16 overflows at 65504)
+  }
+}
+
+// Entry j of the vector that is_orthogonal tries: between 1 and 2, no two alike, so that no errors of an ordinary kind add up to
+// nothing.
+template <typename T>
+SOAP_OPT_INLINE T probe(int64_t j) {
+  const double x = double(j) * 0.6180339887498949;
+  return T(j % 2 == 0 ? 1 + (x - int64_t(x)) : -1 - (x - int64_t(x)));
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE bool is_orthogonal_body(const T* SOAP_OPT_RESTRICT q, int64_t d, T* SOAP_OPT_RESTRICT room) {
+  T *SOAP_OPT_RESTRICT x = room, *SOAP_OPT_RESTRICT norms = room + d, *SOAP_OPT_RESTRICT back = room + 2 * d;
+  for (int64_t j = 0; j < d; ++j) x[j] = probe<T>(j);
+  std::fill(norms, norms + 2 * d, T(0));
+  constexpr int64_t lanes = 64 / sizeof(T);
+  for (int64_t i = 0; i < d; ++i) {
+    const T* SOAP_OPT_RESTRICT row = q + i * d;
+    T sums[lanes] = {}, y = 0; // y = (Q x)_i
+    int64_t j = 0;
+    for (; j + lanes <= d; j += lanes)
+      for (int64_t l = 0; l < lanes; ++l) sums[l] += row[j + l] * x[j + l];
+    for (int64_t l = 0; j + l < d; ++l) sums[l] += row[j + l] * x[j + l];
+    for (int64_t l = 0; l < lanes; ++l) y += sums[l];
+    for (j = 0; j < d; ++j) {
+      norms[j] += row[j] * row[j];
+      back[j] += row[j] * y;
+    }
+  }
+  const T bound = orthogonality_bound<T>(d);
+  bool good = true;
+  for (int64_t j = 0; j < d; ++j) good &= std::abs(norms[j] - 1) <= bound && std::abs(back[j] - x[j]) <= bound; // false for NaN
+  return good;
 }
 
 template <typename I, typename T>
@@ -83,6 +122,7 @@ SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const 
   SOAP_OPT_VERSIONS(, void, adam, adam_body, (T * m, T * v, T * g, int64_t n, double beta1, double beta2, double eps),         \
                     (m, v, g, n, beta1, beta2, eps))                                                                          \
   SOAP_OPT_VERSIONS(, T, sum_squares, sum_squares_body, (const T* x, int64_t n), (x, n))                                      \
+  SOAP_OPT_VERSIONS(, bool, is_orthogonal, is_orthogonal_body, (const T* q, int64_t d, T* room), (q, d, room))                \
   SOAP_OPT_VERSIONS(, void, gram_from_triangle, gram_from_triangle_body,                                                      \
                     (T * gram, const T* sum, int64_t ld, int64_t d, double beta), (gram, sum, ld, d, beta))                    \
   SOAP_OPT_VERSIONS(, void, small_gemm, small_gemm_body,                                                                      \

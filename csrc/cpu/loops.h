@@ -4,11 +4,13 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace soap_opt {
 
-// m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  g <- m / (sqrt(v) + eps).  All [n].
+// m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  g <- m / (sqrt(v) + eps), 0 where that divides by 0.  All [n].
 void adam(float* m, float* v, float* g, int64_t n, double beta1, double beta2, double eps);
 void adam(double* m, double* v, double* g, int64_t n, double beta1, double beta2, double eps);
 
@@ -16,11 +18,27 @@ void adam(double* m, double* v, double* g, int64_t n, double beta1, double beta2
 float sum_squares(const float* x, int64_t n);
 double sum_squares(const double* x, int64_t n);
 
-// p <- (p - step u) keep, computed in u's precision and rounded once.
+// Squared norms of gradients up to this one count: what they bound (every entry of the projected gradient's square, of v and of
+// the Grams) then is finite with room for rounding.
+template <typename T>
+constexpr T kLargestSquaredNorm = std::numeric_limits<T>::max() / 4;
+
+// p <- (p - step u) keep, computed in u's precision and rounded once; an entry that p's type could not hold stays as it is.
 void apply(float* p, const float* u, int64_t n, double step, double keep);
 void apply(double* p, const double* u, int64_t n, double step, double keep);
 void apply(c10::BFloat16* p, const float* u, int64_t n, double step, double keep);
 void apply(c10::Half* p, const float* u, int64_t n, double step, double keep);
+
+// What an entry of (Q^T Q - I) x, for one vector x of numbers between 1 and 2 and their negatives, and what the square of a
+// column's norm less 1 may be: some ten times what LAPACK's Q has at worst.
+template <typename T>
+inline T orthogonality_bound(int64_t d) {
+  return 64 * std::numeric_limits<T>::epsilon() * std::sqrt(T(d));
+}
+
+// Whether q [d, d] is finite, and orthogonal within orthogonality_bound: O(d^2). room [3 d].
+bool is_orthogonal(const float* q, int64_t d, float* room);
+bool is_orthogonal(const double* q, int64_t d, double* room);
 
 // gram [d, d] <- beta gram + (1 - beta) sum, sum [d, d] with row stride ld, of which only the lower triangle is read.
 void gram_from_triangle(float* gram, const float* sum, int64_t ld, int64_t d, double beta);

@@ -6,6 +6,7 @@
 
 #include "layout.h"
 #include "loops.h"
+#include "parallel.h"
 
 namespace soap_opt {
 
@@ -36,6 +37,7 @@ void gemm(Matrix<T> c, Matrix<const T> a, Matrix<const T> b) {
     small_gemm(c.data, c.row_stride, a.data, a.row_stride, a.column_stride, b.data, b.row_stride, b.column_stride, c.rows,
                c.columns, a.columns, /*alpha=*/1, /*beta=*/0);
   } else {
+    const SameForAllThreads same;
     at::Tensor out = c.tensor();
     at::mm_out(out, a.tensor(), b.tensor());
   }

@@ -29,25 +29,25 @@ constexpr int64_t kLoopRefresh = 32;
 template <typename T>
 void small_householder_q(T* a, int64_t d) {
   T taus[kLoopRefresh], line[kLoopRefresh];
+  const auto square_below = [&](int64_t k) {
+    T sum = 0;
+    for (int64_t i = k + 1; i < d; ++i) sum += a[i * d + k] * a[i * d + k];
+    return sum;
+  };
   for (int64_t k = 0; k < d; ++k) {
-    T below = 0;
-    for (int64_t i = k + 1; i < d; ++i) below += a[i * d + k] * a[i * d + k];
-    T alpha = a[k * d + k], scale = 1;
+    T below = square_below(k), alpha = a[k * d + k];
     taus[k] = 0;
     if (alpha * alpha + below < kTinySquare<T>) {
       // Squares lose their small terms to underflow: a block of a Gram that is 1e-22 of the rest would cost Q 1e-2 of its
       // orthogonality. The norm again, scaled.
-      T largest = 0;
-      for (int64_t i = k; i < d; ++i) largest = std::max(largest, std::abs(a[i * d + k]));
-      scale = 1 / std::max(largest, std::numeric_limits<T>::min());
-      below = 0;
-      for (int64_t i = k + 1; i < d; ++i) below += (a[i * d + k] * scale) * (a[i * d + k] * scale);
-      alpha *= scale;
+      scale_tiny(a + k * d + k, d - k, d);
+      below = square_below(k);
+      alpha = a[k * d + k];
     }
     if (below == 0) continue; // nothing to reflect: H = I
-    const T beta = -std::copysign(std::sqrt(alpha * alpha + below), alpha);
-    taus[k] = (beta - alpha) / beta;
-    for (int64_t i = k + 1; i < d; ++i) a[i * d + k] *= scale / (alpha - beta);
+    const Reflector<T> reflector(alpha, below);
+    taus[k] = reflector.tau;
+    for (int64_t i = k + 1; i < d; ++i) a[i * d + k] *= reflector.inverse;
     // the trailing columns: A -= tau v (v^T A)
     for (int64_t j = k + 1; j < d; ++j) line[j] = a[k * d + j];
     for (int64_t i = k + 1; i < d; ++i)
@@ -70,12 +70,41 @@ void small_householder_q(T* a, int64_t d) {
   }
 }
 
+template <typename T>
+T largest_magnitude(const T* x, int64_t n) {
+  T most[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t l = 0; l < 16; ++l) most[l] = std::max(most[l], std::abs(x[i + l]));
+  for (; i < n; ++i) most[0] = std::max(most[0], std::abs(x[i]));
+  return *std::max_element(most, most + 16);
+}
+
+// The power of two that brings `largest` near 1: squares of what is scaled neither vanish nor overflow. 1 for 0.
+template <typename T>
+T power_of_two_scale(T largest) {
+  if (!(largest > 0)) return 1;
+  const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
+  return std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
+}
+
 } // namespace
 
 template <typename T>
 Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance) {
   Refresh<T> result;
+  result.outcome = Outcome::failed;
   const bool tiles = d > kLoopRefresh && d <= kThreadedSize; // on one core, by register tiles
+  // Q' does not change with a power of two; the Gram's own products with Q would vanish or overflow near the ends of T's range
+  const T largest_gram = largest_magnitude(gram, d * d);
+  if (!(largest_gram <= std::numeric_limits<T>::max())) return result;
+  std::unique_ptr<T[]> scaled;
+  if (largest_gram > 0 && std::abs(std::ilogb(largest_gram)) > std::numeric_limits<T>::max_exponent / 4) {
+    scaled.reset(new T[d * d]);
+    const T scale = power_of_two_scale(largest_gram);
+    for (int64_t i = 0; i < d * d; ++i) scaled[i] = gram[i] * scale;
+    gram = scaled.get();
+  }
   const std::unique_ptr<T[]> product(new T[d * d + kPanel<T>]);
   std::unique_ptr<T[]> basis_packed, packed;
   std::vector<T> eigenvalues(d, T(0));
@@ -91,8 +120,7 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) eigenvalues[j] += basis[i * d + j] * product[i * d + j];
   // What is not finite in P or Q is not finite in e: 0 * inf is a NaN
-  result.finite = std::all_of(eigenvalues.begin(), eigenvalues.end(), [](T e) { return std::isfinite(e); });
-  if (!result.finite) return result;
+  if (!std::all_of(eigenvalues.begin(), eigenvalues.end(), [](T e) { return std::isfinite(e); })) return result;
   if (tolerance >= 0) {
     double norm = 0, off = 0;
     for (int64_t i = 0; i < d; ++i)
@@ -101,46 +129,47 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
         norm += p * p;
         off += rest * rest;
       }
-    if (norm == 0 || std::sqrt(off / norm) <= tolerance) return result;
+    if (norm == 0 || std::sqrt(off / norm) <= tolerance) {
+      result.outcome = Outcome::kept;
+      return result;
+    }
   }
-  result.done = true;
   result.order.resize(d);
   std::iota(result.order.begin(), result.order.end(), int64_t(0));
   std::stable_sort(result.order.begin(), result.order.end(),
                    [&](int64_t a, int64_t b) { return eigenvalues[a] > eigenvalues[b]; });
   result.basis.resize(d * d + kPanel<T>);
-  if (d > kThreadedSize) {
-    for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]];
-    const at::Tensor sorted = at::from_blob(result.basis.data(), {d, d}, c10::CppTypeToScalarType<T>::value);
-    sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
-    result.rotation.resize(d * d); // (not before: the QR needs several d^2 of its own)
-    gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
-    return result;
-  }
-  result.rotation.resize(d * d + kPanel<T>);
-  // Powers of two, so that squares of tiny or huge Grams neither vanish nor overflow
-  T largest = 0, scale = 1;
-  for (int64_t i = 0; i < d * d; ++i) largest = std::max(largest, std::abs(product[i]));
-  if (largest > 0) {
-    const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
-    scale = std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
-  }
+  T* q = result.basis.data();
+  const T scale = power_of_two_scale(largest_magnitude(product.get(), d * d));
   if (tiles) {
     const std::unique_ptr<T[]> columns(new T[d * d + kPanel<T>]);
     constexpr int64_t block = 16;
     for (int64_t i = 0; i < d; i += block)
       for (int64_t j = 0; j < d; ++j)
         for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * d + r] = product[r * d + result.order[j]] * scale;
-    householder_q(columns.get(), result.basis.data(), d);
-    pack_rows<T>(packed.get(), d, 0, result.basis.data(), d, d, d);
-    multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);
+    householder_q(columns.get(), q, d);
   } else {
     for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < d; ++j) result.basis[i * d + j] = product[i * d + result.order[j]] * scale;
-    small_householder_q(result.basis.data(), d);
-    gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {result.basis.data(), d, d});
+      for (int64_t j = 0; j < d; ++j) q[i * d + j] = product[i * d + result.order[j]] * scale;
+    if (d <= kLoopRefresh) {
+      small_householder_q(q, d);
+    } else {
+      const SameForAllThreads same;
+      const at::Tensor sorted = at::from_blob(q, {d, d}, c10::CppTypeToScalarType<T>::value);
+      sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
+    }
   }
+  // Whatever the Gram was: nothing but an orthogonal Q' leaves this function
+  eigenvalues.resize(3 * d);
+  if (!is_orthogonal(q, d, eigenvalues.data())) return result;
+  result.rotation.resize(d * d + kPanel<T>); // (not before: LAPACK's QR needs several d^2 of its own)
+  if (tiles) {
+    pack_rows<T>(packed.get(), d, 0, q, d, d, d);
+    multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);
+  } else {
+    gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {q, d, d});
+  }
+  result.outcome = Outcome::refreshed;
   return result;
 }
 template Refresh<float> refresh_basis(const float*, const float*, int64_t, double);
@@ -179,7 +208,7 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   check_refresh(grams, bases, orders, rotations, outcomes, due);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset); // P in bfloat16 ruins the basis
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
-  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>(); // 0 kept, 1 refreshed, 2 not finite
+  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
   for_each_batch(grams, 0, [&](const std::vector<int64_t>& batch) {
     const int64_t i = batch[0]; // each alone
     const int64_t d = grams[i].size(0);
@@ -188,9 +217,9 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
       Refresh<scalar_t> refreshed;
       if (when == nullptr || when[i])
         refreshed = refresh_basis<scalar_t>(grams[i].const_data_ptr<scalar_t>(), bases[i].const_data_ptr<scalar_t>(), d, tolerance);
-      outcome[i] = refreshed.done ? 1 : refreshed.finite ? 0 : 2;
+      outcome[i] = int32_t(refreshed.outcome);
       int64_t* order = orders[i].mutable_data_ptr<int64_t>();
-      if (refreshed.done) {
+      if (refreshed.done()) {
         std::copy(refreshed.order.begin(), refreshed.order.end(), order);
         std::copy_n(refreshed.basis.begin(), d * d, bases[i].mutable_data_ptr<scalar_t>());
         std::copy_n(refreshed.rotation.begin(), d * d, rotations[i].mutable_data_ptr<scalar_t>());
@@ -202,11 +231,25 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   });
 }
 
-// [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up.
+// Of [*, d, d] contiguous.
+bool all_orthogonal(const at::Tensor& vectors) {
+  const int64_t d = vectors.size(-1), count = vectors.numel() / std::max<int64_t>(1, d * d);
+  bool good = true;
+  AT_DISPATCH_FLOATING_TYPES(vectors.scalar_type(), "soap_opt::init_basis", [&] {
+    std::vector<scalar_t> room(3 * d);
+    const scalar_t* q = vectors.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < count; ++i) good &= is_orthogonal(q + i * d * d, d, room.data());
+  });
+  return good;
+}
+
+// [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up or was wrong.
 at::Tensor eigenvectors(const at::Tensor& gram) {
   try {
-    const at::Tensor vectors = std::get<1>(at::linalg_eigh(gram + 1e-30 * at::eye(gram.size(-1), gram.options())));
-    if (at::isfinite(vectors).all().item<bool>()) return vectors.flip(-1).contiguous();
+    const SameForAllThreads same;
+    const at::Tensor damped = gram + 1e-30 * at::eye(gram.size(-1), gram.options());
+    const at::Tensor vectors = std::get<1>(at::linalg_eigh(damped)).flip(-1).contiguous();
+    if (all_orthogonal(vectors)) return vectors;
   } catch (const c10::LinAlgError&) {
   }
   return {};

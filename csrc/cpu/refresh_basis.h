@@ -10,17 +10,25 @@ namespace soap_opt {
 // Larger matrices are decomposed one at a time, with all threads in LAPACK; the others one a core.
 constexpr int64_t kThreadedSize = 512;
 
+// What became of a matrix: the values of refresh_basis_'s outcomes.
+enum class Outcome : int32_t {
+  kept = 0,      // not due, or the basis still diagonalises its Gram
+  refreshed = 1, //
+  failed = 2,    // G or Q is not finite, or Q' is not orthogonal (loops.h): the basis is to stay as it is
+};
+
 template <typename T>
 struct Refresh {
-  bool done = false;          // false: the basis still diagonalises its Gram, or not finite; everything else is empty
-  bool finite = true;         // whether G and Q are
+  Outcome outcome = Outcome::kept; // everything else is of use where it is `refreshed`
   std::vector<int64_t> order; // [d] sorts the estimated eigenvalues, largest first
   std::vector<T> basis;       // [d, d] the new Q', and some elements to spare
   std::vector<T> rotation;    // [d, d] Q^T Q' with the unpermuted Q, likewise
+
+  bool done() const { return outcome == Outcome::refreshed; }
 };
 
-// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Not done when tolerance >= 0 and
-// ||P - Q diag(e)||_F <= tolerance ||P||_F, nor where G or Q is not finite. gram and basis: [d, d] row-major; nothing is written.
+// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Kept when tolerance >= 0 and
+// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis: [d, d] row-major; nothing is written.
 template <typename T>
 Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance);
 

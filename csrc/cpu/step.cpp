@@ -50,21 +50,24 @@ struct Turn {
 };
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written.
+// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written. Returns how many
+// modes failed and stay as they were.
 template <typename T, typename Function>
-void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Function& turn) {
+int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Function& turn) {
   const Layout& layout = *task.layout;
   std::vector<Refresh<T>> refreshed(layout.modes);
   for (int64_t k : task.due)
     refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0),
                                     options.adaptive ? options.tolerance : -1);
+  int32_t failed = 0;
+  for (const Refresh<T>& mode : refreshed) failed += mode.outcome == Outcome::failed;
   std::vector<Turn<T>> turns;
   int64_t before = 1;
   for (size_t g = 0; g < layout.groups.size(); ++g) {
     const Group& group = layout.groups[g];
     const int64_t outside = before;
     before *= group.width;
-    if (std::none_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done; })) continue;
+    if (std::none_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done(); })) continue;
     Turn<T> whole{g, outside, layout.numel / before, {0}, {T(1)}};
     if (group.positions.size() == 1) {
       whole.order = std::move(refreshed[group.positions[0]].order);
@@ -78,11 +81,11 @@ void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffe
         std::vector<T> rotation(size * size);
         for (int64_t i = 0; i < left; ++i)
           for (int64_t k = 0; k < d; ++k) {
-            order[i * d + k] = whole.order[i] * d + (mode.done ? mode.order[k] : k);
+            order[i * d + k] = whole.order[i] * d + (mode.done() ? mode.order[k] : k);
             for (int64_t j = 0; j < left; ++j)
               for (int64_t l = 0; l < d; ++l)
                 rotation[(i * d + k) * size + j * d + l] =
-                    whole.rotation[i * left + j] * (mode.done ? mode.rotation[k * d + l] : T(k == l));
+                    whole.rotation[i * left + j] * (mode.done() ? mode.rotation[k * d + l] : T(k == l));
           }
         whole.order = std::move(order);
         whole.rotation = std::move(rotation);
@@ -95,10 +98,12 @@ void refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffe
     turn(one);
   }
   for (int64_t k : task.due)
-    if (refreshed[k].done) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
+    if (refreshed[k].done()) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
+  return failed;
 }
 
-// step_large, step_blocked: false where the gradient is not usable, and nothing has changed.
+// step_large, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else how many refreshes failed.
+constexpr int32_t kUnusable = -1;
 
 // to <- from x_g M for a parameter that has all threads, both [A, D, B].
 template <typename T>
@@ -118,12 +123,12 @@ void product_large(const T* from, T* to, int64_t before, int64_t after, Factor<T
 
 // A parameter that has all threads: stage after stage over the whole tensor.
 template <typename T, typename P>
-bool step_large(const Task& task, P* param, T* scratch, const Options& options) {
+int32_t step_large(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
   const LargeWorkspace<T> work(layout, free_threads(), scratch);
   const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
-  if (!std::isfinite(parallel_sum_squares(g, n))) return false;
+  if (!(parallel_sum_squares(g, n) <= kLargestSquaredNorm<T>)) return kUnusable;
 
   Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
@@ -152,7 +157,7 @@ bool step_large(const Task& task, P* param, T* scratch, const Options& options) 
   const double t = *task.step->mutable_data_ptr<float>() += 1;
 
   // 2 adam
-  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
+  parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
     adam(m + b, v + b, from + b, e - b, options.beta1, options.beta2, options.eps);
   });
 
@@ -163,42 +168,43 @@ bool step_large(const Task& task, P* param, T* scratch, const Options& options) 
 
   // 4 apply
   const double keep = 1 - options.lr * options.weight_decay;
-  at::parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, from + b, e - b, size, keep); });
+  parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, from + b, e - b, size, keep); });
 
   // 5 gram EMA
   gram_ema_large<T>(layout, g, matrices.grams.data(), work, options.shampoo_beta);
   matrices.write_back(task);
   exp_avg.write_back();
   exp_avg_sq.write_back();
-  return true; // 6 refresh: by refresh_alone
+  return 0; // 6 refresh: by refresh_alone
 }
 
-// Step 6 with all threads. buffer [numel].
+// Step 6 with all threads. buffer [numel]. Returns how many refreshes failed.
 template <typename T>
-void refresh_alone(const Task& task, T* buffer, const Options& options) {
+int32_t refresh_alone(const Task& task, T* buffer, const Options& options) {
   const Layout& layout = *task.layout;
   const Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
-  refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](const Turn<T>& turn) {
+  const int32_t failed = refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](const Turn<T>& turn) {
     const int64_t width = layout.groups[turn.group].width;
     multiply<T>(m, buffer, turn.before, width, turn.after, {turn.rotation.data(), width, width});
     std::copy_n(buffer, layout.numel, m);
   });
   exp_avg.write_back();
   exp_avg_sq.write_back();
+  return failed;
 }
 
 // A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
 // Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
 template <typename T, typename P>
-bool step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
+int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const Cut cut(layout);
   const Workspace<T> work(layout, cut, scratch);
   const int64_t n = layout.numel;
   const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
-  if (!std::isfinite(sum_squares(g, n))) return false;
+  if (!(sum_squares(g, n) <= kLargestSquaredNorm<T>)) return kUnusable;
 
   Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
@@ -297,8 +303,9 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
   exp_avg_sq.write_back();
 
   // 6 refresh
+  int32_t failed = 0;
   if (!task.due.empty() && !task.refresh_alone) {
-    refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
+    failed = refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
       Factor<T> factor{turn.rotation.data(), layout.groups[turn.group].width};
       if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
       product<T>(m, whole, turn.before, turn.after, factor, work.product);
@@ -307,26 +314,37 @@ bool step_blocked(const Task& task, P* param, T* scratch, const Options& options
     exp_avg.write_back();
     exp_avg_sq.write_back();
   }
-  return true;
+  return failed;
 }
 
 template <typename T>
-bool step_one(const Task& task, T* scratch, const Options& options) {
+int32_t step_one(const Task& task, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
-  if (layout.numel == 0) return true;
+  if (layout.numel == 0) return 0;
   const auto run = [&](auto zero) {
     using P = decltype(zero);
     const Arranged<P> param(*task.param, layout);
-    const bool usable = task.alone ? step_large<T, P>(task, param.data(), scratch, options)
-                                                      : step_blocked<T, P>(task, param.data(), scratch, options);
-    if (usable) param.write_back();
-    return usable;
+    const int32_t outcome = task.alone ? step_large<T, P>(task, param.data(), scratch, options)
+                                       : step_blocked<T, P>(task, param.data(), scratch, options);
+    if (outcome != kUnusable) param.write_back();
+    return outcome;
   };
   if constexpr (std::is_same_v<T, float>) {
     if (task.param->scalar_type() == at::kBFloat16) return run(at::BFloat16());
     if (task.param->scalar_type() == at::kHalf) return run(at::Half());
   }
   return run(T());
+}
+
+// What torch's own in-place operators do: a graph that holds the tensor raises when it is asked for gradients. (The operator's
+// kernels write through pointers, below autograd.)
+void bump_versions(const Task& task) {
+  const auto bump = [](const at::Tensor& x) {
+    if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  };
+  for (const at::Tensor* x : {task.param, task.exp_avg, task.exp_avg_sq, task.step}) bump(*x);
+  for (const at::Tensor& gram : task.grams) bump(gram);
+  for (int64_t k : task.due) bump(task.bases[k]);
 }
 
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -348,8 +366,8 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
               refresh_offsets.size(), " refresh offsets");
   TORCH_CHECK(refresh == "together" || refresh == "staggered" || refresh == "adaptive", "step_: no refresh policy ", refresh);
   TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
-  at::Tensor usable = at::ones({n}, at::TensorOptions(at::kCPU).dtype(at::kBool));
-  if (n == 0) return usable;
+  at::Tensor outcomes = at::zeros({n}, at::TensorOptions(at::kCPU).dtype(at::kInt));
+  if (n == 0) return outcomes;
   const Options options{lr,
                         beta1,
                         beta2,
@@ -408,18 +426,23 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
   }
   choose_alone(tasks);
 
-  bool* flags = usable.mutable_data_ptr<bool>();
+  int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
     for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {
-      flags[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
+      outcome[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
-    for (const Task& task : tasks)
-      if (task.layout->numel > 0 && (task.alone || task.refresh_alone) && !task.due.empty() && flags[&task - tasks.data()]) {
+    for (const Task& task : tasks) {
+      int32_t& of_task = outcome[&task - tasks.data()];
+      if (task.layout->numel == 0 || of_task == kUnusable) continue;
+      if ((task.alone || task.refresh_alone) && !task.due.empty()) {
         at::AutoDispatchBelowADInplaceOrView guard;
-        refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
+        const FlushSubnormals flush;
+        of_task = refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }
+      bump_versions(task);
+    }
   });
-  return usable;
+  return outcomes;
 }
 
 int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {

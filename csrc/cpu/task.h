@@ -5,10 +5,12 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
+#include <numeric>
 
 #include "blocked.h"
 #include "layout.h"
 #include "loops.h"
+#include "parallel.h"
 
 namespace soap_opt {
 
@@ -27,6 +29,9 @@ struct Task {
 
 // Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
 // together the other cores. (One core is better where there is enough to do for all: it shares no cache and waits for nobody.)
+//
+// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by size alone and
+// the result does not depend on the number of threads.
 inline void choose_alone(std::vector<Task>& tasks) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::vector<Task*> rest;
@@ -37,6 +42,7 @@ inline void choose_alone(std::vector<Task>& tasks) {
     rest.push_back(&task);
     total += task.cost;
   }
+  if (at::globalContext().deterministicAlgorithms()) return;
   std::sort(rest.begin(), rest.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
   for (Task* task : rest) {
     if (threads == 1 || task->cost <= total / threads) break;
@@ -48,11 +54,15 @@ inline void choose_alone(std::vector<Task>& tasks) {
 // Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
 constexpr int64_t kGrain = 1 << 15;
 
+// Added up piece by piece in order, so that the sum does not depend on the number of threads.
 template <typename T>
 T parallel_sum_squares(const T* x, int64_t n) {
   if (n <= kGrain) return sum_squares(x, n);
-  return at::parallel_reduce(0, n, kGrain, T(0), [&](int64_t b, int64_t e, T sum) { return sum + sum_squares(x + b, e - b); },
-                             std::plus<T>());
+  std::vector<T> sums((n + kGrain - 1) / kGrain);
+  parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = sum_squares(x + i * kGrain, std::min(kGrain, n - i * kGrain));
+  });
+  return std::accumulate(sums.begin(), sums.end(), T(0));
 }
 
 // Whether the tensor lies in memory as its layout says, without holes.
@@ -161,6 +171,7 @@ void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::T
   for (Task& task : tasks) {
     if (task.alone) {
       at::AutoDispatchBelowADInplaceOrView guard;
+      const FlushSubnormals flush;
       function(task, memory);
     } else {
       small.push_back(&task);
@@ -181,7 +192,7 @@ void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::T
     }
   }
   std::atomic<size_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, std::min<int64_t>(threads, chunks.size() - 1), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView guard;
     for (int64_t worker = begin; worker < end; ++worker)
       for (size_t c; (c = next++) + 1 < chunks.size();)

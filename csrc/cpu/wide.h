@@ -5,11 +5,10 @@
 // Inside a worker of for_each_task these loops run on its own thread.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "factor.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace soap_opt {
@@ -27,7 +26,7 @@ void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel,
     function(0, n, room);
     return;
   }
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, room + at::get_thread_num() * room_numel); });
+  parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, room + at::get_thread_num() * room_numel); });
 }
 
 // Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not in place.
@@ -115,7 +114,7 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
   for (int64_t a = 0; a < before; a += from_a)
     for (int64_t b = 0; b < after; b += from_b) {
       const int64_t many = std::min(from_a, before - a), some = std::min(from_b, after - b), rows = many * some;
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           const int64_t i = p * panel, columns = std::min(panel, width - i);
           T* to = panels + i * rows;
@@ -128,7 +127,7 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
       });
       const T keep = first ? T(beta) : T(1), weight = T(1 - beta);
       // A short row of tiles and a long one together: equal shares
-      at::parallel_for(0, (count + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, (count + 1) / 2, 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           average_gram_row<T>(gram, width, p * panel, panels, rows, keep, weight);
           if (count - 1 - p != p) average_gram_row<T>(gram, width, (count - 1 - p) * panel, panels, rows, keep, weight);
@@ -137,7 +136,7 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
       first = false;
     }
   constexpr int64_t block = 64; // of the mirrored half
-  at::parallel_for(0, (width + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (width + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * block; i < std::min(width, end * block); i += block)
       for (int64_t j = i; j < width; j += block)
         for (int64_t r = i; r < std::min(width, i + block); ++r)

@@ -30,7 +30,7 @@ def operator(request, monkeypatch):
         result = {}
         for (i, k), new in zip(due, refreshed):  # identities where "adaptive" passed over
             result.setdefault(i, {})[k] = new
-        return result
+        return result, []
 
     monkeypatch.setattr(functional, "_refresh_units", refresh_units)
     return calls

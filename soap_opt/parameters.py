@@ -1,0 +1,92 @@
+"""What is asked of parameters before they join a group, and what their first step will cost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+from .plan import outside_modes
+
+# A first step that takes longer is warned of: nobody expects it of an optimizer's first step.
+LONG_FIRST_STEP = 5.0  # seconds
+
+# Modes that are warned of where a decomposition's time is not known, on devices other than a CPU
+LARGE_MODE = 4096
+
+_MEASURED = 512
+
+
+def check_params(params: Sequence[Any], describe: Callable[[int], str]) -> None:
+    """Refuse what SOAP cannot step. params: as in a param group, tensors or (name, tensor). describe: of a place in it.
+
+    Raises:
+        RuntimeError: complex parameters.
+        TypeError: DTensor parameters.
+        ValueError: a parameter that stands twice in the group.
+    """
+    seen: dict[int, int] = {}
+    for place, param in enumerate(params):
+        tensor = param[1] if isinstance(param, tuple) else param
+        if not isinstance(tensor, Tensor):
+            continue  # torch has an error for it
+        if tensor.is_complex():
+            raise RuntimeError(f"SOAP does not support complex parameters, but {describe(place)} is {tensor.dtype}")
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"SOAP does not support DTensor parameters yet, and {describe(place)} is one (FSDP2's fully_shard and tensor "
+                "parallelism make them): a Gram needs whole rows and columns of a gradient. Train with DistributedDataParallel, "
+                "or let another optimizer step the sharded parameters"
+            )
+        if id(tensor) in seen:
+            raise ValueError(
+                f"{describe(place)} stands in its param group a second time, first as {describe(seen[id(tensor)])}: SOAP steps "
+                "each parameter once; leave one of them out"
+            )
+        seen[id(tensor)] = place
+
+
+def describe_place(params: Sequence[Any], before: int, place: int) -> str:
+    """'parameter 3 (layer.weight) of shape (4, 4)'. params: of one group; before: parameters of the groups before it."""
+    param = params[place]
+    name, tensor = (f" ({param[0]})", param[1]) if isinstance(param, tuple) else ("", param)
+    shape = "not known yet" if is_lazy(tensor) else tuple(tensor.shape)
+    return f"parameter {before + place}{name} of shape {shape}"
+
+
+def is_dataless(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers: on the device "meta", or made under FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where it is not imported
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def first_step_seconds(sizes: Sequence[int]) -> float:
+    """About how long the eigendecompositions of Grams of these sizes take on this machine's CPU; 0 where it is not much."""
+    cubes = float(sum(size**3 for size in sizes))
+    if cubes < 1500.0**3:
+        return 0.0
+    # LAPACK's eigh gets to twice the speed that it has at this size
+    return 0.5 * _seconds_of_eigh(torch.get_num_threads()) * cubes / _MEASURED**3
+
+
+@lru_cache
+def _seconds_of_eigh(threads: int) -> float:
+    """Of one [512, 512] float32 matrix: a tenth of a second."""
+    with outside_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = torch.randn(_MEASURED, _MEASURED, dtype=torch.float32, device="cpu")
+        gram = x @ x.T
+        torch.linalg.eigh(gram[:64, :64])  # loads what it needs
+        start = time.perf_counter()
+        torch.linalg.eigh(gram)
+        return time.perf_counter() - start

@@ -1,0 +1,83 @@
+"""What steps left as it was: counted for each parameter, and warned of once, when the step is done."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .host_side import counts as counted_on_device
+
+
+class Skipped(NamedTuple):
+    """What a step left as it was."""
+
+    steps: list[int]  # parameters whose gradient is not usable (functional.is_usable): nothing of them changed
+    refreshes: list[int]  # parameters with a basis that could not be refreshed: it, m and v stay; once for each
+
+    def extend(self, other: Skipped, places: Sequence[int]) -> None:
+        """Add what was left of some of the parameters. places: of these in the list of all."""
+        for own, more in zip(self, other):
+            own.extend(places[i] for i in more)
+
+
+TEXTS = (  # of each of the two
+    "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. Later "
+    "cases are counted by skipped_steps() without a warning.",
+    "SOAP: a basis of {} could not be refreshed, because its Gram is not finite or its QR decomposition is not orthogonal; the "
+    "basis and the moments stay as they are. Later cases are counted by skipped_refreshes() without a warning.",
+)
+
+
+class Skips:
+    """Counts of skipped steps and skipped refreshes, by parameter."""
+
+    def __init__(self) -> None:
+        self.counts: tuple[dict[Tensor, int], dict[Tensor, int]] = ({}, {})  # of each of the two
+        self._news: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def add(self, params: Sequence[Tensor], skipped: Skipped) -> None:
+        for counts, news, places in zip(self.counts, self._news, skipped):
+            for place in places:
+                param = params[place]
+                if param not in counts and param.device.type == "cpu":  # (elsewhere nobody waits to hear of it)
+                    news.append(param)
+                counts[param] = counts.get(param, 0) + 1
+
+    def warn(self, describe: Callable[[Tensor], str]) -> None:
+        """Warn of what is new. Under ``-W error`` a warning is an exception: to be called when the step is done."""
+        if not any(self._news):
+            return
+        news, self._news = self._news, ([], [])
+        for params, text in zip(news, TEXTS):
+            for param in params:
+                warnings.warn(text.format(describe(param)), stacklevel=users_stacklevel())
+
+    def totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None]) -> Skipped:
+        """For each parameter how many steps and how many refreshes, with those that were counted on the device. exp_avgs: the
+        parameters', or None where there is no state."""
+        on_device = [counted_on_device(exp_avg) for exp_avg in exp_avgs]
+        columns = zip(*on_device) if on_device else ((), ())
+        return Skipped(
+            *([counts.get(p, 0) + n for p, n in zip(params, column)] for counts, column in zip(self.counts, columns))
+        )
+
+    def set_totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], totals: Skipped) -> None:
+        """Let :meth:`totals` be these, whatever the device has counted for the state that is there now."""
+        for counts, column, kind in zip(self.counts, totals, range(len(totals))):
+            counts.clear()
+            for param, exp_avg, total in zip(params, exp_avgs, column):
+                own = total - counted_on_device(exp_avg)[kind]
+                if own != 0:
+                    counts[param] = own
+
+
+def users_stacklevel() -> int:
+    """The first frame outside of torch and soap_opt, counted from the function that warns: torch's wrappers vary in number."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt"):
+        frame, level = frame.f_back, level + 1
+    return level
