@@ -51,26 +51,46 @@ __device__ inline float power_of_two_scale(float largest) {
   return ldexpf(1.0f, exponent < 126 ? exponent : 126);
 }
 
-// A reflector H = I - tau v v^T, v = (1, x_2 / divisor, ..), that takes (alpha, x_2, ..) to (beta, 0, ..): larfg. square: the
-// sum of squares of x_2 .., of everything multiplied by `scale`.
+// A reflector H = I - tau v v^T, v = (1, x_2 inverse, ..), that takes (alpha, x_2, ..) to (beta, 0, ..): larfg. square: the
+// sum of squares of x_2 ... A column whose norm's square is below kTinySquare is scaled before, so that alpha - beta has a
+// reciprocal.
 struct Reflector {
-  float tau, inverse; // v_i = x_i * inverse
+  float tau, inverse;
 };
 
-__device__ inline Reflector make_reflector(float alpha, float square, float scale) {
+__device__ inline Reflector make_reflector(float alpha, float square) {
   if (!(square > 0)) return {0, 0}; // zeros already: H = I
-  alpha *= scale;
   const float beta = -copysignf(sqrtf(alpha * alpha + square), alpha);
-  return {(beta - alpha) / beta, scale / (alpha - beta)};
+  return {(beta - alpha) / beta, 1 / (alpha - beta)};
 }
 
-__device__ inline float scale_of_tiny(float largest) { return fminf(1 / largest, 1e37f); }
+// Multiplies by the power of two that brings `largest` into [1, 2). Two factors: that of a subnormal number is beyond the largest
+// number.
+struct TinyScale {
+  float first, second;
+
+  __device__ explicit TinyScale(float largest) {
+    const int exponent = largest > 0 ? -ilogbf(largest) : 0, half = exponent / 2;
+    first = ldexpf(1.0f, half);
+    second = ldexpf(1.0f, exponent - half);
+  }
+  __device__ float operator()(float x) const { return x * first * second; }
+};
+
+// What a new basis is tried by (is_orthogonal, csrc/cpu/loops.h): entry j of a vector of numbers between 1 and 2 and their
+// negatives, and how far an entry of (Q^T Q - I) times it, or the square of a column's norm less 1, may be off.
+__device__ inline float probe(int j) {
+  const float x = j * 0.6180339887f, entry = 1 + (x - floorf(x));
+  return j % 2 == 0 ? entry : -entry;
+}
+
+__device__ inline float orthogonality_bound(int d) { return 64 * FLT_EPSILON * sqrtf(float(d)); }
 
 __device__ inline bool is_kept(float off, float norm, float tolerance) {
   return tolerance >= 0 && (norm == 0 || sqrtf(off / norm) <= tolerance);
 }
 
-// The result of a matrix that keeps its basis: identities. Called by all `threads` threads.
+// The result of a matrix that keeps its basis, or failed: identities. Called by all `threads` threads.
 __device__ inline void write_identities(const Matrix& matrix, int thread, int threads) {
   const int d = matrix.size;
   for (int i = thread; i < d; i += threads) matrix.order[i] = i;

@@ -71,7 +71,7 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
   const bool finite = norm <= FLT_MAX;
   if (!finite || is_kept(warp_sum(off), norm, tolerance)) {
     write_identities(matrix, lane, kWarp);
-    if (lane == 0) *outcome = finite ? kKept : kNotFinite;
+    if (lane == 0) *outcome = finite ? kKept : kFailed;
     return;
   }
 
@@ -90,23 +90,29 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     }
     __syncwarp();
     float v[D];
-    float below = 0, tiny = 1;
+    float below = 0, alpha = rows[k * D + k];
 #pragma unroll
     for (int i = 0; i < D; ++i) {
       v[i] = i < k ? 0 : rows[k * D + i];
       below += i > k ? v[i] * v[i] : 0;
     }
-    const float alpha = rows[k * D + k];
-    if (below + alpha * alpha < kTinySquare) {
+    if (below + alpha * alpha < kTinySquare) { // the same for every lane
       float most = fabsf(alpha);
 #pragma unroll
       for (int i = 0; i < D; ++i) most = fmaxf(most, fabsf(v[i]));
-      tiny = scale_of_tiny(most);
+      const TinyScale scaled(most);
+      __syncwarp(); // every lane has read the column
+      if (lane < D) rows[k * D + lane] = scaled(rows[k * D + lane]);
+      __syncwarp();
+      alpha = rows[k * D + k];
       below = 0;
 #pragma unroll
-      for (int i = 0; i < D; ++i) below += i > k ? (v[i] * tiny) * (v[i] * tiny) : 0;
+      for (int i = 0; i < D; ++i) {
+        v[i] = i < k ? 0 : rows[k * D + i];
+        below += i > k ? v[i] * v[i] : 0;
+      }
     }
-    const Reflector reflector = make_reflector(alpha, below, tiny);
+    const Reflector reflector = make_reflector(alpha, below);
     float dot = 0;
 #pragma unroll
     for (int i = 0; i < D; ++i) {
@@ -140,8 +146,35 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
   }
 
-  // Q^T Q'. The old Q is read again: 32 registers less since then
+  // Whatever the Gram was: nothing but an orthogonal Q' is written. y = Q' probe, a row a lane (each begins elsewhere: their
+  // places in `rows` are D apart), then Q'^T y, a column a lane.
   __syncwarp();
+  if (lane < D) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
+  }
+  __syncwarp();
+  float y = 0, back = 0, length = 0;
+  for (int j = 0; j < D && lane < D; ++j) {
+    const int column = (j + lane) % D;
+    y += column < d ? rows[lane * D + column] * probe(column) : 0;
+  }
+  if (lane < D) estimates[lane] = mine ? y : 0;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    back += x[i] * estimates[i];
+    length += x[i] * x[i];
+  }
+  const float bound = orthogonality_bound(d);
+  const bool good = !mine || (fabsf(length - 1) <= bound && fabsf(back - probe(lane)) <= bound); // false for NaN
+  if (warp_max(good ? 0 : 1) > 0) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = kFailed;
+    return;
+  }
+
+  // Q^T Q'. The old Q is read again: 32 registers less since then
   fetch(matrix.basis);
   __syncwarp();
 #pragma unroll 2
@@ -226,19 +259,23 @@ __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
 // reads and writes rows l, l + 32, .. here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
 __device__ inline float reflect_column(float* x, int c, int m) {
   const int lane = threadIdx.x % kWarp;
-  float below = 0, scale = 1;
+  float below = 0;
   for (int i = lane; i < m; i += kWarp) below += i > c ? x[i] * x[i] : 0;
   below = warp_sum(below);
-  const float alpha = __shfl_sync(kAllLanes, lane == c % kWarp ? x[c] : 0, c % kWarp);
-  if (below + alpha * alpha < kTinySquare) {
+  float alpha = __shfl_sync(kAllLanes, lane == c % kWarp ? x[c] : 0, c % kWarp);
+  if (below + alpha * alpha < kTinySquare) { // the same for every lane
     float largest = 0;
     for (int i = lane; i < m; i += kWarp) largest = fmaxf(largest, i >= c ? fabsf(x[i]) : 0);
-    scale = scale_of_tiny(warp_max(largest));
+    const TinyScale scaled(warp_max(largest));
     below = 0;
-    for (int i = lane; i < m; i += kWarp) below += i > c ? (x[i] * scale) * (x[i] * scale) : 0;
+    for (int i = lane; i < m; i += kWarp) {
+      x[i] = i >= c ? scaled(x[i]) : 0;
+      below += i > c ? x[i] * x[i] : 0;
+    }
     below = warp_sum(below);
+    alpha = scaled(alpha);
   }
-  const Reflector reflector = make_reflector(alpha, below, scale);
+  const Reflector reflector = make_reflector(alpha, below);
   for (int i = lane; i < m; i += kWarp) x[i] = i < c ? 0 : i == c ? 1 : x[i] * reflector.inverse;
   return reflector.tau;
 }
@@ -359,7 +396,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, i
   const bool finite = norm <= FLT_MAX;
   if (!finite || is_kept(off, norm, tolerance)) {
     write_identities(matrix, thread, threads);
-    if (thread == 0) *outcome = finite ? kKept : kNotFinite;
+    if (thread == 0) *outcome = finite ? kKept : kFailed;
     return;
   }
 
@@ -473,6 +510,30 @@ __device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, i
       }
     }
     __syncthreads();
+  }
+
+  // Whatever the Gram was: nothing but an orthogonal Q' is written. y = Q' probe, a row a thread, then Q'^T y, a column a thread
+  for (int i = thread; i < d; i += threads) {
+    float y = 0;
+    for (int j = 0; j < d; ++j) y += a[i + j * pitch] * probe(j);
+    w[i] = y;
+  }
+  __syncthreads();
+  float wrong = 0;
+  for (int j = thread; j < d; j += threads) {
+    float back = 0, length = 0;
+    for (int i = 0; i < d; ++i) {
+      const float entry = a[i + j * pitch];
+      back += entry * w[i];
+      length += entry * entry;
+    }
+    const float bound = orthogonality_bound(d);
+    if (!(fabsf(length - 1) <= bound && fabsf(back - probe(j)) <= bound)) wrong = 1; // for NaN too
+  }
+  if (block_reduce<true>(wrong, partial) > 0) {
+    write_identities(matrix, thread, threads);
+    if (thread == 0) *outcome = kFailed;
+    return;
   }
 
   // Q^T Q', then Q <- Q'

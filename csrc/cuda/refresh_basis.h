@@ -20,7 +20,7 @@ struct Matrix {
 enum Outcome : int32_t {
   kKept = 0,      // not due, or diagonal enough: order and rotation are identities
   kRefreshed = 1, //
-  kNotFinite = 2, // G or Q holds a NaN or an infinity, or their product does: nothing was written to Q
+  kFailed = 2,    // G, Q or their product is not finite, or Q' is not orthogonal: nothing was written to Q
 };
 
 constexpr int kWarpLimit = 32;  // d up to this: a warp per matrix

@@ -13,6 +13,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <map>
 
 namespace soap_opt::cuda {
@@ -68,6 +70,19 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
   return q;
 }
 
+// Whether each of q [*, d, d] is finite, and orthogonal as the kernels ask it to be (reflector.cuh), [*] bool.
+at::Tensor orthogonal(const at::Tensor& q) {
+  const int64_t d = q.size(-1);
+  const at::Tensor place = at::arange(d, q.options()), turned = place * 0.6180339887498949;
+  const at::Tensor entries = 1 + (turned - at::floor(turned));
+  const at::Tensor probe = at::where(at::remainder(place, 2) == 0, entries, -entries).unsqueeze(-1); // [d, 1]
+  const double eps = q.scalar_type() == at::kFloat ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
+  const double bound = 64 * eps * std::sqrt(double(d));
+  const at::Tensor off = (at::matmul(q.mT(), at::matmul(q, probe)) - probe).abs().amax({-2, -1});
+  const at::Tensor length = (q.square().sum(-2) - 1).abs().amax(-1);
+  return (off <= bound).logical_and(length <= bound); // false for NaN
+}
+
 // What the kernels do, for matrices of equal size as a batch. In two steps, because memory may run out in the first: no basis
 // is written before every batch has all that it needs.
 struct Batch {
@@ -105,13 +120,18 @@ struct Batch {
       const at::Tensor off = (product - transposed * estimates.unsqueeze(-1)).square().sum({1, 2});
       chosen = chosen.logical_and((norm > 0).logical_and(at::sqrt(off / norm) > tolerance));
     }
-    const at::Tensor missing = wanted.logical_and(finite.logical_not());
-    const at::Tensor outcome = (chosen.to(at::kInt) * int(kRefreshed) + missing.to(at::kInt) * int(kNotFinite)).contiguous();
+    at::Tensor failed = wanted.logical_and(finite.logical_not());
+    at::Tensor outcome = (chosen.to(at::kInt) * int(kRefreshed)).contiguous();
 
     const at::Tensor order = estimates.argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true); // [B, d]
     const at::Tensor sorted = product.gather(1, order.unsqueeze(-1).expand_as(product)).contiguous();
     const at::Tensor q = sorted.scalar_type() == at::kFloat ? blocked_qr(sorted, outcome, stream).mT()
                                                             : std::get<0>(at::linalg_qr(sorted.mT())); // [B, d, d] Q'
+    // Whatever the Gram was: nothing but an orthogonal Q' is written
+    const at::Tensor good = orthogonal(q);
+    failed = failed.logical_or(chosen.logical_and(good.logical_not()));
+    chosen = chosen.logical_and(good);
+    outcome = chosen.to(at::kInt) * int(kRefreshed) + failed.to(at::kInt) * int(kFailed);
     const at::Tensor natural = at::arange(gram.size(1), order.options()), stays = chosen.logical_not();
     const at::Tensor next = at::where(stays.view({-1, 1, 1}), basis, q); // [B, d, d]
     for (size_t b = 0; b < members.size(); ++b) {
@@ -191,12 +211,12 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
 }
 
-// Q = flip(eigh(G + 1e-30 I)) of matrices [B, d, d]; undefined where eigh does not converge, or not to finite numbers.
+// Q = flip(eigh(G + 1e-30 I)) of matrices [B, d, d]; undefined where eigh does not converge, or not to an orthogonal matrix.
 at::Tensor eigenvectors(const at::Tensor& grams) {
   try {
     const at::Tensor damping = 1e-30 * at::eye(grams.size(-1), grams.options());
     const at::Tensor vectors = std::get<1>(at::linalg_eigh(grams + damping));
-    if (at::isfinite(vectors).all().item<bool>()) return vectors.flip(-1).contiguous();
+    if (orthogonal(vectors).all().item<bool>()) return vectors.flip(-1).contiguous();
   } catch (const c10::LinAlgError&) {
   }
   return {};

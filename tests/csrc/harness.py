@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
 KERNELS = CUDA / "refresh_basis.cuh"
 
-KEPT, REFRESHED, NOT_FINITE = 0, 1, 2
+KEPT, REFRESHED, FAILED = 0, 1, 2
 
 # cudaDevAttrMaxSharedMemoryPerBlockOptin, from NVIDIA's table of compute capabilities
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}

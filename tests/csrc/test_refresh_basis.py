@@ -8,7 +8,7 @@ import comparison
 import numpy as np
 import pytest
 import torch
-from harness import KEPT, NOT_FINITE, REFRESHED, SHARED_LIMITS
+from harness import KEPT, FAILED, REFRESHED, SHARED_LIMITS
 from matrices import EPS, KINDS, complaints, make, orthogonal
 from test_refresh_basis_kernels import angle, judge_refresh
 
@@ -127,8 +127,8 @@ def test_due_adaptive_and_not_finite(implementation):
             (gram, basis, False, KEPT),
             (gram, exact, True, KEPT),
             (torch.zeros_like(gram), basis, True, KEPT),
-            (broken, basis, True, NOT_FINITE),
-            (infinite, basis, True, NOT_FINITE),
+            (broken, basis, True, FAILED),
+            (infinite, basis, True, FAILED),
             (broken, basis, False, KEPT),
         ]
         bases = [case[1].clone() for case in cases]
