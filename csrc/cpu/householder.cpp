@@ -26,23 +26,27 @@ SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y
 }
 
 // Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T: entries from `first` on, 0 up to the
-// diagonal, 1 on it.
+// diagonal, 1 on it. noise [d]: noise_of_column of each row.
 template <typename I, typename T>
-SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, T* taus) {
+SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
     T* SOAP_OPT_RESTRICT v = a + k * d;
     T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k];
+    bool left = alpha * alpha + below > noise[k] * noise[k];
     if (alpha * alpha + below < kTinySquare<T>) {
       // A block of a Gram that is 1e-22 of the rest would cost Q its orthogonality. The norm again, scaled.
-      scale_tiny(v + k, d - k, 1);
+      const T largest = largest_magnitude(v + k, d - k);
+      left = largest > noise[k];
+      if (left) scale_tiny(v + k, d - k, 1, largest);
       below = dot<I>(v + k + 1, v + k + 1, d - k - 1);
       alpha = v[k];
     }
     std::fill(v + first, v + k, T(0));
     v[k] = 1;
     T& tau = taus[k - first];
-    if (below == 0) { // nothing to reflect: H = I
+    if (!left || below == 0) { // nothing to reflect: H = I
       tau = 0;
+      std::fill(v + k + 1, v + d, T(0));
       continue;
     }
     const Reflector<T> reflector(alpha, below);
@@ -57,14 +61,15 @@ SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t c
 }
 
 template <typename T>
-void reflect_rows(T* a, int64_t d, int64_t first, int64_t count, T* taus);
+void reflect_rows(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus);
 
 } // namespace
 
 #define SOAP_OPT_FOR(T)                                                                                                       \
   namespace {                                                                                                                 \
   SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                                                       \
-                    (T * a, int64_t d, int64_t first, int64_t count, T* taus), (a, d, first, count, taus))                    \
+                    (T * a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus),                                 \
+                    (a, d, first, count, noise, taus))                                                                        \
   }
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)
@@ -103,10 +108,10 @@ class Reflections {
   }
 
   // The panel of a's rows [first, first + count), and T.
-  Reflection<T> factor(T* a, int64_t first, int64_t count) {
+  Reflection<T> factor(T* a, int64_t first, int64_t count, const T* noise) {
     Reflection<T> panel{first, count, d_ - first, std::unique_ptr<T[]>(new T[packed_numel<T>(d_ - first, count)]), {}};
     T taus[kReflectors];
-    reflect_rows(a, d_, first, count, taus);
+    reflect_rows(a, d_, first, count, noise, taus);
     pack_transposed<T>(panel.by_depth.get(), panel.length, 0, a + first * d_ + first, d_, panel.length, count);
     multiply_panels<T>(small_, kReflectors, count, count, panel.by_depth.get(), panel.by_depth.get(), panel.length); // V^T V
     T* triangle = panel.triangle;
@@ -152,10 +157,12 @@ class Reflections {
 template <typename T>
 void householder_q(T* columns, T* q, int64_t d) {
   Reflections<T> reflections(d);
+  std::vector<T> noise(d);
+  for (int64_t k = 0; k < d; ++k) noise[k] = noise_of_column(largest_magnitude(columns + k * d, d), d);
   std::vector<Reflection<T>> panels;
   for (int64_t first = 0; first < d; first += kReflectors) {
     const int64_t count = std::min(kReflectors, d - first), behind = first + count;
-    panels.push_back(reflections.factor(columns, first, count));
+    panels.push_back(reflections.factor(columns, first, count, noise.data()));
     if (behind < d) reflections.apply(panels.back(), columns, columns + behind * d + first, d - behind, /*back=*/false, count);
   }
   // q <- Q^T = (H_1 .. H_d I)^T, from the last panel: what lies right of and below it is all that is not the identity yet

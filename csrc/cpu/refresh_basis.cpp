@@ -28,7 +28,8 @@ constexpr int64_t kLoopRefresh = 32;
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
 template <typename T>
 void small_householder_q(T* a, int64_t d) {
-  T taus[kLoopRefresh], line[kLoopRefresh];
+  T taus[kLoopRefresh], line[kLoopRefresh], noise[kLoopRefresh];
+  for (int64_t k = 0; k < d; ++k) noise[k] = noise_of_column(largest_magnitude(a + k, d, d), d);
   const auto square_below = [&](int64_t k) {
     T sum = 0;
     for (int64_t i = k + 1; i < d; ++i) sum += a[i * d + k] * a[i * d + k];
@@ -36,15 +37,18 @@ void small_householder_q(T* a, int64_t d) {
   };
   for (int64_t k = 0; k < d; ++k) {
     T below = square_below(k), alpha = a[k * d + k];
+    bool left = alpha * alpha + below > noise[k] * noise[k];
     taus[k] = 0;
     if (alpha * alpha + below < kTinySquare<T>) {
       // Squares lose their small terms to underflow: a block of a Gram that is 1e-22 of the rest would cost Q 1e-2 of its
       // orthogonality. The norm again, scaled.
-      scale_tiny(a + k * d + k, d - k, d);
+      const T largest = largest_magnitude(a + k * d + k, d - k, d);
+      left = largest > noise[k];
+      if (left) scale_tiny(a + k * d + k, d - k, d, largest);
       below = square_below(k);
       alpha = a[k * d + k];
     }
-    if (below == 0) continue; // nothing to reflect: H = I
+    if (!left || below == 0) continue; // nothing to reflect: H = I
     const Reflector<T> reflector(alpha, below);
     taus[k] = reflector.tau;
     for (int64_t i = k + 1; i < d; ++i) a[i * d + k] *= reflector.inverse;
@@ -68,16 +72,6 @@ void small_householder_q(T* a, int64_t d) {
     }
     a[k * d + k] = 1 - taus[k];
   }
-}
-
-template <typename T>
-T largest_magnitude(const T* x, int64_t n) {
-  T most[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t l = 0; l < 16; ++l) most[l] = std::max(most[l], std::abs(x[i + l]));
-  for (; i < n; ++i) most[0] = std::max(most[0], std::abs(x[i]));
-  return *std::max_element(most, most + 16);
 }
 
 // The power of two that brings `largest` near 1: squares of what is scaled neither vanish nor overflow. 1 for 0.
