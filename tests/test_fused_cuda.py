@@ -43,8 +43,12 @@ def test_import_neither_needs_nor_waits_for_triton():
 
 
 def test_kernels_go_by_one_name_only():
-    code = "import sys; sys.path.insert(0, '.')\ntry:\n    import kernels\nexcept ImportError as error:\n    print(error)"
-    assert run_python(code).strip() == "import soap_opt.kernels, not kernels"
+    """Under a second name every kernel would exist, and be compiled, twice. And the folder is no package "kernels", which
+    transformers would take for that of the name on PyPI, and import, wherever the clone's root is on sys.path."""
+    for name in ("adam", "gram_ema", "project", "reexpress", "table"):
+        code = f"try:\n    import kernels.{name}\nexcept ImportError as error:\n    print(error)"
+        assert run_python(code).strip() == "attempted relative import beyond top-level package"
+    assert run_python("import kernels; print(kernels.__file__)").strip() == "None"
 
 
 CASES = {
