@@ -48,6 +48,16 @@ from .table import (
 )
 
 
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of the largest number: functional.is_usable
+
+
+@triton.jit
+def without_subnormals(x):
+    """``x.masked_fill_(x.abs() < finfo.tiny, 0)``. A GPU is as quick with them, but a checkpoint may go on on a CPU."""
+    return tl.where(tl.abs(x) < SMALLEST_NORMAL, 0.0, x)
+
+
 @triton.jit
 def finish_norm(row, c, squares, sums, first):
     """``usable = (grad / grad_scale).norm().square().isfinite();  step += usable`` and what later launches need of both.
@@ -75,7 +85,7 @@ def finish_norm(row, c, squares, sums, first):
         inverse = 1.0 / tl.load(grad_scale)
         found = tl.load(found_inf) != 0.0
         norm_squared = total(slot, count) * inverse * inverse
-        usable = (norm_squared < float("inf")) & (found == 0)  # false for NaN too
+        usable = (norm_squared <= LARGEST_SQUARED_NORM) & (found == 0)  # false for NaN too
         out = scalars + tl.load(row + INDEX) * SCALARS
         step = pointer(row, STEP, tl.float32, False)
         t = tl.load(step)
@@ -127,7 +137,8 @@ def clip(scalars, parameters, max_grad_norm):
 
 @triton.jit
 def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.constexpr):
-    """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G.
+    """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G; 0
+    where that divides by 0.
 
     Pays because g is in registers: m and v are read and written once, g not at all. Nothing is written of a parameter whose
     gradient is not usable (the result is then meaningless and never applied).
@@ -145,11 +156,12 @@ def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.co
     v_pointer = pointer(row, EXP_AVG_SQ, tl.float32, ALIGNED) + offset
     m = tl.load(m_pointer, mask=inside, other=0.0)
     v = tl.load(v_pointer, mask=inside, other=0.0)
-    m += rest1 * (g - m)
-    v = beta2 * v + rest2 * g * g
+    m = without_subnormals(m + rest1 * (g - m))
+    v = without_subnormals(beta2 * v + rest2 * g * g)
     tl.store(m_pointer, m, mask=writable)
     tl.store(v_pointer, v, mask=writable)
-    return m / (tl.sqrt(v) + option(row, options, EPS))
+    denominator = tl.sqrt(v) + option(row, options, EPS)
+    return tl.where(denominator > 0.0, m / denominator, 0.0)
 
 
 @triton.jit
@@ -170,8 +182,14 @@ def finish_rms(row, slot_index, update, inside, sums):
 
 
 @triton.jit
+def is_finite(x):
+    return tl.abs(x.to(tl.float32)) < float("inf")  # false for NaN
+
+
+@triton.jit
 def apply_update(update, offset, inside, row, scalars, ALIGNED: tl.constexpr):
-    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype.
+    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype; an entry that p's dtype could
+    not hold stays as it is.
 
     One branch for each dtype (0 float32, 1 bfloat16, 2 float16), so that parameters of different dtypes share the launch.
     """
@@ -182,12 +200,13 @@ def apply_update(update, offset, inside, row, scalars, ALIGNED: tl.constexpr):
     dtype = tl.load(row + PARAM_DTYPE)
     if dtype == 0:
         p = pointer(row, PARAM, tl.float32, ALIGNED) + offset
-        tl.store(p, (tl.load(p, mask=inside, other=0.0) - change) * decay, mask=inside)
+        moved = (tl.load(p, mask=inside, other=0.0) - change) * decay
+        tl.store(p, moved, mask=inside & is_finite(moved))
     elif dtype == 1:
         p_bfloat16 = pointer(row, PARAM, tl.bfloat16, ALIGNED) + offset
-        moved = (tl.load(p_bfloat16, mask=inside, other=0.0).to(tl.float32) - change) * decay
-        tl.store(p_bfloat16, moved.to(tl.bfloat16), mask=inside)
+        moved_bfloat16 = ((tl.load(p_bfloat16, mask=inside, other=0.0).to(tl.float32) - change) * decay).to(tl.bfloat16)
+        tl.store(p_bfloat16, moved_bfloat16, mask=inside & is_finite(moved_bfloat16))
     else:
         p_float16 = pointer(row, PARAM, tl.float16, ALIGNED) + offset
-        moved = (tl.load(p_float16, mask=inside, other=0.0).to(tl.float32) - change) * decay
-        tl.store(p_float16, moved.to(tl.float16), mask=inside)
+        moved_float16 = ((tl.load(p_float16, mask=inside, other=0.0).to(tl.float32) - change) * decay).to(tl.float16)
+        tl.store(p_float16, moved_float16, mask=inside & is_finite(moved_float16))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .adam import adam_update, apply_update, finish_rms
+from .adam import adam_update, apply_update, finish_rms, without_subnormals
 from .table import (
     ARGUMENTS,
     COLUMNS,
@@ -47,7 +47,7 @@ def ema(gram, place, mirrored, outer, inside, row, scalars, rest):
     factor = tl.load(out + FACTOR)
     inside = only_if(inside, tl.load(out + USABLE))
     old = tl.load(gram + place, mask=inside, other=0.0)
-    new = old + rest * (outer * (factor * factor) - old)
+    new = without_subnormals(old + rest * (outer * (factor * factor) - old))
     tl.store(gram + place, new, mask=inside)
     tl.store(gram + mirrored, new, mask=inside)
 

@@ -167,7 +167,7 @@ def off_diagonal_share(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> T
     """
     norm = torch.linalg.matrix_norm(product)
     off = torch.linalg.matrix_norm(product - basis * eigenvalues.unsqueeze(-2))
-    return torch.where(norm > 0, off / norm, torch.zeros_like(norm))
+    return torch.where(norm == 0, torch.zeros_like(norm), off / norm)  # not a number where P is not
 
 
 def refresh_basis(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> Refresh:

@@ -300,7 +300,8 @@ def _single_tensor_soap(
         for k, (g, q) in enumerate(zip(gram, basis)):
             if is_due(int(t), int(offsets[k]), precondition_frequency, refresh):
                 product, eigenvalues = gram_times_basis(g, q)
-                if refresh != "adaptive" or off_diagonal_share(q, product, eigenvalues) > refresh_tolerance:
+                # (a share that is not a number is no reason to keep the basis: the refresh fails, and is counted)
+                if refresh != "adaptive" or not off_diagonal_share(q, product, eigenvalues) <= refresh_tolerance:
                     new = refresh_basis(q, product, eigenvalues)
                     if is_orthogonal(new.basis):
                         refreshed[k] = new
@@ -473,7 +474,7 @@ def _refresh_units(
             basis = torch.stack([bases[i][k] for i, k in chunk])
             product, eigenvalues = gram_times_basis(gram, basis)
             if refresh == "adaptive":
-                wanted = (off_diagonal_share(basis, product, eigenvalues) > refresh_tolerance).tolist()
+                wanted = (off_diagonal_share(basis, product, eigenvalues) <= refresh_tolerance).logical_not_().tolist()
                 if not any(wanted):
                     continue
                 if not all(wanted):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ext, refresh_basis
@@ -331,6 +332,8 @@ def fused_cuda_soap(
             for original, copy in zip(of_original, of_copy):
                 if copy is not original:
                     original.copy_(copy)
+    # What torch's own in-place operators do: a graph that holds a tensor raises when it is asked for gradients
+    increment_version([*params, *exp_avgs, *exp_avg_sqs, *grams])
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
     tolerance = groups[0][1].tolerance
     phases = known.phases(
@@ -349,6 +352,7 @@ def fused_cuda_soap(
     if not due:
         return Skipped([], [])
     gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
+    increment_version([basis[i][k] for i, k in due])
     state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, tolerance)
     if refresh_basis.unavailable(device.type) is not None:
         refresh_due_through_torch(*state)  # waits for the device: nothing that could run behind

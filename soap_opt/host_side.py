@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .launch import USABLE
@@ -149,12 +150,14 @@ class ParameterList:
         """
         flags = Flags(scalars)
         result = []
-        for place, (known, step) in enumerate(zip(self.followed, state_steps)):
-            identity = (step.data_ptr(), step._version)
+        identities = [(step.data_ptr(), step._version) for step in state_steps]
+        increment_version(state_steps)  # the kernel wrote them, below autograd
+        for place, (known, step, identity) in enumerate(zip(self.followed, state_steps, identities)):
             if known.identity != identity or known.plans_of_graphs:
-                known.identity, known.last = identity, None
+                known.last = None
                 now = flags.values()[place]  # waits
                 known.t = int(step) - now
+            known.identity = (identity[0], step._version)
             result.append(known.catch_up())
             known.last = (flags, place)
         return result
