@@ -17,11 +17,12 @@ TORCH_LIBRARY(soap_opt, m) {
   //   refresh_offsets[]                                 0-d int64
   //   state_steps[p]                                    0-d float32
   //   layouts                                           [*] int64, csrc/cpu/layout.h
+  //   lr, weight_decay                                  one number, or one for each parameter
   //   scratch                                           [>= scratch_numel(layouts, threads, dtype)] of the state's dtype
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] grams, "
       "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
-      "Tensor? grad_scale, *, float lr, float beta1, float beta2, float shampoo_beta, float eps, float weight_decay, "
+      "Tensor? grad_scale, *, float[1] lr, float beta1, float beta2, float shampoo_beta, float eps, float[1] weight_decay, "
       "int precondition_frequency, bool normalize_grads, bool correct_bias, str refresh, float refresh_tolerance, "
       "bool maximize) -> Tensor");
 

@@ -26,6 +26,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Keys, shapes and dtypes of what a step reads and writes on the parameter's device."""
+    dtype = state_dtype(param)
+    matrices = zip(layout.gram_keys, layout.basis_keys, layout.sizes)
+    return [
+        ("exp_avg", tuple(param.shape), dtype),
+        ("exp_avg_sq", tuple(param.shape), dtype),
+        *((key, (d, d), dtype) for gram, basis, d in matrices for key in (gram, basis)),
+    ]
+
+
 def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any] | None:
     """The state of ``state_dict`` as a fresh run would hold it, keyed by parameter.
 
@@ -62,14 +73,17 @@ def _restore_param(
     param: Tensor, raw: dict[str, Any], options: dict[str, Any], describe: Callable[[Tensor], str]
 ) -> dict[str, Any]:
     layout = _layout_for(param, options)
-    shapes = {"exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
-    for mode, size in zip(layout.modes, layout.sizes):
-        shapes[f"gram_{mode}"] = shapes[f"basis_{mode}"] = (size, size)
+    shapes = {key: shape for key, shape, _ in expected_state(param, layout)}
     if all(key in raw for key in _ORIGINAL_KEYS):
         raise ValueError(
             f"the state of {describe(param)} was written by the original SOAP: use soap_opt.load_original_state_dict"
         )
     missing = [key for key in ("step", *shapes) if key not in raw]
+    if missing and not any(str(key).startswith(("gram_", "basis_", "refresh_offset_")) for key in raw):
+        raise ValueError(
+            f"the state of {describe(param)} was written by another optimizer: it has {', '.join(map(str, raw))}, and no Gram or "
+            "basis. To go over to SOAP in a run, load the model alone and give SOAP no state: its first gradient makes the bases"
+        )
     if missing:
         raise ValueError(f"the state of {describe(param)} lacks {', '.join(missing)}; it has {', '.join(map(str, raw))}")
     unknown = [key for key in raw if str(key).startswith(("gram_", "basis_")) and key not in shapes]

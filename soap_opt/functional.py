@@ -55,12 +55,12 @@ def soap(
     fused: bool | None = None,
     grad_scale: Tensor | None = None,
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | list[float],
     beta1: float,
     beta2: float,
     shampoo_beta: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | list[float],
     precondition_frequency: int,
     normalize_grads: bool,
     correct_bias: bool,
@@ -89,6 +89,7 @@ def soap(
         layouts: how each parameter's modes lie.
         foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
+        lr, weight_decay: on the fused CPU path also a list with one for each parameter.
         max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
         found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
             elsewhere the caller looks).
@@ -502,7 +503,8 @@ def _fused_soap(
     layouts: list[Layout],
     grad_scale: Tensor | None,
     *,
-    lr: float | Tensor,
+    lr: float | Tensor | list[float],
+    weight_decay: float | list[float],
     max_grad_norm: float | None,
     triton: dict[str, Any],
     **options: Any,
@@ -524,14 +526,18 @@ def _fused_soap(
         lists = [of(params), of(grads), of(exp_avgs), of(exp_avg_sqs)]
         lists += [of_modes(grams), of_modes(bases), of_modes(refresh_offsets), of(state_steps)]
         if runs_triton(exp_avgs[indices[0]]):
-            group = GroupOptions(lr=lr, max_grad_norm=max_grad_norm, **options)
+            group = GroupOptions(lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, **options)
             left = fused_cuda_soap(*lists, of(layouts), grad_scale, [(len(indices), group)], **triton)
         elif device.type == "cuda":
-            left = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), **options)
+            left = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), weight_decay=weight_decay, **options)
         else:
             kinds = tuple(of(layouts))
             tables = (layout_table(kinds), scratch(kinds, dtype))
-            outcomes = torch.ops.soap_opt.step_(*lists, *tables, grad_scale, lr=float(lr), **options)  # [P] int32
+            sizes = {
+                name: of(value) if isinstance(value, list) else [float(value)]
+                for name, value in (("lr", lr), ("weight_decay", weight_decay))
+            }
+            outcomes = torch.ops.soap_opt.step_(*lists, *tables, grad_scale, **sizes, **options)  # [P] int32
             left = Skipped([], [])
             for i, outcome in enumerate(outcomes.tolist() if outcomes.any() else ()):
                 if outcome < 0:

@@ -25,6 +25,7 @@ ADDED_DEFAULTS: dict[str, Any] = {
     "data_format": "channels_first",
     "refresh": "staggered",
     "refresh_tolerance": 0.01,
+    "refresh_start": 0,
     "maximize": False,
     "max_grad_norm": None,
     "precision": "highest",
@@ -59,7 +60,7 @@ def check_options(options: dict[str, Any]) -> None:
     beta = options["shampoo_beta"]
     if beta is not None and not beta < 1.0:
         raise ValueError(f"Invalid shampoo_beta value: {beta}")
-    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("scratch_limit", 0)):
+    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("refresh_start", 0), ("scratch_limit", 0)):
         if isinstance(options[name], bool) or not isinstance(options[name], Integral) or options[name] < least:
             raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
     if options["data_format"] not in ("channels_first", "channels_last"):
@@ -94,6 +95,13 @@ def step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
         "shampoo_beta": shampoo_beta(group),
         "max_grad_norm": group["max_grad_norm"] if clip else None,
     }
+
+
+def engine_kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What groups must agree in to be stepped together by the C++ engine: all that a step wants to know but lr and
+    weight_decay, which every parameter may have of its own."""
+    names = "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize fused".split()
+    return (*group["betas"], *(group[name] for name in names))
 
 
 def step_kind(group: dict[str, Any]) -> tuple[Any, ...]:

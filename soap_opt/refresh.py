@@ -65,7 +65,15 @@ def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, 
     return offsets
 
 
-def complete_offsets(flops: Sequence[float], known: Sequence[int | None], frequency: int) -> list[int]:
+def start_of(place: int, frequency: int) -> int:
+    """The phase in which the balancing begins for optimizer number ``place`` of several: the golden ratio's multiples, which are
+    spread evenly whatever part of the numbers is looked at (the same layer of every block, say)."""
+    return int(frequency * (place * 0.6180339887498949 % 1))
+
+
+def complete_offsets(
+    flops: Sequence[float], known: Sequence[int | None], frequency: int, starts: Sequence[int] | None = None
+) -> list[int]:
     """Offsets of all units with this frequency, of which some are in the state already.
 
     Balanced over the whole list, so that a run that is resumed before some parameter saw its first gradient gives it the same
@@ -76,8 +84,11 @@ def complete_offsets(flops: Sequence[float], known: Sequence[int | None], freque
         flops: cost of each unit.
         known: the offset in the state, or None.
         frequency: number of phases.
+        starts: of each unit its group's ``refresh_start``; 0 for all without it.
     """
     balanced = balanced_offsets(flops, frequency)
+    if starts is not None:
+        balanced = [(offset + start_of(start, frequency)) % frequency for offset, start in zip(balanced, starts)]
     if any(old not in (None, new) for old, new in zip(known, balanced)):
         load: dict[int, float] = {}
         for cost, old in zip(flops, known):

@@ -16,12 +16,21 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import _ext, compiled, refresh_basis
-from .checkpoint import restore_state, state_dtype
+from .checkpoint import expected_state, restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, steps_on_device
 from .launch import MAX_NUMEL
-from .options import ADDED_DEFAULTS, LAYOUT_OPTIONS, REFUSED, check_options, shampoo_beta, step_kind, step_options
+from .options import (
+    ADDED_DEFAULTS,
+    LAYOUT_OPTIONS,
+    REFUSED,
+    check_options,
+    engine_kind,
+    shampoo_beta,
+    step_kind,
+    step_options,
+)
 from .overlap import Overlap
 from .parameters import LARGE_MODE, LONG_FIRST_STEP, check_params, describe_place, first_step_seconds, is_dataless
 from .plan import Layout, layout_of, memory_order, outside_modes
@@ -87,6 +96,9 @@ class SOAP(Optimizer):
         refresh: "staggered" spreads the refreshes over the period so that no step stalls, "together" does all of them
             every precondition_frequency steps as the original does, "adaptive" is staggered and passes over bases that
             still diagonalise their Gram (default: "staggered").
+        refresh_start: which of several optimizers this is, where there is one for each parameter (optimizer-in-backward): each
+            spreads its own refreshes only, and those of all would come together. ``SOAP([p], refresh_start=i)`` for the i-th
+            (default: 0).
         refresh_tolerance: with "adaptive", the share of Q^T G Q (Frobenius norm) that may be off the diagonal (default: 0.01).
         maximize: maximize the objective (default: False).
         max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
@@ -143,6 +155,7 @@ class SOAP(Optimizer):
         correct_bias: bool = True,
         refresh: str = "staggered",
         refresh_tolerance: float = 0.01,
+        refresh_start: int = 0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
         precision: str = "highest",
@@ -173,6 +186,7 @@ class SOAP(Optimizer):
             "correct_bias": correct_bias,
             "refresh": refresh,
             "refresh_tolerance": refresh_tolerance,
+            "refresh_start": refresh_start,
             "maximize": maximize,
             "max_grad_norm": max_grad_norm,
             "precision": precision,
@@ -273,6 +287,7 @@ class SOAP(Optimizer):
         self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         # Every check comes before the first change.
+        self._keep_on_host()
         work = [self._with_grad(group, given) for group in self.param_groups]
         device_types = {param.device.type for w in work for param in w.params}
         if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in {type(p) for w in work for p in w.params}):
@@ -546,6 +561,7 @@ class SOAP(Optimizer):
             owners: list[Tensor] = []
             flops: list[float] = []
             known: list[int | None] = []
+            starts: list[int] = []
             for group in self.param_groups:
                 if group["precondition_frequency"] == frequency:
                     for param in group["params"]:
@@ -558,7 +574,8 @@ class SOAP(Optimizer):
                             owners.append(param)
                             flops.append(unit_flops(layout.numel, size))
                             known.append(None if offset is None else int(offset))
-            for param, offset in zip(owners, complete_offsets(flops, known, frequency)):
+                            starts.append(group["refresh_start"])
+            for param, offset in zip(owners, complete_offsets(flops, known, frequency, starts)):
                 offsets[param].append(offset)
         return offsets
 
@@ -619,6 +636,31 @@ class SOAP(Optimizer):
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
 
+    def _keep_on_host(self) -> None:
+        """What the host reads at every step back to the CPU, where a trainer moved all of the state to its device (Lightning
+        does after a resume): each read would wait for the device."""
+        for state in self.state.values():
+            if "initialized" in state and state["initialized"].device.type == "cpu":
+                return  # it was moved with all others, or not
+            for key in state:
+                if key == "initialized" or key.startswith("refresh_offset_"):
+                    state[key] = state[key].cpu()
+
+    def _explain(self, works: list[_Work], error: RuntimeError) -> None:
+        """Raise with the parameter's name, the cause and what to do where the state does not fit a parameter."""
+        for work in works:
+            for param, state, layout in zip(work.params, work.states, work.layouts):
+                for key, shape, dtype in expected_state(param, layout):
+                    value = state[key]
+                    if tuple(value.shape) == shape and value.dtype == dtype and value.device == param.device:
+                        continue
+                    raise RuntimeError(
+                        f"SOAP cannot step {self._describe(param)}, {param.dtype} on {param.device}: its state {key} is "
+                        f"{tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, {dtype} is needed. Where the model was "
+                        "moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the state follow; "
+                        "where the state was changed by hand, del optimizer.state[param] forgets it"
+                    ) from error
+
     def _step_dataless(self, work: _Work) -> _Work:
         """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
         dataless = [is_dataless(param) for param in work.params]
@@ -662,7 +704,15 @@ class SOAP(Optimizer):
         options = [step_options(work.group, clip) for work in works]
         if len(works) == 1:
             flags = {"foreach": group["foreach"], "fused": group["fused"]}
-            skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
+            try:
+                skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
+            except RuntimeError as error:
+                self._explain(works, error)
+                raise
+        elif lists[0][0].device.type == "cpu":
+            for name in ("lr", "weight_decay"):
+                options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
+            skipped = soap(*lists, fused=True, grad_scale=grad_scale, **options[0], **how)
         else:
             counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
             skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
@@ -671,18 +721,21 @@ class SOAP(Optimizer):
 
 
 def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
-    """Groups, each with its scale, put together where the fused CUDA path makes one step of them: the number of launches is
-    then that of one group."""
+    """Groups, each with its scale, put together where the package's own kernels make one step of them: the number of launches,
+    or of calls (of which a group for each parameter would make thousands), is then that of one group."""
     if len(work) < 2:
         return [([w], scale) for w, scale in work]
     calls: dict[Any, tuple[list[_Work], Tensor | None]] = {}
     for w, scale in work:
         group, exp_avgs = w.group, [state["exp_avg"] for state in w.states]
+        devices = {exp_avg.device for exp_avg in exp_avgs}
         key: Any = id(w)
-        if use_fused(exp_avgs, group["foreach"], group["fused"]) and all(map(runs_triton, exp_avgs)):
-            devices = tuple({exp_avg.device for exp_avg in exp_avgs})
-            if len(devices) == 1:
-                key = (devices, id(scale), step_kind(group))
+        if len(devices) == 1 and use_fused(exp_avgs[:1], group["foreach"], group["fused"]):
+            (device,) = devices
+            if device.type == "cpu" and group["max_grad_norm"] is None:
+                key = (device, id(scale), engine_kind(group))
+            elif all(map(runs_triton, exp_avgs)):
+                key = (device, id(scale), step_kind(group))
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
 

@@ -13,7 +13,7 @@ namespace soap_opt {
 namespace {
 
 struct Options {
-  double lr, beta1, beta2, shampoo_beta, eps, weight_decay;
+  double beta1, beta2, shampoo_beta, eps;
   int64_t frequency;
   bool normalize, correct_bias, together, adaptive, maximize;
   double tolerance;
@@ -21,8 +21,8 @@ struct Options {
 };
 
 // lr c / rms(U)
-double update_size(double t, double mean_square, const Options& options) {
-  double size = options.lr;
+double update_size(double t, double mean_square, const Task& task, const Options& options) {
+  double size = task.lr;
   if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
   return options.normalize ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
@@ -162,12 +162,12 @@ int32_t step_large(const Task& task, P* param, T* scratch, const Options& option
   });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
-  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(from, n)) / n : 1, options);
+  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(from, n)) / n : 1, task, options);
   for (int64_t i = groups; i-- > 0;)
     if (!layout.groups[i].positions.empty()) turn(from, i, /*back=*/true);
 
   // 4 apply
-  const double keep = 1 - options.lr * options.weight_decay;
+  const double keep = task.keep;
   parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, from + b, e - b, size, keep); });
 
   // 5 gram EMA
@@ -211,7 +211,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
   T* m = exp_avg.data();
   T* v = exp_avg_sq.data();
   const double t = *task.step->mutable_data_ptr<float>() += 1;
-  const double keep = 1 - options.lr * options.weight_decay;
+  const double keep = task.keep;
 
   // The matrices of the groups, [A, D, B] seen from each
   const int64_t groups = layout.groups.size();
@@ -275,13 +275,13 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
       if (back[i].data != nullptr) inner(i, back[i]);
     // 4 apply, where nothing is left to be done
     if (finish)
-      apply(param + start, x, size, update_size(t, sum / n, options), keep);
+      apply(param + start, x, size, update_size(t, sum / n, task, options), keep);
     else
       std::copy_n(x, size, whole + start);
   }
 
   // 3 project back: outer groups, and 4 apply
-  const double size = update_size(t, sum / n, options);
+  const double size = update_size(t, sum / n, task, options);
   bool applied = finish;
   for (int64_t i = cut.outer; i-- > 0;) {
     if (back[i].data == nullptr) continue;
@@ -349,8 +349,9 @@ void bump_versions(const Task& task) {
 
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                  at::TensorList grams, at::TensorList bases, at::TensorList refresh_offsets, at::TensorList state_steps,
-                 const at::Tensor& table, const at::Tensor& scratch, const std::optional<at::Tensor>& grad_scale, double lr,
-                 double beta1, double beta2, double shampoo_beta, double eps, double weight_decay,
+                 const at::Tensor& table, const at::Tensor& scratch, const std::optional<at::Tensor>& grad_scale,
+                 at::ArrayRef<double> lr, double beta1, double beta2, double shampoo_beta, double eps,
+                 at::ArrayRef<double> weight_decay,
                  int64_t precondition_frequency, bool normalize_grads, bool correct_bias, c10::string_view refresh,
                  double refresh_tolerance, bool maximize) {
   const Layouts layouts(table);
@@ -365,15 +366,16 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
               "step_: ", modes, " preconditioned modes, but ", grams.size(), " Grams, ", bases.size(), " bases and ",
               refresh_offsets.size(), " refresh offsets");
   TORCH_CHECK(refresh == "together" || refresh == "staggered" || refresh == "adaptive", "step_: no refresh policy ", refresh);
+  for (const auto& [name, list] : {std::pair("lr", lr), std::pair("weight_decay", weight_decay)})
+    TORCH_CHECK(list.size() == 1 || int64_t(list.size()) == n, "step_: ", name, " must be one number, or one for each of ", n,
+                " parameters, not ", list.size());
   TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
   at::Tensor outcomes = at::zeros({n}, at::TensorOptions(at::kCPU).dtype(at::kInt));
   if (n == 0) return outcomes;
-  const Options options{lr,
-                        beta1,
+  const Options options{beta1,
                         beta2,
                         shampoo_beta,
                         eps,
-                        weight_decay,
                         precondition_frequency,
                         normalize_grads,
                         correct_bias,
@@ -403,6 +405,8 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
             &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
             {},              false, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+    task.lr = lr[lr.size() == 1 ? 0 : i];
+    task.keep = 1 - task.lr * weight_decay[weight_decay.size() == 1 ? 0 : i];
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
     for (const Group& group : layout.groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
@@ -454,6 +458,12 @@ int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType d
 TORCH_LIBRARY_IMPL(soap_opt, CPU, m) {
   m.impl("step_", &step_);
   m.impl("scratch_numel", &scratch_numel);
+}
+
+// Views whose memory holds the negatives of their elements: in_order sees them, and they are stepped in a copy.
+TORCH_LIBRARY_IMPL(soap_opt, Negative, m) {
+  m.impl("step_", torch::CppFunction::makeFallthrough());
+  m.impl("gram_ema_", torch::CppFunction::makeFallthrough());
 }
 
 } // namespace soap_opt

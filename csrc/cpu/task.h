@@ -25,6 +25,7 @@ struct Task {
   bool refresh_alone;               // a due mode is large: the refresh waits until all threads are free
   double cost;                      // flops
   bool alone = false;               // has all threads, while no other parameter is stepped
+  double lr = 0, keep = 1;          // keep: 1 - lr weight_decay
 };
 
 // Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
@@ -68,6 +69,7 @@ T parallel_sum_squares(const T* x, int64_t n) {
 // Whether the tensor lies in memory as its layout says, without holes.
 inline bool in_order(const at::Tensor& x, const Layout& layout) {
   int64_t expected = 1;
+  if (x.is_neg()) return false; // its memory holds the negatives
   for (size_t i = layout.order.size(); i-- > 0;) {
     const int64_t size = x.size(layout.order[i]);
     if (size != 1 && x.stride(layout.order[i]) != expected) return false;
@@ -81,7 +83,7 @@ template <typename T>
 class Arranged {
  public:
   Arranged(const at::Tensor& x, const Layout& layout) : x_(x), layout_(layout) {
-    if (!in_order(x, layout)) copy_ = x.permute(layout.order).contiguous();
+    if (!in_order(x, layout)) copy_ = x.permute(layout.order).resolve_neg().contiguous();
   }
   T* data() const { return copy_.defined() ? copy_.template mutable_data_ptr<T>() : x_.template mutable_data_ptr<T>(); }
   void write_back() const {
