@@ -84,10 +84,10 @@ class Setting:
 
 
 class OracleRun:
-    """The naive SOAP of oracle.py behind the same interface."""
+    """The naive SOAP of oracle.py behind the same interface; or an oracle that has been running."""
 
-    def __init__(self, params: Iterable[Tensor], **options: Any) -> None:
-        self.oracle = Oracle(list(params), **options)
+    def __init__(self, params: Iterable[Tensor] = (), oracle: Oracle | None = None, **options: Any) -> None:
+        self.oracle = Oracle(list(params), **options) if oracle is None else oracle
         self.params = self.oracle.params
 
     def step(self, grads: Grads) -> None:
@@ -331,6 +331,17 @@ def _assert_orthogonal(basis: Tensor, eps: float, where: str) -> None:
     # Householder: O(d eps) in the Frobenius norm, in practice below eps sqrt(d) times a small number
     error = float((basis.T @ basis - identity).norm())
     assert error <= 10 * size * eps, f"{where}: not orthogonal: {error:.3g}"
+
+
+def assert_as_exact_as(got: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
+    """``got`` is hardly further from the exact values (float64) than what the plain version makes in the same dtype.
+
+    Two orders of summation err alike: four times the other's error, and 16 eps where that happens to be nothing.
+    """
+    eps = torch.finfo(got.dtype).eps
+    got, plain, exact = got.detach().double(), plain.detach().double(), exact.detach()
+    error, allowed = float((got - exact).norm()), 4 * float((plain - exact).norm()) + 16 * eps * float(exact.norm())
+    assert error <= allowed, f"{what}: is off by {error:.3g}, {allowed:.3g} is allowed"
 
 
 def _norm_close(got: Tensor, want: Tensor, relative: float, what: str) -> None:
