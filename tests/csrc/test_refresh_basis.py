@@ -252,7 +252,8 @@ def test_repeated_refreshes_converge(implementation):
     for _ in range(40):
         implementation.refresh(grams, bases)
     for gram, basis, q in zip(grams, bases, exact):
-        assert angle(gram.numpy(), basis.numpy()) < 8 * EPS
+        # G Q is added up with a loss of eps sqrt(d) ||G|| at most (comparison.py), its QR with another
+        assert angle(gram.numpy(), basis.numpy()) < 2 * EPS * len(gram) ** 0.5
         overlap = (basis.numpy() * q).sum(0)[:8]
         assert (abs(overlap) > 1 - 1e-4).all()
 
