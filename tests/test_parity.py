@@ -165,7 +165,7 @@ class Theirs:
                     param.grad += eps / 2 * grad.norm() * noise
             optimizer.step()
         self.steps += 1
-        self.worst = max(self.worst, *(self.deviation(params) for params, _ in [(self.twins, None), *self.disturbed]))
+        self.worst = max(self.worst, *map(self.deviation, [self.twins, *(params for params, _ in self.disturbed)]))
 
     def deviation(self, params):
         """From float64, of the largest parameter."""
@@ -240,11 +240,10 @@ def test_precondition_1d_in_lockstep(flags, reference):
                 continue
             step, state, other = ours.params[i].detach() - before[i], ours.state_of(i), theirs.state[twin]
             # their m is turned into the eigenbasis once more than ours: each entry of it, and of G', is off by a few eps of the
-            # norm, which m / sqrt(v) of a null space makes much of
-            m, root = state["exp_avg"], state["exp_avg_sq"].sqrt() + 1e-8
-            noise = 8 * eps * (m.norm() + grad.norm()) / root
-            relative = UPDATE_TOLERANCE + noise.norm() / (m / root).norm()
-            assert (twin.detach() - before[i] - step).norm() <= relative * step.norm() + 2 * eps * twin.detach().norm(), number
+            # norm, which m / sqrt(v) of a null space makes much of; the step size is lr / sqrt(1 - beta^t)
+            noise = 8 * eps * (state["exp_avg"].norm() + grad.norm()) / (state["exp_avg_sq"].sqrt() + 1e-8)
+            allowed = UPDATE_TOLERANCE * step.norm() + 3e-3 * (1 - 0.95**number) ** -0.5 * noise.norm()
+            assert (twin.detach() - before[i] - step).norm() <= allowed + 2 * eps * twin.detach().norm(), number
             assert (state["gram_0"] - other["GG"][0]).norm() <= gram_tolerance(1, eps) * state["gram_0"].norm()
             if number > 12:  # 13 rank-one Grams of 6 or 9 dimensions are of full rank, so that v has an order
                 v, delta = state["exp_avg_sq"], 4 * eps * grad.norm()
