@@ -8,6 +8,10 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <cstdlib>
+
+#include "cpu/simd.h"
+
 TORCH_LIBRARY(soap_opt, m) {
   // Steps 1 to 6 of SOAP for parameters that are initialised; returns outcomes [n] int32: -1 where a gradient was not finite or
   // its squared norm was above a quarter of the largest number, and nothing of its parameter changed; else how many of the
@@ -57,11 +61,18 @@ TORCH_LIBRARY(soap_opt, m) {
 }
 
 // An importable module without Python functions: loading it is what registers the operators. It knows the torch that it was
-// built with, whose binary interface it depends on.
+// built with, whose binary interface it depends on, and the instruction set that the engine runs with.
 extern "C" PyObject* PyInit__C(void) {
+  if (soap_opt::allowed_isa_level() < 0) {
+    PyErr_Format(PyExc_ValueError, "SOAP_OPT_CPU_CAPABILITY must be default, avx2 or avx512, got '%s'",
+                 std::getenv("SOAP_OPT_CPU_CAPABILITY"));
+    return nullptr;
+  }
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0) {
+  if (module != nullptr && (PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0 ||
+                            PyModule_AddStringConstant(module, "cpu_capability",
+                                                       soap_opt::isa_names[soap_opt::isa_level()]) != 0)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -6,6 +6,7 @@ The text is made to be pasted into a bug report.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 
@@ -45,12 +46,22 @@ def report() -> str:
         lines.append("  single tensor  available (pure PyTorch, foreach=False: the specification)")
         lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
         reason = _ext.unavailable(device_type)
-        on_request = "available (C++ engine, fused=True)"
+        on_request = f"available (C++ engine, fused=True), instruction set {_capability()}"
         if device_type == "cuda":
             on_request = "available (Triton kernels, fused=True), by request only: never run on a GPU yet"
         lines.append("  fused          " + (on_request if reason is None else f"not available: {reason}"))
     lines.append(f"  CUDA refresh   {'built' if _ext._cuda_load_error is None else f'not built: {_ext._cuda_load_error}'}")
     return "\n".join(lines)
+
+
+def _capability() -> str:
+    """The engine's instruction set, and what keeps it below the processor's."""
+    if _ext.unavailable("cpu") is not None:
+        return "none"
+    from soap_opt import _C
+
+    allowed = os.environ.get("SOAP_OPT_CPU_CAPABILITY")
+    return _C.cpu_capability + (f" (SOAP_OPT_CPU_CAPABILITY={allowed})" if allowed else "")
 
 
 def _compiler() -> str:

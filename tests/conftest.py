@@ -31,10 +31,11 @@ def _global_state(request):
     """One thread for tiny tensors, and no test leaves torch's global settings changed.
 
     A second thread's barriers cost a lockstep of 8 x 8 tensors ten times its work where the cores are shared.
+    (SOAP_OPT_TEST_THREADS is for .ci/processors; tests that are about threads set their own.)
     """
     dtype, precision, threads = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads()
     if request.path.parent.name != "examples":
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("SOAP_OPT_TEST_THREADS", 1)))
     yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() == dtype

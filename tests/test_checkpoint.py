@@ -6,9 +6,18 @@ import warnings
 
 import pytest
 import torch
-from comparison import IMPLEMENTATIONS, SoapRun, every_implementation, implementations, random_gradients, random_params
+from comparison import (
+    IMPLEMENTATIONS,
+    OracleRun,
+    SoapRun,
+    every_implementation,
+    implementations,
+    random_gradients,
+    random_params,
+    run_lockstep,
+)
 from oracle import Oracle, original_state_dict
-from test_parity import theirs_of
+from test_parity import Theirs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -134,12 +143,9 @@ def test_a_checkpoint_of_one_implementation_continues_in_another(flags, then):
     for grads in gradients[:5]:
         run.step(grads)
     other = resumed(run)
+    assert_equal_runs(run, other)
     other.optimizer.param_groups[0].update({"foreach": None, "fused": None, **IMPLEMENTATIONS[then]})
-    for grads in gradients[5:7]:
-        run.step(grads)
-        other.step(grads)
-    for p, q in zip(run.params, other.params):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert run_lockstep(run, other, gradients[5:], options) > 0
 
 
 @pytest.mark.parametrize("refresh", POLICIES)
@@ -481,7 +487,16 @@ def test_distributed_checkpoint_of_several_groups_and_missing_gradients():
 
 # ---- checkpoints of the original ------------------------------------------------------------------------------------------
 
+
 # (shapes, options): every kind of entry of GG: [] of a 1-D parameter, none of a 0-D one, [] above max_precond_dim, 1 x 1.
+def turning_tolerance(x):
+    """For an entry of x that was turned out of its eigenbasis and back in: inner products with unit vectors, in any order.
+
+    At most eight of them here (four modes), each of a few terms and with less than an eps of ||x|| lost.
+    """
+    return 8 * torch.finfo(x.dtype).eps * float(x.norm())
+
+
 ORIGINALS = {
     "plain": ([(6, 5), (4, 3, 3, 3), (4,), ()], {}),
     "size one": ([(1, 7), (7, 1), (1, 3, 4)], {}),
@@ -517,14 +532,11 @@ def test_a_run_of_the_original_continues(case, space, flags):
         for key, value in state.items():
             if key.startswith("refresh_offset"):
                 continue
-            tolerance = 0 if space == "eigenbasis" or key != "exp_avg" else 1e-6  # turned back into the eigenbasis
+            turned = space == "parameter" and key == "exp_avg"  # out of the eigenbasis, and back in
+            tolerance = turning_tolerance(value) if turned else 0
             torch.testing.assert_close(run.state_of(i)[key], value, rtol=0, atol=tolerance, check_stride=False)
-    for grads in gradients[11:]:
-        oracle.step(grads)
-        run.step(grads)
-        for got, want in zip(run.params, oracle.params):
-            # 13 steps of rounding; rank-one gradients of (1, n) parameters are the worst
-            torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=2e-5)
+    # the oracle goes on from each state that the loaded run comes to
+    assert run_lockstep(run, OracleRun(oracle=oracle), gradients[11:], oracle.options) > 0
 
 
 def test_a_basis_of_minus_one_turns_m():
@@ -540,9 +552,10 @@ def test_a_basis_of_minus_one_turns_m():
             assert float(checkpoint["state"][0]["Q"][0]) == (-1 if flip else 1)
             soap_opt.load_original_state_dict(run.optimizer, checkpoint, space)
             loaded[flip, space] = run.state_of(0)["exp_avg"]
-    torch.testing.assert_close(loaded[True, "eigenbasis"], oracle.state[0]["exp_avg"])
+    want = oracle.state[0]["exp_avg"]
+    torch.testing.assert_close(loaded[True, "eigenbasis"], want)
     for value in loaded.values():
-        torch.testing.assert_close(value, oracle.state[0]["exp_avg"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, want, rtol=0, atol=turning_tolerance(want))
 
 
 def test_spaces_are_told_apart():
@@ -652,24 +665,17 @@ def test_a_checkpoint_of_pytorch_optimizer_continues(case):
     if options.get("merge_dims"):
         shapes = shapes[:1]  # theirs raises on 1-D parameters and keeps a 1 in the merged view of (7, 1)
     options = {**options, "precondition_frequency": 3}
-    twins, theirs = theirs_of(random_params(shapes), **options)
+    theirs = Theirs(random_params(shapes), **options)
     gradients = random_gradients(shapes, 20)
-
-    def their_step(grads):
-        for twin, grad in zip(twins, grads):
-            twin.grad = grad.clone()
-        theirs.step()
-
     for grads in gradients[:9]:
-        their_step(grads)
-    state = copy.deepcopy(theirs.state_dict())
+        theirs.step(grads)
+    state = copy.deepcopy(theirs.optimizer.state_dict())
     for entry in state["state"].values():
         assert {"exp_avg", "exp_avg_sq", "GG", "Q", "precondition_frequency", "shampoo_beta"} <= set(entry)
-        entry["step"] = theirs.param_groups[0]["step"] - 1
-    run = SoapRun(twins, refresh="together", **options)
+        entry["step"] = theirs.optimizer.param_groups[0]["step"] - 1
+    run = SoapRun(theirs.twins, refresh="together", **options)
     soap_opt.load_original_state_dict(run.optimizer, state, "parameter")
     for grads in gradients[9:]:
-        their_step(grads)
+        theirs.step(grads)
         run.step(grads)
-        for param, twin in zip(run.params, twins):
-            torch.testing.assert_close(param, twin, rtol=1e-4, atol=2e-5)
+        theirs.assert_close(run.params)

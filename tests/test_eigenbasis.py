@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparison import gram_tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import contraction, mode_product
@@ -132,9 +133,10 @@ def test_large_grams_are_symmetric_and_right(width, rows):
     """Sizes about the one from which the Gram is made of a triangle of blocks."""
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     gram = outer_products(x, layout_for((rows, width)))[-1]
-    assert torch.equal(gram, gram.T) or (gram - gram.T).norm() < 1e-6 * gram.norm()
+    tolerance = gram_tolerance(rows, torch.finfo(torch.float32).eps)  # (an entry and its mirror image may be two sums)
+    assert (gram - gram.T).norm() <= tolerance * gram.norm()
     exact = x.double().T @ x.double()
-    assert (gram - exact).norm() < 1e-6 * exact.norm()
+    assert (gram - exact).norm() <= tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 5), (2, 3, 4)])

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from comparison import SoapRun, every_implementation, random_gradients, random_params
+from comparison import SoapRun, every_implementation, random_gradients, random_params, share_tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle
@@ -136,7 +136,8 @@ def test_adaptive_follows_its_criterion(flags):
                 rotated = old.T @ state[f"gram_{mode}"].double() @ old
                 share = (rotated - torch.diag(rotated.diagonal())).norm() / rotated.norm()
                 due = (t + int(state[f"refresh_offset_{mode}"])) % 2 == 0
-                assert abs(share - 0.25) > 1e-5  # else rounding decides; choose another seed
+                if abs(share - 0.25) <= share_tolerance(len(old), 0.0, torch.finfo(torch.float32).eps):
+                    continue  # rounding decides
                 changed = not torch.equal(state[f"basis_{mode}"].double(), old)
                 assert changed == bool(due and share > 0.25)
                 refreshed += changed

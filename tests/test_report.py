@@ -1,12 +1,13 @@
 """The report to paste into bug reports, and where it gets its reasons: _ext.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from comparison import NO_ENGINE
+from comparison import NO_ENGINE, needs_engine
 
 import soap_opt
 from soap_opt import SOAP, _ext
@@ -77,7 +78,53 @@ def test_a_failed_build_is_reported_with_its_reason(tmp_path):
     assert "building soap_opt._C failed when soap_opt was installed: RuntimeError: Error compiling objects" in text
 
 
-@pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
+CAPABILITIES = ["default", "avx2", "avx512"]
+# Which instruction set runs, what the report says, and a step's Gram in whose last digits it shows
+CAPABILITY = """
+import torch, soap_opt
+from soap_opt.report import report
+param = torch.nn.Parameter(torch.zeros(40, 1000))
+optimizer = soap_opt.SOAP([param], fused=True)
+param.grad = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+optimizer.step()
+print(soap_opt._C.cpu_capability)
+print(next(line for line in report().splitlines() if "C++ engine" in line).strip())
+print(optimizer.state[param]["gram_0"].double().sum().item().hex())
+"""
+
+
+def with_capability(value: str | None) -> subprocess.CompletedProcess:
+    environment = {key: x for key, x in os.environ.items() if key != "SOAP_OPT_CPU_CAPABILITY"}
+    if value is not None:
+        environment["SOAP_OPT_CPU_CAPABILITY"] = value
+    return subprocess.run([sys.executable, "-c", CAPABILITY], capture_output=True, text=True, env=environment)
+
+
+@needs_engine
+@pytest.mark.slow
+def test_the_instruction_set_is_forced_down_only():
+    runs = {value: with_capability(value) for value in (None, *CAPABILITIES)}
+    assert all(run.returncode == 0 for run in runs.values()), [run.stderr for run in runs.values()]
+    runs = {value: run.stdout.splitlines() for value, run in runs.items()}
+    own = runs[None][0]
+    assert runs[None][1].endswith(f"available (C++ engine, fused=True), instruction set {own}")
+    for value in CAPABILITIES:
+        used = CAPABILITIES[min(CAPABILITIES.index(value), CAPABILITIES.index(own))]
+        assert runs[value][0] == used
+        assert runs[value][1].endswith(f"instruction set {used} (SOAP_OPT_CPU_CAPABILITY={value})")
+        # 1000 products round otherwise with and without FMA; the same instructions in the same order do not
+        assert used != own or runs[value][2] == runs[None][2]
+        assert used != "default" or own == "default" or runs[value][2] != runs[None][2]
+
+
+@needs_engine
+def test_an_unknown_instruction_set_is_an_error():
+    run = with_capability("AVX2")
+    assert run.returncode == 1
+    assert "ValueError: SOAP_OPT_CPU_CAPABILITY must be default, avx2 or avx512, got 'AVX2'" in run.stderr
+
+
+@needs_engine
 def test_an_engine_for_another_torch_is_not_used(monkeypatch):
     from soap_opt import _C
 

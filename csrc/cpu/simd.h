@@ -5,7 +5,9 @@
 // tiles have to know how many registers there are.)
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__GNUC__)
@@ -37,14 +39,32 @@ using Baseline = Isa<16, 32>; // NEON
 using Baseline = Isa<16, 16>; // SSE2, or whatever the compiler makes of it
 #endif
 
-// 2: AVX-512 (F, BW, DQ, VL), 1: AVX2 with FMA, 0: the compiler's baseline
+// The instruction sets by the names of ATEN_CPU_CAPABILITY, each at its level: avx512 is F, BW, DQ and VL, avx2 has FMA,
+// default is the compiler's baseline.
+inline constexpr const char* isa_names[] = {"default", "avx2", "avx512"};
+
+// The level that the environment variable SOAP_OPT_CPU_CAPABILITY allows, read once: the highest where it is not set or empty,
+// -1 for a name that is none of these (soap_opt._C does not load then, library.cpp).
+inline int allowed_isa_level() {
+  static const int level = [] {
+    const char* name = std::getenv("SOAP_OPT_CPU_CAPABILITY");
+    if (name == nullptr || *name == 0) return 2;
+    for (int i = 0; i < 3; ++i)
+      if (std::strcmp(name, isa_names[i]) == 0) return i;
+    return -1;
+  }();
+  return level;
+}
+
+// The level of isa_names that the engine runs with: the processor's, or less where the environment allows less.
 inline int isa_level() {
 #if SOAP_OPT_X86
-  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                               ? 2
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1
-                                                                                             : 0;
+  static const int level = [] {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return std::max(0, std::min(allowed_isa_level(), avx512 ? 2 : avx2 ? 1 : 0));
+  }();
   return level;
 #else
   return 0;

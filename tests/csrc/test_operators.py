@@ -38,7 +38,7 @@ def layouts_of(tensors, **options):
     return tuple(plan.layout_of(tuple(x.shape), plan.memory_order(x), **options) for x in tensors)
 
 
-def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32, threads=1):
+def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32):
     """Arguments of step_ by name, for parameters in the middle of a run."""
     torch.manual_seed(0)
     params = random_params(shapes, dtype=param_dtype)
@@ -56,7 +56,7 @@ def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32
         "refresh_offsets": [torch.tensor(i % 3) for i, _ in enumerate(sizes)],
         "state_steps": [torch.tensor(4.0) for _ in params],
         "layouts": table,
-        "scratch": torch.zeros(OPS.scratch_numel(table, threads, dtype), dtype=dtype),
+        "scratch": torch.zeros(OPS.scratch_numel(table, torch.get_num_threads(), dtype), dtype=dtype),
         "grad_scale": None,
         "lr": 0.01,
         "beta1": 0.9,
@@ -254,7 +254,7 @@ def test_an_empty_parameter_whose_modes_are_not_is_passed_over():
     arguments = step_arguments([(0, 600)])
     arguments["layouts"] = torch.tensor([1, 1, 0, 2, 0, 1, 0, 2, 0, 0, 600, 1, 0, 600])
     arguments |= {"grams": [torch.eye(600)], "bases": [torch.eye(600)], "refresh_offsets": [torch.tensor(0)]}
-    arguments["scratch"] = torch.zeros(OPS.scratch_numel(arguments["layouts"], 1, torch.float32))
+    arguments["scratch"] = torch.zeros(OPS.scratch_numel(arguments["layouts"], torch.get_num_threads(), torch.float32))
     assert call_step({**arguments, "precondition_frequency": 1}).tolist() == [0]
 
 

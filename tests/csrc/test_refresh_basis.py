@@ -80,11 +80,15 @@ def test_against_the_specification(implementation):
     orders, rotations, outcomes = implementation.refresh(grams, bases)
     assert outcomes == [REFRESHED] * len(SIZES)
     for gram, before, after, order, rotation in zip(grams, old, bases, orders, rotations):
-        expected = refresh_basis(before.double(), *gram_times_basis(gram.double(), before.double()))
-        assert torch.equal(order, expected.order)
+        product, eigenvalues = gram_times_basis(gram.double(), before.double())
+        ordered = eigenvalues[order]
+        assert torch.equal(order.sort().values, torch.arange(len(gram)))
+        # (some of 100 are apart by a tenth of an eps: what rounding sorts, as column_tolerance has it)
+        assert (ordered[:-1] - ordered[1:] >= -8 * EPS * len(gram) ** 0.5 * gram.norm()).all()
+        expected = torch.linalg.qr(product[:, order]).Q
         tolerance = comparison.column_tolerance(gram, before, 0.0, EPS)
-        sign = torch.where((after * expected.basis).sum(0) < 0, -1.0, 1.0)
-        error = (after.double() * sign - expected.basis).norm(dim=0)
+        sign = torch.where((after * expected).sum(0) < 0, -1.0, 1.0)
+        error = (after.double() * sign - expected).norm(dim=0)
         assert (error <= tolerance.clamp(min=4 * EPS * len(gram) ** 0.5)).all()
         assert torch.allclose(rotation.double(), before.double().T @ after.double(), atol=4 * EPS * len(gram) ** 0.5)
 
@@ -248,7 +252,8 @@ def test_repeated_refreshes_converge(implementation):
     for _ in range(40):
         implementation.refresh(grams, bases)
     for gram, basis, q in zip(grams, bases, exact):
-        assert angle(gram.numpy(), basis.numpy()) < 8 * EPS
+        # G Q is added up with a loss of eps sqrt(d) ||G|| at most (comparison.py), its QR with another
+        assert angle(gram.numpy(), basis.numpy()) < 2 * EPS * len(gram) ** 0.5
         overlap = (basis.numpy() * q).sum(0)[:8]
         assert (abs(overlap) > 1 - 1e-4).all()
 
