@@ -46,6 +46,21 @@ def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def same_for_all_threads() -> Iterator[None]:
+    """One thread where ``torch.use_deterministic_algorithms(True)`` asks for results that can be had again: BLAS and LAPACK share a
+    sum in as many parts as there are threads, and two ranks with other numbers of threads would go on with other bases."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def kronecker(matrices: Sequence[Tensor]) -> Tensor:
     """``torch.kron`` of matrices [*, d_i, d_i], left to right -> [*, prod d_i, prod d_i]."""
     product = matrices[0]
@@ -275,6 +290,11 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
             if basis.shape != gram.shape:
                 raise EigenDecompositionError(i, "linalg.eigh: The algorithm failed to converge")
         return made
+    with same_for_all_threads():
+        return _init_bases(grams)
+
+
+def _init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
     bases: list[Tensor | None] = [None] * len(grams)
     alike: dict[tuple, list[int]] = {}
     for i, gram in enumerate(grams):

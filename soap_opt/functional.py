@@ -26,6 +26,7 @@ from .eigenbasis import (
     project_back,
     reexpress_,
     refresh_basis,
+    same_for_all_threads,
 )
 from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap
 from .overlap import Overlap
@@ -120,7 +121,8 @@ def soap(
         }  # fmt: skip
         return _fused_soap(params, grads, *state, grad_scale, lr=lr, max_grad_norm=max_grad_norm, triton=extras, **options)
     function = _multi_tensor_soap if foreach is None or foreach else _single_tensor_soap
-    return function(params, grads, *state, grad_scale, lr=float(lr), **options)
+    with same_for_all_threads():
+        return function(params, grads, *state, grad_scale, lr=float(lr), **options)
 
 
 def runs_triton(exp_avg: Tensor) -> bool:
@@ -143,7 +145,8 @@ def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm
     A gradient that is not usable has no part in the total norm: its parameter stays as it is and the others move on.
     """
     device, dtype = grads[0].device, state_dtype(grads[0])
-    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=state_dtype(grad)).to(device, dtype) for grad in grads])
+    with same_for_all_threads():
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=state_dtype(grad)).to(device, dtype) for grad in grads])
     scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device, dtype).reshape(1)
     norms = norms / scale
     total = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
@@ -195,7 +198,8 @@ def first_grams(
     for grad, layout in zip(grads, layouts):
         grad = prepare_gradient(grad, dtype, grad_scale, maximize=False)
         if is_usable(torch.linalg.vector_norm(grad)):
-            outers = [(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)]
+            with same_for_all_threads():
+                outers = [(outer * (1 - shampoo_beta)).contiguous() for outer in outer_products(grad, layout)]
             result.append((outers, bool((grad.abs() >= torch.finfo(dtype).tiny).any())))
         else:
             result.append((None, True))
@@ -391,7 +395,7 @@ def _multi_tensor_soap(
 
         # 4 apply
         ps = [params[i] for i in bucket]
-        moved = [p.to(dtype, copy=eps < SAFE_EPS) for p in ps]
+        moved = [p.resolve_neg().to(dtype, copy=eps < SAFE_EPS) for p in ps]  # (_foreach takes no negative views)
         sizes = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
         if len(set(sizes)) == 1:
             torch._foreach_add_(moved, list(update.values()), alpha=sizes[0])
@@ -402,7 +406,7 @@ def _multi_tensor_soap(
             torch._foreach_mul_(moved, 1 - lr * weight_decay)
         low = []
         for p, q in zip(ps, moved):
-            if p.dtype == torch.float16 or eps < SAFE_EPS:
+            if p.dtype == torch.float16 or eps < SAFE_EPS or p.is_neg():
                 copy_finite_(p, q)
             elif p is not q:
                 low.append((p, q))

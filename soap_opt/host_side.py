@@ -30,7 +30,8 @@ class Followed:
     def __init__(self, device: torch.device) -> None:
         self.skipped = torch.zeros(1, dtype=torch.int32, device=device)  # unusable gradients
         self.failed: list[Tensor] = []  # [units] refreshes that failed, of each table of units; 0-d views of them
-        self.identity: tuple[int, int] | None = None  # of the step tensor when t was read; None: it was not
+        self.identity: int | None = None  # of the step tensor when t was read; None: it was not
+        self.version = 0  # of the step tensor after the last step
         self.t = 0
         self.last: tuple[Flags, int] | None = None  # where to look whether the last gradient counted
         self.plans_of_graphs: list[object] = []  # as long as the state lives
@@ -114,7 +115,7 @@ class ParameterList:
 
     def arranged(self, tensors: list[Tensor]) -> list[Tensor]:
         """The list itself where every tensor lies in memory as its layout's [D_1, ..., D_k], else one with arranged copies."""
-        if [tensor.stride() for tensor in tensors] == self._strides:
+        if [tensor.stride() for tensor in tensors] == self._strides and not any(map(Tensor.is_neg, tensors)):
             return tensors
         return [_in_memory_order(tensor, layout) for tensor, layout in zip(tensors, self.layouts)]
 
@@ -150,20 +151,22 @@ class ParameterList:
         """
         flags = Flags(scalars)
         result = []
-        identities = [(step.data_ptr(), step._version) for step in state_steps]
+        versions = [step._version for step in state_steps]
         increment_version(state_steps)  # the kernel wrote them, below autograd
-        for place, (known, step, identity) in enumerate(zip(self.followed, state_steps, identities)):
-            if known.identity != identity or known.plans_of_graphs:
-                known.last = None
+        for place, (known, step, version) in enumerate(zip(self.followed, state_steps, versions)):
+            identity = step.data_ptr()
+            if known.identity != identity or known.version != version or known.plans_of_graphs:
+                known.identity, known.last = identity, None
                 now = flags.values()[place]  # waits
                 known.t = int(step) - now
-            known.identity = (identity[0], step._version)
+            known.version = step._version
             result.append(known.catch_up())
             known.last = (flags, place)
         return result
 
 
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
+    tensor = tensor.resolve_neg()
     if tensor.permute(layout.memory_order).is_contiguous():  # (sizes of 1 have any stride)
         return tensor
     return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)

@@ -554,6 +554,7 @@ class SOAP(Optimizer):
                         offsets = offsets or self._refresh_offsets()
                         state[f"refresh_offset_{mode}"] = torch.tensor(offsets[param][place], dtype=torch.int64, device="cpu")
 
+    @outside_modes()
     def _refresh_offsets(self) -> dict[Tensor, list[int]]:
         """Refresh offsets of every parameter's modes: those in the state, and balanced ones where there are none."""
         offsets: dict[Tensor, list[int]] = {}
@@ -672,10 +673,10 @@ class SOAP(Optimizer):
                 continue
             with outside_modes():
                 self._allocate([(work.group, param)])
+                self.state[param]["initialized"].fill_(True)
             state = self.state[param]
             for keys in (layout.gram_keys, layout.basis_keys):
                 state.update({key: param.new_zeros(d, d, dtype=state_dtype(param)) for key, d in zip(keys, layout.sizes)})
-            state["initialized"].fill_(True)
         return work.where([not without for without in dataless])
 
     def _steady_step(self, works: list[_Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
@@ -709,7 +710,7 @@ class SOAP(Optimizer):
             except RuntimeError as error:
                 self._explain(works, error)
                 raise
-        elif lists[0][0].device.type == "cpu":
+        elif not runs_triton(lists[2][0]):
             for name in ("lr", "weight_decay"):
                 options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
             skipped = soap(*lists, fused=True, grad_scale=grad_scale, **options[0], **how)
@@ -732,10 +733,10 @@ def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work]
         key: Any = id(w)
         if len(devices) == 1 and use_fused(exp_avgs[:1], group["foreach"], group["fused"]):
             (device,) = devices
-            if device.type == "cpu" and group["max_grad_norm"] is None:
-                key = (device, id(scale), engine_kind(group))
-            elif all(map(runs_triton, exp_avgs)):
+            if all(map(runs_triton, exp_avgs)):
                 key = (device, id(scale), step_kind(group))
+            elif device.type == "cpu" and group["max_grad_norm"] is None:
+                key = (device, id(scale), engine_kind(group))
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
 

@@ -175,6 +175,8 @@ namespace {
 // `together` rows in batches of one size.
 template <typename Function>
 void for_each_batch(at::TensorList matrices, int64_t together, const Function& function) {
+  // LAPACK's results depend on how many threads it might have, even where it takes one
+  const SameForAllThreads same;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::map<std::pair<int64_t, at::ScalarType>, std::vector<int64_t>> by_size;
   for (size_t i = 0; i < matrices.size(); ++i) by_size[{matrices[i].size(0), matrices[i].scalar_type()}].push_back(i);
@@ -240,7 +242,6 @@ bool all_orthogonal(const at::Tensor& vectors) {
 // [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up or was wrong.
 at::Tensor eigenvectors(const at::Tensor& gram) {
   try {
-    const SameForAllThreads same;
     const at::Tensor damped = gram + 1e-30 * at::eye(gram.size(-1), gram.options());
     const at::Tensor vectors = std::get<1>(at::linalg_eigh(damped)).flip(-1).contiguous();
     if (all_orthogonal(vectors)) return vectors;

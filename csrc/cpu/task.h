@@ -28,22 +28,34 @@ struct Task {
   double lr = 0, keep = 1;          // keep: 1 - lr weight_decay
 };
 
+// Whether a wide group lies between others, with so short a row behind it that its products go to BLAS.
+inline bool calls_blas(const Layout& layout) {
+  int64_t before = 1;
+  for (const Group& group : layout.groups) {
+    const int64_t after = layout.numel / std::max<int64_t>(1, before * group.width);
+    if (!group.positions.empty() && group.width > kTileWidth && !is_wide(group.width, before, after)) return true;
+    before *= group.width;
+  }
+  return false;
+}
+
 // Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
 // together the other cores. (One core is better where there is enough to do for all: it shares no cache and waits for nobody.)
 //
-// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by size alone and
-// the result does not depend on the number of threads.
+// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by the layout alone:
+// the result does not depend on the number of threads then. BLAS, which some wide groups need, is only called outside of workers.
 inline void choose_alone(std::vector<Task>& tasks) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
   std::vector<Task*> rest;
   double total = 0;
   for (Task& task : tasks) {
-    task.alone = task.layout->numel > kParallelNumel;
+    task.alone = task.layout->numel > kParallelNumel || (deterministic && calls_blas(*task.layout));
     if (task.alone || task.cost < kWorthThreads) continue;
     rest.push_back(&task);
     total += task.cost;
   }
-  if (at::globalContext().deterministicAlgorithms()) return;
+  if (deterministic) return;
   std::sort(rest.begin(), rest.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
   for (Task* task : rest) {
     if (threads == 1 || task->cost <= total / threads) break;
@@ -144,7 +156,7 @@ struct ScratchSizes {
   static ScratchSizes of(const Layouts& layouts, int64_t threads) {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
-      if (layout.numel > kParallelNumel || threads > 1) // any may come to be alone, by a due refresh too
+      if (layout.numel > kParallelNumel || threads > 1 || calls_blas(layout)) // any may come to be alone, by a due refresh too
         sizes.large = std::max(sizes.large, LargeWorkspace<T>(layout, threads, nullptr).numel);
       if (layout.numel <= kParallelNumel)
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
