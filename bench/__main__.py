@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from . import growth, memory, must_reach, stages, steps, training
+from . import decay, growth, memory, must_reach, stages, steps, training
 from .models import MODELS
 from .peers import INSTALLED, OTHERS, OURS, STRAIGHTFORWARD, Contestant, parse_peer, parse_reference
 from .results import Row, save, table
@@ -138,6 +138,11 @@ def run_training(arguments: argparse.Namespace) -> None:
     report(arguments, "profile", parts)
 
 
+def run_decay(arguments: argparse.Namespace) -> None:
+    print("\n### Gradients that have become 0\n")
+    report(arguments, "decay", decay.measure([*OURS, *INSTALLED, OTHERS[0]], arguments.quick))
+
+
 def run_must_reach(arguments: argparse.Namespace) -> None:
     print("\n### Must reach\n")
     print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_readmes())
@@ -150,6 +155,7 @@ SUITES = {
     "growth": run_growth,
     "memory": run_memory,
     "training": run_training,
+    "decay": run_decay,
     "must-reach": run_must_reach,
 }
 
