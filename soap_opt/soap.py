@@ -201,6 +201,7 @@ class SOAP(Optimizer):
         self._number, self._traced_params = compiled.register(self), []
         self._skips = Skips()
         self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout, tuple[int, ...]]] = {}  # derived, see plan.py
+        self._option_tuples: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         super().__init__(params, defaults)
         self._support_amp_scaling()
 
@@ -437,7 +438,7 @@ class SOAP(Optimizer):
             self._skips = Skips()
             self._skips.counts = tuple(map(dict, counts))
         self._support_amp_scaling()
-        self._layouts = {}
+        self._layouts, self._option_tuples = {}, {}
         restored = self.__dict__.pop("_restored", None)
         if restored is not None:
             self.state.update(restored)
@@ -457,9 +458,9 @@ class SOAP(Optimizer):
     def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
         """The parameter's layout, anew where its shape or memory format is another; raises where that, or an option that shapes
         the state, was changed under existing state."""
-        options = tuple(group[name] for name in LAYOUT_OPTIONS)
+        options = self._known_options(group)
         known, shape, stride = self._layouts.get(param), tuple(param.shape), param.stride()
-        if known is not None and known[0] == options and known[1].shape == shape and known[2] == stride:
+        if known is not None and known[0] is options and known[1].shape == shape and known[2] == stride:
             return known[1]
         state = self.state.get(param)
         if state and tuple(state["exp_avg"].shape) != shape:
@@ -467,7 +468,7 @@ class SOAP(Optimizer):
                 f"{self._describe(param)} had the shape {tuple(state['exp_avg'].shape)} when its state was made: to go on with "
                 f"another, forget that state (del optimizer.state[param]) or make a new optimizer"
             )
-        if known is not None and state and known[0] != options:
+        if known is not None and state and known[0] is not options:
             changed = [
                 f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
             ]
@@ -484,6 +485,11 @@ class SOAP(Optimizer):
         self._layouts[param] = (options, layout, stride)
         return layout
 
+    def _known_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The group's options that shape the state; the same tuple for equal ones."""
+        options = tuple(group[name] for name in LAYOUT_OPTIONS)
+        return self._option_tuples.setdefault(options, options)
+
     def _describe(self, param: Tensor) -> str:
         """'parameter 3 (layer.weight) of shape (4, 4)', counted over all groups."""
         before = 0
@@ -498,32 +504,38 @@ class SOAP(Optimizer):
     def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> _Work:
         """The group's parameters that have a gradient, after every check that could fail. given: as for :meth:`_step`."""
         check_options(group)
-        options = tuple(group[name] for name in LAYOUT_OPTIONS)
-        work = _Work(group, [], [], [], [], [])
+        # One tuple for all that are equal, so that identity tells them apart: this loop is a good part of a step of thousands of
+        # small tensors, and everything in it is looked up once.
+        options = self._known_options(group)
+        params, tensors, grads, states, layouts = [], [], [], [], []
+        strided, known_layout, known_state = torch.strided, self._layouts.get, self.state.get
         for param in group["params"]:
-            tensor, grad = (param, param.grad) if given is None else given.get(param, (param, None))
+            if given is None:
+                tensor, grad = param, param.grad
+            else:
+                tensor, grad = given.get(param, (param, None))
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
+            if grad.layout is not strided:
                 raise RuntimeError(
                     f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {grad.layout}"
                 )
-            known = self._layouts.get(param)
-            # (a matrix has no memory formats to choose from, and there may be thousands of small ones)
+            known = known_layout(param)
+            # (a matrix has no memory formats to choose from)
             if (
                 known is None
-                or known[0] != options
+                or known[0] is not options
                 or known[1].shape != param.shape
                 or (len(known[2]) > 2 and known[2] != param.stride())
             ):
-                layout = self._layout(param, group)
+                layouts.append(self._layout(param, group))
             else:
-                layout = known[1]
-            work.params.append(param)
-            work.tensors.append(tensor)
-            work.grads.append(grad)
-            work.states.append(self.state.get(param))
-            work.layouts.append(layout)
+                layouts.append(known[1])
+            params.append(param)
+            tensors.append(tensor)
+            grads.append(grad)
+            states.append(known_state(param))
+        work = _Work(group, params, tensors, grads, states, layouts)
         for device_type in {param.device.type for param in work.params} if group["fused"] else ():
             _require_fused(group, device_type)
         return work
