@@ -24,8 +24,8 @@ PROBLEMS = {
 
 
 def measure(contestants: Sequence[Contestant], quick: bool = False) -> list[Row]:
-    """Every optimizer twice, in turn: with gradients throughout, and with zeros after LIVE steps ("dead in part": in half of the
-    rows). over_live: the second over the first, the largest of the ratios of medians of WINDOW steps."""
+    """Every optimizer twice, in turn: with gradients throughout, and with zeros after LIVE steps ("dead in part": in half of
+    the rows). over_live: the second over the first, the largest of the ratios of medians of WINDOW steps."""
     rows: list[Row] = []
     steps = 300 if quick else STEPS
     gemm = GemmRate()

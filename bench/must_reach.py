@@ -139,7 +139,9 @@ TARGETS = (
     ),
     *(Target(f"first step, original / ours, {model}", 2, 3, ("init",), init_of(model)) for model in PAIR),
     Target("ours / fused Adam, 2,000 tensors of 4 x 4", 5, 3, TINY, over_adam, at_most=True),
-    Target("2,500 steps of zero gradients: slowest 100 / with gradients", 1.1, 1.05, ("decay",), slowest_of_decayed, at_most=True),
+    Target(
+        "2,500 steps of zero gradients: slowest 100 / with gradients", 1.1, 1.05, ("decay",), slowest_of_decayed, at_most=True
+    ),
     Target("optimizer's share of a training step, hyperprior q3", 0.05, 0.03, ("training",), optimizer_share, at_most=True),
 )
 

@@ -47,7 +47,6 @@ from .table import (
     total,
 )
 
-
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of the largest number: functional.is_usable
 
@@ -188,8 +187,8 @@ def is_finite(x):
 
 @triton.jit
 def apply_update(update, offset, inside, row, scalars, ALIGNED: tl.constexpr):
-    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype; an entry that p's dtype could
-    not hold stays as it is.
+    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype; an entry that it could not
+    hold stays as it is.
 
     One branch for each dtype (0 float32, 1 bfloat16, 2 float16), so that parameters of different dtypes share the launch.
     """

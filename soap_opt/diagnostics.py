@@ -42,6 +42,8 @@ class MemoryReport:
             each element, but no more than scratch_limit; for the refreshes of each group's largest phase 4 d^2 + 8 d bytes for
             each basis, and with overlap_refresh 8 for each element of its parameters; with capturable, for each graph, as much
             again with all bases. 0 where another implementation runs.
+        skipped_steps, skipped_refreshes: of an optimizer, how often a gradient was not usable, and how often a basis could not
+            be refreshed.
         refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
             where d <= 512.
     """
@@ -50,6 +52,8 @@ class MemoryReport:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scratch: int = 0
     refresh: int = 0
+    skipped_steps: int = 0
+    skipped_refreshes: int = 0
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -76,6 +80,10 @@ class MemoryReport:
             lines.append(f"and {_human(self.scratch)} of scratch, shared by all optimizers")
         if self.refresh:
             lines.append(f"and up to {_human(self.refresh)} while the largest basis is refreshed")
+        if self.skipped_steps or self.skipped_refreshes:
+            lines.append(
+                f"{self.skipped_steps} unusable gradients and {self.skipped_refreshes} failed refreshes were passed over"
+            )
         return "\n".join(lines)
 
 
@@ -104,7 +112,10 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
             raise TypeError(f"memory_report reports on soap_opt.SOAP, got {type(model_or_optimizer).__name__}")
         if options:
             raise TypeError(f"memory_report takes no options with an optimizer, got {', '.join(options)}")
-        return _report(model_or_optimizer.param_groups, model_or_optimizer.state, model_or_optimizer._refresh_offsets())
+        report = _report(model_or_optimizer.param_groups, model_or_optimizer.state, model_or_optimizer._refresh_offsets())
+        report.skipped_steps = model_or_optimizer.skipped_steps()
+        report.skipped_refreshes = model_or_optimizer.skipped_refreshes()
+        return report
     signature = inspect.signature(SOAP).parameters
     defaults = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
     options = {name: value for name, value in options.items() if name not in REFUSED or value}  # as SOAP: amsgrad=False

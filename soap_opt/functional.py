@@ -34,7 +34,6 @@ from .plan import Layout, batches, buckets, layout_table, scratch
 from .refresh import is_due
 from .skipped import Skipped
 
-
 # _multi_tensor_soap makes zeros of subnormal numbers at every 16th t: until then few steps meet them, and they are never held.
 FLUSH_PERIOD = 16
 
@@ -222,8 +221,8 @@ def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None
 
 
 def is_usable(norm: Tensor) -> Tensor:
-    """Whether ||G||_F^2 is at most :func:`largest_squared_norm`, which bounds every entry of G in any basis, of its Grams and of
-    v. Takes ||G||_F."""
+    """Whether ||G||_F^2 is at most :func:`largest_squared_norm`, which bounds every entry of G in any basis, of its Grams and
+    of v. Takes ||G||_F."""
     return norm.square() <= largest_squared_norm(norm.dtype)  # false for NaN
 
 

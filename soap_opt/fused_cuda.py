@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ext, refresh_basis
-from .host_side import ParameterList, followed, parameter_list
+from .host_side import ParameterList, parameter_list
 from .launch import (
     ACCELERATOR,
     HIGH_PRECISION,
@@ -226,10 +226,10 @@ def fused_cuda_soap(
     however many param groups the parameters belong to.
 
     Models that need more than ``scratch_limit`` bytes of scratch take so many for each piece. Arguments as there. The result
-    is empty: unusable gradients and failed refreshes are counted on the device (:func:`soap_opt.host_side.counts`). Refreshes come
-    after, in one call of the compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it first. With ``capturable`` a
-    step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches the host, and the device
-    decides what is due.
+    is empty: unusable gradients and failed refreshes are counted on the device (:func:`soap_opt.host_side.counts`). Refreshes
+    come after, in one call of the compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it
+    first. With ``capturable`` a step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches
+    the host, and the device decides what is due.
 
     Args:
         groups: the number of neighbouring parameters that belong to a param group, and its options; these agree in what

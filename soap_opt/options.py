@@ -100,7 +100,9 @@ def step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
 def engine_kind(group: dict[str, Any]) -> tuple[Any, ...]:
     """What groups must agree in to be stepped together by the C++ engine: all that a step wants to know but lr and
     weight_decay, which every parameter may have of its own."""
-    names = "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize fused".split()
+    names = (
+        "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize fused".split()
+    )
     return (*group["betas"], *(group[name] for name in names))
 
 

@@ -16,7 +16,19 @@ from torch import Tensor
 from . import refresh_basis
 from .eigenbasis import Refresh, reexpress_
 from .host_side import followed
-from .launch import ACCELERATOR, BLOCK, FAILED, KEPT, PRECISION, SCALARS, WIDTH, can_reexpress, launch, make_reexpress_tables, padded
+from .launch import (
+    ACCELERATOR,
+    BLOCK,
+    FAILED,
+    KEPT,
+    PRECISION,
+    SCALARS,
+    WIDTH,
+    can_reexpress,
+    launch,
+    make_reexpress_tables,
+    padded,
+)
 from .plan import KRONECKER_MAX_FACTOR, Layout
 
 if TYPE_CHECKING:

@@ -125,16 +125,21 @@ class SOAP(Optimizer):
 
     - state is float32 for bfloat16 and float16 parameters, which are rounded once a step;
     - a closure runs with gradients enabled;
-    - an all-zero first gradient allocates the state but leaves the parameter uninitialised: the basis is made from the first
+    - an all-zero first gradient (subnormal numbers count as zeros) allocates the state but leaves the parameter uninitialised: the basis is made from the first
       gradient that says something;
-    - a gradient that is not finite, or whose squared norm overflows, changes nothing of its parameter or its state
+    - a gradient that is not finite, or whose squared norm (more than a quarter of the largest number) may overflow, changes
+      nothing of its parameter or its state
       (see :meth:`skipped_steps`);
+    - a new basis that is not finite, or not orthogonal, is not taken (see :meth:`skipped_refreshes`);
+    - U' is 0 where ``sqrt(v) + eps`` is, and an entry of a parameter stays where its dtype could not hold the next;
+    - what has decayed below the smallest normal number (1.2e-38; float64: 2.2e-308) in m, v and the Grams becomes 0: rounding
+      would hold it there, and a CPU takes ten times as long with it;
     - refreshes are staggered unless ``refresh="together"`` asks for the original's schedule.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a parameter stands in a group twice.
         RuntimeError: complex parameters or sparse gradients; ``fused=True`` that cannot be met; eigh fails in float64 too.
-        TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here.
+        TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here; DTensor parameters.
     """
 
     def __init__(
@@ -420,9 +425,7 @@ class SOAP(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self.wait_for_refresh()
         params, exp_avgs = self._params_and_exp_avgs()
-        counts = [
-            {p: count for p, count in zip(params, column) if count} for column in self._skips.totals(params, exp_avgs)
-        ]
+        counts = [{p: count for p, count in zip(params, column) if count} for column in self._skips.totals(params, exp_avgs)]
         return {**super().__getstate__(), "_skip_counts": tuple(counts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

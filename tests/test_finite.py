@@ -16,7 +16,6 @@ from torch import nn
 from soap_opt import SOAP
 
 
-
 class Net(nn.Module):
     """Layers in a row, an expert beside them that is never chosen, an adapter that begins at zero, an embedding."""
 

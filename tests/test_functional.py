@@ -496,7 +496,8 @@ def test_prepare_gradient():
 
 
 @pytest.mark.parametrize(
-    ("norm", "usable"), [(0.0, True), (1e18, True), (9e18, True), (1e19, False), (1e20, False), (float("inf"), False), (float("nan"), False)]
+    ("norm", "usable"),
+    [(0.0, True), (1e18, True), (9e18, True), (1e19, False), (1e20, False), (float("inf"), False), (float("nan"), False)],
 )
 def test_is_usable(norm, usable):
     """||G||^2 must be finite, with room for rounding: 1.8e19 squared is float32's largest number, 1e20's is beyond."""

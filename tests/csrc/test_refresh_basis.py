@@ -8,7 +8,7 @@ import comparison
 import numpy as np
 import pytest
 import torch
-from harness import KEPT, FAILED, REFRESHED, SHARED_LIMITS
+from harness import FAILED, KEPT, REFRESHED, SHARED_LIMITS
 from matrices import EPS, KINDS, complaints, make, orthogonal
 from test_refresh_basis_kernels import angle, judge_refresh
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from harness import (
-    KEPT,
     FAILED,
+    KEPT,
     REFRESHED,
     SHARED_LIMITS,
     barrier_lines,
