@@ -48,8 +48,8 @@ def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
 
 @contextmanager
 def same_for_all_threads() -> Iterator[None]:
-    """One thread where ``torch.use_deterministic_algorithms(True)`` asks for results that can be had again: BLAS and LAPACK share
-    a sum in as many parts as there are threads, and two ranks with other numbers of threads would go on with other bases."""
+    """One thread where ``torch.use_deterministic_algorithms(True)`` asks for results that can be had again: BLAS and LAPACK
+    share a sum in as many parts as there are threads, and two ranks with other numbers would go on with other bases."""
     threads = torch.get_num_threads()
     if threads == 1 or not torch.are_deterministic_algorithms_enabled():
         yield

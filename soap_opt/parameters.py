@@ -42,8 +42,8 @@ def check_params(params: Sequence[Any], describe: Callable[[int], str]) -> None:
         if is_dtensor(tensor):
             raise TypeError(
                 f"SOAP does not support DTensor parameters yet, and {describe(place)} is one (FSDP2's fully_shard and tensor "
-                "parallelism make them): a Gram needs whole rows and columns of a gradient. Train with DistributedDataParallel, "
-                "or let another optimizer step the sharded parameters"
+                "parallelism make them): a Gram needs whole rows and columns of a gradient. Train with "
+                "DistributedDataParallel, or let another optimizer step the sharded parameters"
             )
         if id(tensor) in seen:
             raise ValueError(

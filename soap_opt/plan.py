@@ -258,8 +258,8 @@ def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """No FakeTensorMode and no inference mode inside. What is kept for everybody must not be made under one: a fake tensor, kept,
-    would fail every real optimizer with the same layouts."""
+    """No FakeTensorMode and no inference mode inside. What is kept for everybody must not be made under one: a fake tensor,
+    kept, would fail every real optimizer with the same layouts."""
     with _disable_current_modes(), torch.inference_mode(False):
         yield
 

@@ -66,8 +66,8 @@ def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, 
 
 
 def start_of(place: int, frequency: int) -> int:
-    """The phase in which the balancing begins for optimizer number ``place`` of several: the golden ratio's multiples, which are
-    spread evenly whatever part of the numbers is looked at (the same layer of every block, say)."""
+    """The phase in which the balancing begins for optimizer number ``place`` of several: the golden ratio's multiples, which
+    are spread evenly whatever part of the numbers is looked at (the same layer of every block, say)."""
     return int(frequency * (place * 0.6180339887498949 % 1))
 
 

@@ -25,8 +25,8 @@ class Skipped(NamedTuple):
 
 
 TEXTS = (  # of each of the two
-    "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. Later "
-    "cases are counted by skipped_steps() without a warning.",
+    "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. "
+    "Later cases are counted by skipped_steps() without a warning.",
     "SOAP: a basis of {} could not be refreshed, because its Gram is not finite or its QR decomposition is not orthogonal; the "
     "basis and the moments stay as they are. Later cases are counted by skipped_refreshes() without a warning.",
 )

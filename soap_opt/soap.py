@@ -125,8 +125,8 @@ class SOAP(Optimizer):
 
     - state is float32 for bfloat16 and float16 parameters, which are rounded once a step;
     - a closure runs with gradients enabled;
-    - an all-zero first gradient (subnormal numbers count as zeros) allocates the state but leaves the parameter uninitialised: the basis is made from the first
-      gradient that says something;
+    - an all-zero first gradient (subnormal numbers count as zeros) allocates the state but leaves the parameter uninitialised:
+      the basis is made from the first gradient that says something;
     - a gradient that is not finite, or whose squared norm (more than a quarter of the largest number) may overflow, changes
       nothing of its parameter or its state
       (see :meth:`skipped_steps`);
@@ -139,7 +139,8 @@ class SOAP(Optimizer):
     Raises:
         ValueError: an argument is out of its range, or a parameter stands in a group twice.
         RuntimeError: complex parameters or sparse gradients; ``fused=True`` that cannot be met; eigh fails in float64 too.
-        TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here; DTensor parameters.
+        TypeError: ``amsgrad``, ``differentiable`` or ``decoupled_weight_decay``, which have no meaning here; DTensor
+            parameters.
     """
 
     def __init__(
@@ -240,15 +241,15 @@ class SOAP(Optimizer):
         size, param = max(sizes, key=lambda each: each[0])
         bytes_of_state = sum(2 * each * each * state_dtype(owner).itemsize for each, owner in sizes)
         warnings.warn(
-            f"SOAP's first step will take {time}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix for "
-            f"{self._describe(param)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below {size} "
-            "leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
+            f"SOAP's first step will take {time}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix "
+            f"for {self._describe(param)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below "
+            f"{size} leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
             stacklevel=users_stacklevel(),
         )
 
     def _support_amp_scaling(self) -> None:
-        """As torch's optimizers do: with ``fused=True`` GradScaler hands its scale and found_inf to the step. Otherwise it divides
-        the gradients itself, before trainers clip them (Lightning refuses to clip where this attribute is set)."""
+        """As torch's optimizers do: with ``fused=True`` GradScaler hands its scale and found_inf to the step. Otherwise it
+        divides the gradients itself, before trainers clip them (Lightning refuses to clip where this attribute is set)."""
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
@@ -337,9 +338,9 @@ class SOAP(Optimizer):
         return counts if per_parameter else sum(counts)
 
     def skipped_refreshes(self, per_parameter: bool = False) -> int | list[int]:
-        """How often a basis was due and could not be refreshed: its Gram was not finite, or what the QR decomposition made of it
-        was not finite, or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments stayed as they
-        were.
+        """How often a basis was due and could not be refreshed: its Gram was not finite, or what the QR decomposition made of
+        it was not finite, or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments stayed as
+        they were.
 
         The count is not part of the state_dict.
 
@@ -507,8 +508,8 @@ class SOAP(Optimizer):
     def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> _Work:
         """The group's parameters that have a gradient, after every check that could fail. given: as for :meth:`_step`."""
         check_options(group)
-        # One tuple for all that are equal, so that identity tells them apart: this loop is a good part of a step of thousands of
-        # small tensors, and everything in it is looked up once.
+        # One tuple for all that are equal, so that identity tells them apart: this loop is a good part of a step of thousands
+        # of small tensors, and everything in it is looked up once.
         options = self._known_options(group)
         params, tensors, grads, states, layouts = [], [], [], [], []
         strided, known_layout, known_state = torch.strided, self._layouts.get, self.state.get
@@ -672,9 +673,9 @@ class SOAP(Optimizer):
                         continue
                     raise RuntimeError(
                         f"SOAP cannot step {self._describe(param)}, {param.dtype} on {param.device}: its state {key} is "
-                        f"{tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, {dtype} is needed. Where the model was "
-                        "moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the state follow; "
-                        "where the state was changed by hand, del optimizer.state[param] forgets it"
+                        f"{tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, {dtype} is needed. Where the "
+                        "model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
+                        "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
                     ) from error
 
     def _step_dataless(self, work: _Work) -> _Work:

@@ -1,4 +1,4 @@
-"""Nothing destroys a run: as long as gradients are finite, so are parameters and state after every step, in every implementation.
+"""Nothing destroys a run: while gradients are finite, so are parameters and state after every step, in every implementation.
 
 The networks are those that users have: losses that sum a layer's outputs, dead units, rows that are out of use, adapters that
 begin at zero, an expert that is never chosen, a part of the loss that is switched off, layers that are frozen and thawed.
@@ -292,7 +292,7 @@ def test_the_largest_gradients_that_count(flags):
         assert all(value.isfinite().all() for value in (p, *optimizer.state[p].values()))
 
 
-# ---- the guard ----------------------------------------------------------------------------------------------------------------
+# ---- the guard ------------------------------------------------------------------------------------------------------------
 
 
 @every_implementation

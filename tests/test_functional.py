@@ -383,8 +383,8 @@ def test_matrix_flops_of_a_steady_step(foreach):
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_matrix_flops_of_a_refresh(foreach):
-    """G Q once and Q^T Q' once (2 d^3 each), one pass for m, and two products with a vector that show Q' orthogonal (2 d^2 each);
-    QR and the eigenvalues are no matrix products here."""
+    """G Q once and Q^T Q' once (2 d^3 each), one pass for m, and two products with a vector that show Q' orthogonal (2 d^2
+    each); QR and the eigenvalues are no matrix products here."""
     shapes = [(32, 24), (24, 16), (24, 16)]
     run = steady_run(foreach, shapes, precondition_frequency=4, refresh="together")
     grads = random_gradients(shapes, 1)[0]

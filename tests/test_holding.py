@@ -1,4 +1,4 @@
-"""What holds an optimizer, or a parameter of one: graphs of autograd, modes, trainers, models that are built or changed late."""
+"""What holds an optimizer, or a parameter of one: autograd's graphs, modes, trainers, models that are built or changed late."""
 
 import copy
 import gc
@@ -296,7 +296,7 @@ def test_groups_that_differ_in_lr_and_weight_decay_alone(flags):
 
 
 def test_optimizers_of_one_parameter_each_spread_their_refreshes():
-    """optimizer-in-backward: each has units of its own only. Over a transformer's blocks no phase has twice the mean's flops."""
+    """optimizer-in-backward: each has its own units only. Over a transformer's blocks no phase has twice the mean's flops."""
     shapes = [(96, 32), (32, 32), (64, 32), (32, 64)] * 12
     frequency, load = 10, [0.0] * 10
     for i, shape in enumerate(shapes):
@@ -364,7 +364,7 @@ def test_counts_stay_when_a_state_is_loaded():
 
 
 def test_what_the_host_reads_comes_back_from_a_device():
-    """Lightning moves all of a resumed state but `step` to the model's device. Another device here: the host's own, as float64."""
+    """Lightning moves all of a resumed state but `step` to the model's device."""
     run = SoapRun(random_params([(4, 3)]))
     gradients = random_gradients([(4, 3)], 4)
     for grads in gradients[:3]:
