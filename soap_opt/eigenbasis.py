@@ -190,7 +190,9 @@ def refresh_basis(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> Refres
     order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
     columns = order.unsqueeze(-2).expand_as(product)
     new_basis = torch.linalg.qr(product.gather(-1, columns)).Q.contiguous()  # LAPACK's result is column-major
-    return Refresh(order, new_basis, basis.mT @ new_basis)
+    rotation = basis.mT @ new_basis
+    flush_subnormals_((new_basis, rotation))  # what mixes a block that decays with one that does not decays too
+    return Refresh(order, new_basis, rotation)
 
 
 def is_orthogonal(basis: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,12 @@ from .checkpoint import expected_state, restore_state, state_dtype
 from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
 from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
 from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, steps_on_device
-from .launch import MAX_NUMEL
 from .options import (
     ADDED_DEFAULTS,
     LAYOUT_OPTIONS,
     REFUSED,
     check_options,
-    engine_kind,
     shampoo_beta,
-    step_kind,
     step_options,
 )
 from .overlap import Overlap
@@ -36,21 +33,7 @@ from .parameters import LARGE_MODE, LONG_FIRST_STEP, check_params, describe_plac
 from .plan import Layout, layout_of, memory_order, outside_modes
 from .refresh import complete_offsets, unit_flops
 from .skipped import Skipped, Skips, users_stacklevel
-
-
-class _Work(NamedTuple):
-    """A group's parameters that have a gradient. Parallel lists: an object for each parameter would keep Python's garbage
-    collector busy for a third of a step of 2,000 small ones."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    tensors: list[Tensor]  # what is updated: the parameters, or what stands for them in a compiled graph
-    grads: list[Tensor]
-    states: list[dict[str, Tensor] | None]
-    layouts: list[Layout]
-
-    def where(self, wanted: list[bool]) -> _Work:
-        return _Work(self.group, *(list(compress(column, wanted)) for column in self[1:]))
+from .work import Work, check_capture, keep_on_host, together
 
 
 class SOAP(Optimizer):
@@ -294,7 +277,7 @@ class SOAP(Optimizer):
         self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         # Every check comes before the first change.
-        self._keep_on_host()
+        keep_on_host(self.state.values())
         work = [self._with_grad(group, given) for group in self.param_groups]
         device_types = {param.device.type for w in work for param in w.params}
         if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in {type(p) for w in work for p in w.params}):
@@ -306,7 +289,7 @@ class SOAP(Optimizer):
             if not (state and state["initialized"])
         ]
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._check_capture(work, pending)
+            check_capture(work, [param for _, param, _ in pending], self._describe)
         # Where the kernels look at found_inf, the host need not wait
         if found_inf is not None and (pending or not all(steps_on_device(w.group, p) for w in work for p in w.params)):
             if float(found_inf) != 0:
@@ -323,7 +306,7 @@ class SOAP(Optimizer):
                 self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
                 waiting = {param for _, param, _ in pending}
                 work = [w.where([p not in waiting for p in w.params]) for w in work]
-            for works, scale in _together([(w, scale) for w, scale in zip(work, scales) if w.params]):
+            for works, scale in together([(w, scale) for w, scale in zip(work, scales) if w.params]):
                 self._steady_step(works, scale, found_inf, clip=scale is grad_scale)
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
@@ -353,33 +336,6 @@ class SOAP(Optimizer):
     def _params_and_exp_avgs(self) -> tuple[list[Tensor], list[Tensor | None]]:
         params = compiled.all_params(self)
         return params, [self.state[p].get("exp_avg") if p in self.state else None for p in params]
-
-    def _check_capture(self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor, Tensor]]) -> None:
-        """Raise unless the step can be recorded into a CUDA graph."""
-        for why in self._reasons_against_capture(work, pending):
-            raise RuntimeError(f"a step of SOAP cannot be recorded into a CUDA graph: {why}")
-
-    def _reasons_against_capture(
-        self, work: list[_Work], pending: list[tuple[dict[str, Any], Tensor, Tensor]]
-    ) -> Iterator[str]:
-        if pending:
-            yield f"{self._describe(pending[0][1])} is not initialised: step it before, outside of the capture"
-        missing = refresh_basis.unavailable("cuda")
-        if missing is not None:
-            yield missing
-        device = torch.device("cuda", torch.cuda.current_device())
-        for w in work:
-            if not w.group["capturable"]:
-                yield "capturable=False"
-            for param in w.params:
-                if not steps_on_device(w.group, param):
-                    yield f"{self._describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
-                elif param.numel() > MAX_NUMEL:
-                    yield f"{self._describe(param)} has more than {MAX_NUMEL:,} elements"
-                elif self.state[param]["step"].device != param.device:  # fused or capturable were set when there was a state
-                    yield f"the step of {self._describe(param)} is on {self.state[param]['step'].device}: load a state_dict"
-                elif param.device != device:
-                    yield f"{self._describe(param)} is on {param.device}, and the graph on {device}"
 
     def wait_for_refresh(self) -> None:
         """Let the current stream of every device wait for refreshes that still run behind the last step (overlap_refresh).
@@ -505,7 +461,7 @@ class SOAP(Optimizer):
             before += len(group["params"])
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> _Work:
+    def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> Work:
         """The group's parameters that have a gradient, after every check that could fail. given: as for :meth:`_step`."""
         check_options(group)
         # One tuple for all that are equal, so that identity tells them apart: this loop is a good part of a step of thousands
@@ -539,7 +495,7 @@ class SOAP(Optimizer):
             tensors.append(tensor)
             grads.append(grad)
             states.append(known_state(param))
-        work = _Work(group, params, tensors, grads, states, layouts)
+        work = Work(group, params, tensors, grads, states, layouts)
         for device_type in {param.device.type for param in work.params} if group["fused"] else ():
             _require_fused(group, device_type)
         return work
@@ -653,17 +609,7 @@ class SOAP(Optimizer):
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
 
-    def _keep_on_host(self) -> None:
-        """What the host reads at every step back to the CPU, where a trainer moved all of the state to its device (Lightning
-        does after a resume): each read would wait for the device."""
-        for state in self.state.values():
-            if "initialized" in state and state["initialized"].device.type == "cpu":
-                return  # it was moved with all others, or not
-            for key in state:
-                if key == "initialized" or key.startswith("refresh_offset_"):
-                    state[key] = state[key].cpu()
-
-    def _explain(self, works: list[_Work], error: RuntimeError) -> None:
+    def _explain(self, works: list[Work], error: RuntimeError) -> None:
         """Raise with the parameter's name, the cause and what to do where the state does not fit a parameter."""
         for work in works:
             for param, state, layout in zip(work.params, work.states, work.layouts):
@@ -678,7 +624,7 @@ class SOAP(Optimizer):
                         "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
                     ) from error
 
-    def _step_dataless(self, work: _Work) -> _Work:
+    def _step_dataless(self, work: Work) -> Work:
         """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
         dataless = [is_dataless(param) for param in work.params]
         for param, layout in compress(zip(work.params, work.layouts), dataless):
@@ -695,8 +641,9 @@ class SOAP(Optimizer):
                 state.update({key: param.new_zeros(d, d, dtype=state_dtype(param)) for key, d in zip(keys, layout.sizes)})
         return work.where([not without for without in dataless])
 
-    def _steady_step(self, works: list[_Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
-        """One steady step of groups that one call may serve (:func:`_together`). clip: grad_scale does not clip already."""
+    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
+        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clip: grad_scale does not clip
+        already."""
         states = [state for work in works for state in work.states]
         layouts = [layout for work in works for layout in work.layouts]
         lists = (
@@ -719,42 +666,21 @@ class SOAP(Optimizer):
             "scratch_limit": group["scratch_limit"],
         }
         options = [step_options(work.group, clip) for work in works]
-        if len(works) == 1:
-            flags = {"foreach": group["foreach"], "fused": group["fused"]}
-            try:
+        try:
+            if len(works) > 1 and runs_triton(lists[2][0]):
+                counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
+                skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
+            else:
+                if len(works) > 1:
+                    for name in ("lr", "weight_decay"):
+                        options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
+                flags = {"foreach": group["foreach"], "fused": group["fused"]}
                 skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
-            except RuntimeError as error:
-                self._explain(works, error)
-                raise
-        elif not runs_triton(lists[2][0]):
-            for name in ("lr", "weight_decay"):
-                options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
-            skipped = soap(*lists, fused=True, grad_scale=grad_scale, **options[0], **how)
-        else:
-            counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
-            skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
+        except RuntimeError as error:
+            self._explain(works, error)
+            raise
         if any(skipped):
             self._skips.add([param for work in works for param in work.params], skipped)
-
-
-def _together(work: list[tuple[_Work, Tensor | None]]) -> list[tuple[list[_Work], Tensor | None]]:
-    """Groups, each with its scale, put together where the package's own kernels make one step of them: the number of launches,
-    or of calls (of which a group for each parameter would make thousands), is then that of one group."""
-    if len(work) < 2:
-        return [([w], scale) for w, scale in work]
-    calls: dict[Any, tuple[list[_Work], Tensor | None]] = {}
-    for w, scale in work:
-        group, exp_avgs = w.group, [state["exp_avg"] for state in w.states]
-        devices = {exp_avg.device for exp_avg in exp_avgs}
-        key: Any = id(w)
-        if len(devices) == 1 and use_fused(exp_avgs[:1], group["foreach"], group["fused"]):
-            (device,) = devices
-            if all(map(runs_triton, exp_avgs)):
-                key = (device, id(scale), step_kind(group))
-            elif device.type == "cpu" and group["max_grad_norm"] is None:
-                key = (device, id(scale), engine_kind(group))
-        calls.setdefault(key, ([], scale))[0].append(w)
-    return list(calls.values())
 
 
 def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
