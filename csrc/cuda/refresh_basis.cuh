@@ -90,20 +90,8 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     }
     __syncwarp();
     float v[D];
-    float below = 0, alpha = rows[k * D + k];
-#pragma unroll
-    for (int i = 0; i < D; ++i) {
-      v[i] = i < k ? 0 : rows[k * D + i];
-      below += i > k ? v[i] * v[i] : 0;
-    }
-    if (below + alpha * alpha < kTinySquare) { // the same for every lane
-      float most = fabsf(alpha);
-#pragma unroll
-      for (int i = 0; i < D; ++i) most = fmaxf(most, fabsf(v[i]));
-      const TinyScale scaled(most);
-      __syncwarp(); // every lane has read the column
-      if (lane < D) rows[k * D + lane] = scaled(rows[k * D + lane]);
-      __syncwarp();
+    float below, alpha;
+    for (bool scaled = false;; scaled = true) {
       alpha = rows[k * D + k];
       below = 0;
 #pragma unroll
@@ -111,6 +99,11 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
         v[i] = i < k ? 0 : rows[k * D + i];
         below += i > k ? v[i] * v[i] : 0;
       }
+      if (scaled || !(below + alpha * alpha < kTinySquare)) break; // the same for every lane
+      const TinyScale scale_up(warp_max(lane >= k && lane < D ? fabsf(rows[k * D + lane]) : 0));
+      __syncwarp(); // every lane has read the column
+      if (lane < D) rows[k * D + lane] = scale_up(rows[k * D + lane]);
+      __syncwarp();
     }
     const Reflector reflector = make_reflector(alpha, below);
     float dot = 0;
@@ -154,17 +147,24 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
   }
   __syncwarp();
-  float y = 0, back = 0, length = 0;
-  for (int j = 0; j < D && lane < D; ++j) {
-    const int column = (j + lane) % D;
-    y += column < d ? rows[lane * D + column] * probe(column) : 0;
+  if (mine) {
+    float y = 0;
+#pragma unroll 1
+    for (int j = 0; j < d; ++j) {
+      const int column = j + lane < d ? j + lane : j + lane - d;
+      y += rows[lane * D + column] * probe(column);
+    }
+    estimates[lane] = y;
   }
-  if (lane < D) estimates[lane] = mine ? y : 0;
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < D; ++i) {
-    back += x[i] * estimates[i];
-    length += x[i] * x[i];
+  float back = 0, length = 0;
+  if (mine) {
+#pragma unroll 1
+    for (int i = 0; i < d; ++i) {
+      const float entry = rows[i * D + lane];
+      back += entry * estimates[i];
+      length += entry * entry;
+    }
   }
   const float bound = orthogonality_bound(d);
   const bool good = !mine || (fabsf(length - 1) <= bound && fabsf(back - probe(lane)) <= bound); // false for NaN
@@ -174,7 +174,10 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     return;
   }
 
-  // Q^T Q'. The old Q is read again: 32 registers less since then
+  // Q^T Q'. The old Q is read again, and the new one: 64 registers less since then. (No barrier before `rows` is written again:
+  // every lane's sums, which are all that it read of it, went into the maximum.)
+#pragma unroll
+  for (int i = 0; i < D; ++i) x[i] = lane < D ? rows[i * D + lane] : 0;
   fetch(matrix.basis);
   __syncwarp();
 #pragma unroll 2
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(kWarpThreads, 4)
   DYNAMIC_SHARED(float, shared);
   const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
   if (position >= count) return;
-  const Matrix matrix = table.rows[position];
+  const Matrix& matrix = table.rows[position]; // (a copy would cost ten registers)
   int32_t* outcome = outcomes + matrix.index;
   float* rows = shared + warp * kWarpShared;
   if (due != nullptr && !due[matrix.index]) {
