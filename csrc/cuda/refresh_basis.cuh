@@ -99,9 +99,9 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
         v[i] = i < k ? 0 : rows[k * D + i];
         below += i > k ? v[i] * v[i] : 0;
       }
-      if (scaled || !(below + alpha * alpha < kTinySquare)) break; // the same for every lane
+      // The same for every lane; and when a lane has its maximum, all have read the column
+      if (scaled || !(below + alpha * alpha < kTinySquare)) break;
       const TinyScale scale_up(warp_max(lane >= k && lane < D ? fabsf(rows[k * D + lane]) : 0));
-      __syncwarp(); // every lane has read the column
       if (lane < D) rows[k * D + lane] = scale_up(rows[k * D + lane]);
       __syncwarp();
     }
