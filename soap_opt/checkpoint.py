@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .eigenbasis import full_precision_matmul, project
 from .fused_cuda import steps_on_device
-from .plan import Layout, layout_of, memory_order
+from .plan import Layout, layout_of, memory_order, outside_modes
 
 if TYPE_CHECKING:
     from .soap import SOAP
@@ -26,14 +26,16 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Keys, shapes and dtypes of what a step reads and writes on the parameter's device."""
-    dtype = state_dtype(param)
+def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, ...], torch.dtype, torch.device | None]]:
+    """Keys, shapes, dtypes and devices (None: any) of what a step reads and writes."""
+    dtype, device = state_dtype(param), param.device
     matrices = zip(layout.gram_keys, layout.basis_keys, layout.sizes)
     return [
-        ("exp_avg", tuple(param.shape), dtype),
-        ("exp_avg_sq", tuple(param.shape), dtype),
-        *((key, (d, d), dtype) for gram, basis, d in matrices for key in (gram, basis)),
+        ("exp_avg", tuple(param.shape), dtype, device),
+        ("exp_avg_sq", tuple(param.shape), dtype, device),
+        *((key, (d, d), dtype, device) for gram, basis, d in matrices for key in (gram, basis)),
+        ("step", (), torch.float32, None),
+        *((key, (), torch.int64, None) for key in layout.offset_keys),
     ]
 
 
@@ -51,6 +53,12 @@ def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any]
     saved_groups = state_dict["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
         return None
+    if state_dict["state"] and not any("precondition_frequency" in group for group in saved_groups):
+        known = ", ".join(str(name) for name in saved_groups[0] if name != "params") if saved_groups else "nothing"
+        raise ValueError(
+            f"the state_dict was written by another optimizer: its param groups have {known}. To go over to SOAP in a run, "
+            "load the model alone and give SOAP no state: its first gradient makes the bases"
+        )
     state = dict(state_dict["state"])
     restored: dict[Any, Any] = {}
     for group, saved_group in zip(optimizer.param_groups, saved_groups):
@@ -73,7 +81,7 @@ def _restore_param(
     param: Tensor, raw: dict[str, Any], options: dict[str, Any], describe: Callable[[Tensor], str]
 ) -> dict[str, Any]:
     layout = _layout_for(param, options)
-    shapes = {key: shape for key, shape, _ in expected_state(param, layout)}
+    shapes = {key: shape for key, shape, _, device in expected_state(param, layout) if device is not None}
     if all(key in raw for key in _ORIGINAL_KEYS):
         raise ValueError(
             f"the state of {describe(param)} was written by the original SOAP: use soap_opt.load_original_state_dict"
@@ -107,20 +115,8 @@ def _restore_param(
                 value = like.copy_(value)
             elif like is None:
                 value = value.contiguous()
-        elif key == "step":
-            on_device = options.get("capturable") or options.get("fused") or steps_on_device(options, param)
-            device = param.device if on_device else "cpu"
-            value = torch.as_tensor(value).to(dtype=torch.float32, device=device)
-        elif key == "initialized":
-            value = torch.as_tensor(value).to(dtype=torch.bool, device="cpu")
-        elif str(key).startswith("refresh_offset_"):
-            value = torch.as_tensor(value).to(dtype=torch.int64, device="cpu")
-        if key in ("step", "initialized") or str(key).startswith("refresh_offset_"):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"the state of {describe(param)}: {key} has shape {tuple(value.shape)}, but one number is expected"
-                )
-            value = value.reshape(())
+        elif key in ("step", "initialized") or str(key).startswith("refresh_offset_"):
+            value = _number(param, key, value, options, describe)
         result[key] = value
     if "initialized" not in result:
         # a basis of zeros is what a parameter holds whose first gradient has not come yet
@@ -128,6 +124,22 @@ def _restore_param(
         started = bool(result["step"] > 0) or any(bool(basis.any()) for basis in bases)
         result["initialized"] = torch.tensor(started, device="cpu")
     return result
+
+
+@outside_modes()
+def _number(param: Tensor, key: str, value: Any, options: dict[str, Any], describe: Callable[[Tensor], str]) -> Tensor:
+    """A count or a flag of a loaded state as a fresh run would hold it: a 0-d tensor with its value, under any mode."""
+    dtype, device = torch.int64, torch.device("cpu")
+    if key == "step":
+        dtype = torch.float32
+        if options.get("capturable") or options.get("fused") or steps_on_device(options, param):
+            device = param.device
+    elif key == "initialized":
+        dtype = torch.bool
+    value = torch.as_tensor(value).to(dtype=dtype, device=device)
+    if value.numel() != 1:
+        raise ValueError(f"the state of {describe(param)}: {key} has shape {tuple(value.shape)}, but one number is expected")
+    return value.reshape(())
 
 
 def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_avg_space: str = "eigenbasis") -> None:

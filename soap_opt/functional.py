@@ -7,6 +7,7 @@ the same state, and is tested against it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,6 @@ from .skipped import Skipped
 
 # _multi_tensor_soap makes zeros of subnormal numbers at every 16th t: until then few steps meet them, and they are never held.
 FLUSH_PERIOD = 16
-
-# With an eps from here on U' is finite whatever m and v are, and so is a parameter that is not float16.
-SAFE_EPS = 1e-18
 
 
 def soap(
@@ -89,7 +87,7 @@ def soap(
         layouts: how each parameter's modes lie.
         foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
-        lr, weight_decay: on the fused CPU path also a list with one for each parameter.
+        lr, weight_decay: also a list with one for each parameter, but on the fused CUDA and the single-tensor path.
         max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
         found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
             elsewhere the caller looks).
@@ -121,7 +119,7 @@ def soap(
         return _fused_soap(params, grads, *state, grad_scale, lr=lr, max_grad_norm=max_grad_norm, triton=extras, **options)
     function = _multi_tensor_soap if foreach is None or foreach else _single_tensor_soap
     with same_for_all_threads():
-        return function(params, grads, *state, grad_scale, lr=float(lr), **options)
+        return function(params, grads, *state, grad_scale, lr=lr if isinstance(lr, list) else float(lr), **options)
 
 
 def runs_triton(exp_avg: Tensor) -> bool:
@@ -328,12 +326,12 @@ def _multi_tensor_soap(
     layouts: list[Layout],
     grad_scale: Tensor | None,
     *,
-    lr: float,
+    lr: float | list[float],
     beta1: float,
     beta2: float,
     shampoo_beta: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | list[float],
     precondition_frequency: int,
     normalize_grads: bool,
     correct_bias: bool,
@@ -345,6 +343,9 @@ def _multi_tensor_soap(
     batched products for small tensors of one layout, batched QR for small bases. Arguments and result as in :func:`soap`.
     """
     skipped = Skipped([], [])
+    lr_of, decay_of = (
+        value.__getitem__ if isinstance(value, list) else lambda i, value=value: value for value in (lr, weight_decay)
+    )
     gram, basis, offsets = (by_parameter(column, layouts) for column in (grams, bases, refresh_offsets))
     for bucket in buckets(exp_avgs, layouts):
         dtype = exp_avgs[bucket[0]].dtype
@@ -378,7 +379,7 @@ def _multi_tensor_soap(
         denominators = torch._foreach_sqrt(v)
         torch._foreach_add_(denominators, eps)
         updates = list(torch._foreach_div(m, denominators))
-        if eps < SAFE_EPS:
+        if eps < torch.finfo(dtype).tiny:  # 0, or 0 in this dtype
             for u, denominator in zip(updates, denominators):
                 u.masked_fill_(denominator == 0, 0)
         del denominators
@@ -394,18 +395,19 @@ def _multi_tensor_soap(
 
         # 4 apply
         ps = [params[i] for i in bucket]
-        moved = [p.resolve_neg().to(dtype, copy=eps < SAFE_EPS) for p in ps]  # (_foreach takes no negative views)
-        sizes = [-step_size(lr, t[i], beta1, beta2, correct_bias) for i in bucket]
-        if len(set(sizes)) == 1:
-            torch._foreach_add_(moved, list(update.values()), alpha=sizes[0])
-        else:  # some parameter missed a gradient
-            torch._foreach_add_(moved, torch._foreach_mul(list(update.values()), sizes))
+        sizes = [-step_size(lr_of(i), t[i], beta1, beta2, correct_bias) for i in bucket]
+        keeps = [1 - lr_of(i) * decay_of(i) for i in bucket]
+        careful = may_overflow(sizes, keeps, eps, dtype)
+        moved = [p.resolve_neg().to(dtype, copy=careful) for p in ps]  # (_foreach takes no negative views)
+        for size, of in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
+            torch._foreach_add_([moved[k] for k in of], [update[bucket[k]] for k in of], alpha=size)
         del update
-        if weight_decay != 0:
-            torch._foreach_mul_(moved, 1 - lr * weight_decay)
+        for keep, of in _alike(keeps).items():
+            if keep != 1:
+                torch._foreach_mul_([moved[k] for k in of], keep)
         low = []
         for p, q in zip(ps, moved):
-            if p.dtype == torch.float16 or eps < SAFE_EPS or p.is_neg():
+            if careful or p.dtype == torch.float16 or p.is_neg():
                 copy_finite_(p, q)
             elif p is not q:
                 low.append((p, q))
@@ -438,10 +440,26 @@ def _multi_tensor_soap(
     return skipped
 
 
+def may_overflow(step_sizes: Sequence[float], keeps: Sequence[float], eps: float, dtype: torch.dtype) -> bool:
+    """Whether step 4 could leave the state's dtype: not where every keep is at most 1, and ||step_size U||, at most step_size
+    ||m|| / eps with ||m|| at most that of the largest usable gradient, is lost in the rounding of the largest number."""
+    largest = largest_squared_norm(dtype) ** 0.5
+    limit = torch.finfo(dtype).max * torch.finfo(dtype).eps / 8
+    return max(map(abs, keeps)) > 1 or not max(map(abs, step_sizes)) * largest < limit * eps
+
+
 def copy_finite_(param: Tensor, moved: Tensor) -> None:
     """param <- moved, rounded once; entries that param's type cannot hold stay. (A float16 overflows at 65504.)"""
     rounded = moved.to(param.dtype)
     param.copy_(torch.where(rounded.isfinite(), rounded, param))
+
+
+def _alike(values: list[float]) -> dict[float, list[int]]:
+    """Places of each value."""
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(place)
+    return places
 
 
 def _stack(tensors: dict[int, Tensor] | list[Tensor], batch: list[int]) -> Tensor:
@@ -516,7 +534,12 @@ def _fused_soap(
     only it takes). Arguments and result as in :func:`soap`."""
     skipped = Skipped([], [])
     ends = list(itertools.accumulate(len(layout.modes) for layout in layouts))
-    for (device, dtype), indices in alike(exp_avgs).items():
+    kinds = alike(exp_avgs)
+    if len(kinds) > 1:  # (one call looks at everything before it writes)
+        for param, exp_avg in zip(params, exp_avgs):
+            if state_dtype(param) != exp_avg.dtype:
+                raise RuntimeError(f"a parameter is {param.dtype}, its state {exp_avg.dtype}")
+    for (device, dtype), indices in kinds.items():
 
         def of(column: list, indices: list[int] = indices) -> list:
             return column if len(indices) == len(column) else [column[i] for i in indices]
@@ -534,8 +557,8 @@ def _fused_soap(
         elif device.type == "cuda":
             left = _multi_tensor_soap(*lists, of(layouts), grad_scale, lr=float(lr), weight_decay=weight_decay, **options)
         else:
-            kinds = tuple(of(layouts))
-            tables = (layout_table(kinds), scratch(kinds, dtype))
+            of_kind = tuple(of(layouts))
+            tables = (layout_table(of_kind), scratch(of_kind, dtype))
             sizes = {
                 name: of(value) if isinstance(value, list) else [float(value)]
                 for name, value in (("lr", lr), ("weight_decay", weight_decay))

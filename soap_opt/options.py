@@ -37,6 +37,9 @@ ADDED_DEFAULTS: dict[str, Any] = {
 }
 
 
+LARGEST_LR = 3.4e38  # what float32 holds
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Check the options of a param group, in torch's wording; raises ValueError (RuntimeError for foreach with fused)."""
     lr, betas = options["lr"], options["betas"]
@@ -44,7 +47,7 @@ def check_options(options: dict[str, Any]) -> None:
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
-    if not 0.0 <= lr:
+    if not 0.0 <= lr <= LARGEST_LR:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= options["eps"]:
         raise ValueError(f"Invalid epsilon value: {options['eps']}")
@@ -97,12 +100,12 @@ def step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
     }
 
 
-def engine_kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What groups must agree in to be stepped together by the C++ engine: all that a step wants to know but lr and
-    weight_decay, which every parameter may have of its own."""
+def list_kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What groups must agree in to be stepped together by the C++ engine or the multi-tensor path: all that a step wants to
+    know but lr and weight_decay, which every parameter may have of its own."""
     names = (
-        "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize fused".split()
-    )
+        "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize foreach fused"
+    ).split()
     return (*group["betas"], *(group[name] for name in names))
 
 

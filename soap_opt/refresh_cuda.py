@@ -481,7 +481,8 @@ def refresh_due_through_torch(
     done, failed = _refresh_units(due, grams, bases, policy, tolerance)
     for i in failed:
         # (a stepped parameter's alone: a step that was skipped was not due)
-        followed(exp_avgs[i]).failed.append((usable[i] != 0).to(torch.int32))
+        failures = followed(exp_avgs[i]).failed
+        failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
     for i, refreshed in done.items():
         for k, new in refreshed.items():
             counts, size = usable[i] != 0, bases[i][k].shape[0]

@@ -53,8 +53,12 @@ class Skips:
             return
         news, self._news = self._news, ([], [])
         for params, text in zip(news, TEXTS):
-            for param in params:
-                warnings.warn(text.format(describe(param)), stacklevel=users_stacklevel())
+            if len(params) > 3:  # one warning: a step that overflowed whole would make thousands
+                names = [f"{describe(params[0])} and of {len(params) - 1} more"]
+            else:
+                names = [describe(param) for param in params]
+            for name in names:
+                warnings.warn(text.format(name), stacklevel=users_stacklevel())
 
     def totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None]) -> Skipped:
         """For each parameter how many steps and how many refreshes, with those that were counted on the device. exp_avgs: the

@@ -191,6 +191,7 @@ class SOAP(Optimizer):
         self._skips = Skips()
         self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout, tuple[int, ...]]] = {}  # derived, see plan.py
         self._option_tuples: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._cubes = 0  # of the sizes of all Grams: what a first step takes goes with it
         super().__init__(params, defaults)
         self._support_amp_scaling()
 
@@ -202,30 +203,42 @@ class SOAP(Optimizer):
                 param_group["params"] = list(param_group["params"])
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else params
-            check_params(params, partial(describe_place, params, sum(len(g["params"]) for g in self.param_groups)))
+            describe = partial(describe_place, params, sum(len(g["params"]) for g in self.param_groups))
+            check_params(params, describe)
             for param in params:
                 tensor = param[1] if isinstance(param, tuple) else param
                 if isinstance(tensor, Tensor):
                     _require_fused({**self.defaults, **param_group}, tensor.device.type)
+            tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+            self._warn_of_first_step([param for param in tensors if isinstance(param, Tensor)], param_group, describe)
         super().add_param_group(param_group)
         self._traced_params = compiled.all_params(self)
-        self._warn_of_first_step(self.param_groups[-1])
 
-    def _warn_of_first_step(self, group: dict[str, Any]) -> None:
-        """Warn where a group's eigendecompositions will keep its first step for seconds."""
-        sizes = [(size, param) for param in group["params"] if not is_lazy(param) for size in self._layout(param, group).sizes]
-        seconds = first_step_seconds([size for size, param in sizes if param.device.type == "cpu"])
-        if seconds > LONG_FIRST_STEP:
+    def _warn_of_first_step(self, params: list[Tensor], options: dict[str, Any], describe: Callable[[int], str]) -> None:
+        """Warn where the eigendecompositions of these parameters, and of those before them, will keep a first step for seconds:
+        once, when they become so many. Comes before the parameters join, because a warning may be an exception."""
+        group = {**self.defaults, **options}
+        shaping = {name: group[name] for name in LAYOUT_OPTIONS}
+        sizes = [
+            (size, place)
+            for place, param in enumerate(params)
+            if not is_lazy(param)
+            for size in layout_of(tuple(param.shape), tuple(range(param.dim())), **shaping).sizes
+        ]
+        on_cpu = [size for size, place in sizes if params[place].device.type == "cpu"]
+        before, self._cubes = self._cubes, self._cubes + sum(size**3 for size in on_cpu)
+        seconds = first_step_seconds(self._cubes)
+        if seconds > LONG_FIRST_STEP and not first_step_seconds(before) > LONG_FIRST_STEP:
             time = f"about {seconds:.0f} s on this machine"
-        elif any(size > LARGE_MODE and param.device.type != "cpu" for size, param in sizes):
+        elif any(size > LARGE_MODE and params[place].device.type != "cpu" for size, place in sizes):
             time = "much time"
         else:
             return
-        size, param = max(sizes, key=lambda each: each[0])
-        bytes_of_state = sum(2 * each * each * state_dtype(owner).itemsize for each, owner in sizes)
+        size, place = max(sizes)
+        bytes_of_state = sum(2 * each * each * state_dtype(params[owner]).itemsize for each, owner in sizes)
         warnings.warn(
             f"SOAP's first step will take {time}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix "
-            f"for {self._describe(param)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below "
+            f"for {describe(place)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below "
             f"{size} leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
             stacklevel=users_stacklevel(),
         )
@@ -398,6 +411,7 @@ class SOAP(Optimizer):
             self._skips = Skips()
             self._skips.counts = tuple(map(dict, counts))
         self._support_amp_scaling()
+        self.__dict__.setdefault("_cubes", 0)
         self._layouts, self._option_tuples = {}, {}
         restored = self.__dict__.pop("_restored", None)
         if restored is not None:
@@ -566,6 +580,11 @@ class SOAP(Optimizer):
         zeros: set[Tensor] = set()
         kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor], list[Tensor]]] = {}
         for group, param, grad in pending:
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"the gradient of {self._describe(param)} is of shape {tuple(grad.shape)}: it was made before the "
+                    "parameter got its shape; zero_grad() and backward() make another"
+                )
             _, params, gradients = kinds.setdefault((id(group), state_dtype(param)), (group, [], []))
             params.append(param)
             gradients.append(grad)
@@ -609,20 +628,27 @@ class SOAP(Optimizer):
             if param not in zeros:
                 self.state[param]["initialized"].fill_(True)
 
-    def _explain(self, works: list[Work], error: RuntimeError) -> None:
-        """Raise with the parameter's name, the cause and what to do where the state does not fit a parameter."""
+    def _explain(self, works: list[Work], error: Exception) -> None:
+        """Raise with the parameter's name, the cause and what to do where gradient or state do not fit a parameter."""
+        remedy = (
+            "Where the model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
+            "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
+        )
         for work in works:
-            for param, state, layout in zip(work.params, work.states, work.layouts):
-                for key, shape, dtype in expected_state(param, layout):
-                    value = state[key]
-                    if tuple(value.shape) == shape and value.dtype == dtype and value.device == param.device:
-                        continue
-                    raise RuntimeError(
-                        f"SOAP cannot step {self._describe(param)}, {param.dtype} on {param.device}: its state {key} is "
-                        f"{tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, {dtype} is needed. Where the "
-                        "model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
-                        "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
-                    ) from error
+            for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
+                what = f"SOAP cannot step {self._describe(param)}, {param.dtype} on {param.device}: "
+                if grad.shape != param.shape:
+                    raise RuntimeError(f"{what}its gradient is of shape {tuple(grad.shape)}") from error
+                for key, shape, dtype, device in expected_state(param, layout):
+                    value = state.get(key)
+                    if value is None:
+                        raise RuntimeError(f"{what}its state lacks {key}. {remedy}") from error
+                    fits = tuple(value.shape) == shape and value.dtype == dtype and device in (None, value.device)
+                    if not fits:
+                        raise RuntimeError(
+                            f"{what}its state {key} is {tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, "
+                            f"{dtype} is needed. {remedy}"
+                        ) from error
 
     def _step_dataless(self, work: Work) -> Work:
         """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
@@ -641,12 +667,11 @@ class SOAP(Optimizer):
                 state.update({key: param.new_zeros(d, d, dtype=state_dtype(param)) for key, d in zip(keys, layout.sizes)})
         return work.where([not without for without in dataless])
 
-    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
-        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clip: grad_scale does not clip
-        already."""
+    def _lists(self, works: list[Work]) -> tuple[list[Any], ...]:
+        """What :func:`soap_opt.functional.soap` takes of them."""
         states = [state for work in works for state in work.states]
         layouts = [layout for work in works for layout in work.layouts]
-        lists = (
+        return (
             [tensor for work in works for tensor in work.tensors],
             [grad for work in works for grad in work.grads],
             [state["exp_avg"] for state in states],
@@ -657,6 +682,10 @@ class SOAP(Optimizer):
             [state["step"] for state in states],
             layouts,
         )
+
+    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
+        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clip: grad_scale does not clip
+        already."""
         group = works[0].group
         how = {
             "found_inf": found_inf,
@@ -667,7 +696,9 @@ class SOAP(Optimizer):
         }
         options = [step_options(work.group, clip) for work in works]
         try:
-            if len(works) > 1 and runs_triton(lists[2][0]):
+            lists = self._lists(works)
+            fused = use_fused(lists[2][:1], group["foreach"], group["fused"])
+            if len(works) > 1 and fused and runs_triton(lists[2][0]):
                 counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
                 skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
             else:
@@ -676,7 +707,7 @@ class SOAP(Optimizer):
                         options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
                 flags = {"foreach": group["foreach"], "fused": group["fused"]}
                 skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             self._explain(works, error)
             raise
         if any(skipped):

@@ -13,7 +13,7 @@ from . import refresh_basis
 from .functional import runs_triton, use_fused
 from .fused_cuda import steps_on_device
 from .launch import MAX_NUMEL
-from .options import engine_kind, step_kind
+from .options import list_kind, step_kind
 from .plan import Layout
 
 
@@ -33,8 +33,8 @@ class Work(NamedTuple):
 
 
 def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], Tensor | None]]:
-    """Groups, each with its scale, put together where the package's own kernels make one step of them: the number of launches,
-    or of calls (of which a group for each parameter would make thousands), is then that of one group."""
+    """Groups, each with its scale, put together where one call can step them: the number of launches, or of calls (of which a
+    group for each parameter would make thousands), is then that of one group."""
     if len(work) < 2:
         return [([w], scale) for w, scale in work]
     calls: dict[Any, tuple[list[Work], Tensor | None]] = {}
@@ -42,12 +42,13 @@ def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], T
         group, exp_avgs = w.group, [state["exp_avg"] for state in w.states]
         devices = {exp_avg.device for exp_avg in exp_avgs}
         key: Any = id(w)
-        if len(devices) == 1 and use_fused(exp_avgs[:1], group["foreach"], group["fused"]):
+        if len(devices) == 1:
             (device,) = devices
-            if all(map(runs_triton, exp_avgs)):
+            fused = use_fused(exp_avgs[:1], group["foreach"], group["fused"])
+            if fused and all(map(runs_triton, exp_avgs)):
                 key = (device, id(scale), step_kind(group))
-            elif device.type == "cpu" and group["max_grad_norm"] is None:
-                key = (device, id(scale), engine_kind(group))
+            elif group["max_grad_norm"] is None and (device.type == "cpu" if fused else group["foreach"] is not False):
+                key = (device, id(scale), list_kind(group))
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
 

@@ -309,6 +309,17 @@ def test_an_adam_checkpoint_is_refused_with_the_reason():
         run.optimizer.load_state_dict(adam.state_dict())
 
 
+def test_a_checkpoint_of_another_optimizer_over_vectors_alone_is_refused_too():
+    bias = nn.Parameter(torch.ones(3))
+    adam = torch.optim.Adam([bias], amsgrad=True)
+    bias.grad = torch.ones(3)
+    adam.step()
+    optimizer = SOAP([bias])
+    with pytest.raises(ValueError, match="written by another optimizer.*amsgrad.*load the model alone"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert "amsgrad" not in optimizer.param_groups[0]
+
+
 def test_a_checkpoint_from_before_initialized_and_offsets_were_kept():
     """Edited by hand or written elsewhere: what is missing is derived."""
     run = trained()

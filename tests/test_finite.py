@@ -126,7 +126,8 @@ def cases(steps):
         "precondition_frequency": st.sampled_from([1, 2, 10]),
         "betas": st.sampled_from([(0.95, 0.95), (0.9, 0.999), (0.0, 0.0), (0.99, 0.5)]),
         "eps": st.sampled_from([1e-8, 1e-15, 1e-30, 0.0]),
-        "weight_decay": st.sampled_from([0.0, 0.01]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 3.0]),
+        "lr": st.sampled_from([3e-3, 3e-3, 1.0]),
         "normalize_grads": st.booleans(),
         "precondition_1d": st.booleans(),
         "max_grad_norm": st.sampled_from([None, 1.0]),
@@ -271,7 +272,31 @@ def test_a_float16_parameter_does_not_overflow(flags):
         p.grad = torch.eye(2, dtype=torch.float16)
         optimizer.step()
         assert p.isfinite().all()
-    assert float(p[0, 0]) == -65504.0 and float(p[1, 1]) < 0
+    assert float(p.detach()[0, 0]) == -65504.0 and float(p.detach()[1, 1]) < 0
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 1.0, "weight_decay": 3.0},  # p grows by -2 a step
+        {"lr": 10.0, "weight_decay": 10.0},
+        {"lr": 1e36, "weight_decay": 0.0},
+        {"lr": 1e6, "weight_decay": 0.0, "betas": (0.999, 0.0)},
+        {"lr": 1e30, "weight_decay": 0.0, "eps": 1e-12, "normalize_grads": True},
+    ],
+    ids=str,
+)
+def test_steps_that_would_leave_the_numbers(flags, dtype, options):
+    """What a parameter's type could not hold stays; whatever lr and weight decay are."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.full((4, 3), torch.finfo(dtype).max * 0.9, dtype=dtype))
+    optimizer = SOAP([p], **options, **flags)
+    for step in range(200):
+        p.grad = torch.randn(4, 3, generator=generator).to(dtype) * (1e18 if step < 5 else 0 if step < 20 else 1)
+        optimizer.step()
+        assert all(value.isfinite().all() for value in (p, *optimizer.state[p].values())), step
 
 
 @every_implementation

@@ -184,6 +184,16 @@ def test_one_warning_for_each_parameter():
     assert optimizer.skipped_steps(per_parameter=True) == [4, 2]
 
 
+def test_a_step_that_overflows_whole_warns_once():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(20)]
+    optimizer = SOAP(params)
+    for p in params:
+        p.grad = torch.full((2,), float("nan"))
+    with pytest.warns(UserWarning, match=r"parameter 0 of shape \(2,\) and of 19 more is not finite") as caught:
+        optimizer.step()
+    assert len(caught) == 1 and optimizer.skipped_steps() == 20
+
+
 @every_implementation
 def test_a_gradient_that_overflows_float16_only(flags):
     """60,000 squared is inf in float16 but state is float32: only what the gradient itself cannot hold is bad."""

@@ -254,8 +254,15 @@ def test_a_warning_for_a_long_first_step():
         SOAP([("small", nn.Parameter(torch.zeros(2, 2))), ("wide", nn.Parameter(torch.zeros(9000, 2)))])
     with pytest.warns(UserWarning, match=r"of 2 Grams"):
         SOAP([nn.Parameter(torch.zeros(8192, 1)), nn.Parameter(torch.zeros(1, 8192))])
+    with pytest.warns(UserWarning, match="will take about") as caught:  # once, when the groups together take so long
+        SOAP([{"params": [nn.Parameter(torch.zeros(6000, 1))]} for _ in range(6)])
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        optimizer = SOAP([weight])
+        with pytest.raises(UserWarning, match="will take about"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(9000, 1))]})
+        assert len(optimizer.param_groups) == 1  # a warning may be an exception: nothing is half done
         SOAP([weight])
         SOAP([nn.Parameter(torch.zeros(1000, 2))])
         SOAP([nn.Parameter(torch.zeros(9000, 2))], max_precond_dim=4096)

@@ -84,7 +84,7 @@ __device__ inline float probe(int j) {
   return j % 2 == 0 ? entry : -entry;
 }
 
-__device__ inline float orthogonality_bound(int d) { return 64 * FLT_EPSILON * sqrtf(float(d)); }
+__device__ inline float orthogonality_bound(int d) { return 512 * FLT_EPSILON * sqrtf(float(d)); }
 
 __device__ inline bool is_kept(float off, float norm, float tolerance) {
   return tolerance >= 0 && (norm == 0 || sqrtf(off / norm) <= tolerance);

@@ -77,7 +77,7 @@ at::Tensor orthogonal(const at::Tensor& q) {
   const at::Tensor entries = 1 + (turned - at::floor(turned));
   const at::Tensor probe = at::where(at::remainder(place, 2) == 0, entries, -entries).unsqueeze(-1); // [d, 1]
   const double eps = q.scalar_type() == at::kFloat ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
-  const double bound = 64 * eps * std::sqrt(double(d));
+  const double bound = 512 * eps * std::sqrt(double(d));
   const at::Tensor off = (at::matmul(q.mT(), at::matmul(q, probe)) - probe).abs().amax({-2, -1});
   const at::Tensor length = (q.square().sum(-2) - 1).abs().amax(-1);
   return (off <= bound).logical_and(length <= bound); // false for NaN

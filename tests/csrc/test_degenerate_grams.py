@@ -155,7 +155,7 @@ def test_the_cuda_kernels_with_every_size(fibers, limit):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_what_is_orthogonal_enough(dtype):
     """One pair of columns that is not at right angles, one column that is too long, one NaN: each is seen, at any place."""
-    bound = 64 * torch.finfo(dtype).eps
+    bound = 512 * torch.finfo(dtype).eps
     for d in (2, 3, 32, 33, 200):
         q = orthogonal(d, dtype)
         assert eigenbasis.is_orthogonal(q)

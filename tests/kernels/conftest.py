@@ -13,9 +13,9 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 @pytest.fixture
 def fused_on_cpu(monkeypatch):
     """``fused=True`` on CPU tensors takes the Triton path."""
-    from soap_opt import _ext, functional, soap
+    from soap_opt import _ext, functional, soap, work
 
-    for module in (functional, soap):
+    for module in (functional, soap, work):
         monkeypatch.setattr(module, "runs_triton", lambda exp_avg: exp_avg.dtype == torch.float32)
     monkeypatch.setattr(
         functional, "all_on_cpu", lambda tensors: False
