@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from comparison import every_implementation, needs_engine
+from comparison import SoapRun, every_implementation, needs_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -315,6 +315,81 @@ def test_the_largest_gradients_that_count(flags):
             optimizer.step()
         assert optimizer.skipped_steps() == skipped
         assert all(value.isfinite().all() for value in (p, *optimizer.state[p].values()))
+
+
+# ---- lockstep on degenerate Grams -----------------------------------------------------------------------------------------
+
+
+def degenerate_gradients(kind, step, shape):
+    """Gradients of networks in which something is equal, dead, tiny or of low rank."""
+    generator = torch.Generator().manual_seed(step)
+    rows, columns = shape
+    x = torch.randn(shape, generator=generator)
+    if kind == "equal rows":
+        return x[:1].expand(shape).clone()
+    if kind == "rank 1":
+        u, v = (torch.randn(n, 1, generator=torch.Generator().manual_seed(n)) for n in shape)
+        return u @ v.mT * (1 + step % 3)
+    if kind == "dead rows and columns":
+        x[rows // 3 :] = 0
+        x[:, columns // 2 :] = 0
+    elif kind == "a tiny block":
+        x[rows // 2 :] *= 1e-21
+    elif kind == "one entry":
+        x = torch.zeros(shape)
+        x[1, 2] = 1.0 + step
+    elif kind == "zeros in turn":
+        x *= step % 2
+    elif kind == "integers":
+        x = (2 * x).round()
+    return x
+
+
+@pytest.mark.parametrize("flags", [{"foreach": True}, pytest.param({"fused": True}, marks=needs_engine)])
+@pytest.mark.parametrize(
+    "kind",
+    ["equal rows", "rank 1", "dead rows and columns", "a tiny block", "one entry", "zeros in turn", "integers"],
+)
+@pytest.mark.parametrize("shape", [(6, 5), (24, 40)], ids=str)
+def test_lockstep_where_the_gram_says_something(flags, kind, shape):
+    """From the same state the update agrees in the eigenvectors that the Grams determine; in the others G' is rounding, which
+    m / sqrt(v) makes as large as everything else. What is finite and orthogonal is so everywhere."""
+    options = {"precondition_frequency": 3, "weight_decay": 0.0, "refresh": "together"}
+    start = [torch.zeros(shape)]
+    reference, tested = SoapRun(start, foreach=False, **options), SoapRun(start, **flags, **options)
+    judged = 0
+    for step in range(24):
+        grad = degenerate_gradients(kind, step + 1, shape)
+        state = {key: value.clone() for key, value in reference.state_of(0).items()}
+        if state.get("initialized"):
+            tested.adopt(0, reference.params[0].detach(), state)
+        before = reference.params[0].detach().double()
+        reference.step([grad])
+        tested.step([grad])
+        own = tested.state_of(0)
+        assert all(value.isfinite().all() for value in (tested.params[0], *own.values()))
+        for key in ("basis_0", "basis_1"):
+            q = own[key].double()
+            assert (q.mT @ q - torch.eye(len(q))).norm() <= 16 * torch.finfo(torch.float32).eps * len(q) ** 0.5
+        for key in ("gram_0", "gram_1"):
+            assert (own[key] - reference.state_of(0)[key]).norm() <= 2e-6 * reference.state_of(0)[key].norm() + 1e-37
+        if not state.get("initialized"):
+            continue
+        moved = [run.params[0].detach().double() - before for run in (reference, tested)]
+        determined = []
+        for k in (0, 1):
+            q, gram = state[f"basis_{k}"].double(), state[f"gram_{k}"].double()
+            values = (q * (gram @ q)).sum(0)
+            determined.append(q[:, values > 100 * len(q) * torch.finfo(torch.float32).eps * values.max()])
+        turned = [determined[0].mT @ u @ determined[1] for u in moved]
+        # An entry of G' is rounded by max(4, sqrt(d)) eps ||G||: of those above 1e-3 ||G|| less than 1e-3 is rounding, and of
+        # what Adam makes of them twice as much. (Smaller ones may be rounding, though their eigenvectors are determined.)
+        g = determined[0].mT @ grad.double() @ determined[1]
+        sure = (g.abs() > 1e-3 * grad.norm()) if kind != "zeros in turn" else torch.ones_like(g, dtype=torch.bool)
+        scale = turned[0].norm() + 1e-12
+        assert ((turned[1] - turned[0]) * sure).norm() <= 2e-3 * scale, step
+        judged += int(sure.sum())
+    assert judged > 20 or kind == "one entry" and judged > 10
 
 
 # ---- the guard ------------------------------------------------------------------------------------------------------------

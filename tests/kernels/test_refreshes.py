@@ -253,3 +253,29 @@ def test_a_skipped_step_refreshes_nothing_of_its_parameter():
     run.step([torch.full((6, 5), torch.inf), gradients[3][1]])
     assert all(torch.equal(value, before[key]) for key, value in run.state_of(0).items())
     assert not torch.equal(run.state_of(1)["basis_0"], other)
+
+
+@needs_engine
+@pytest.mark.parametrize("overlap_refresh", [False, True])
+def test_a_refresh_that_fails_is_counted_on_the_device(overlap_refresh):
+    """Its basis, m and v stay, its neighbours go on; nobody waits to hear of it."""
+    shapes = [(6, 5), (4, 3)]
+    options = {**OPTIONS, "refresh": "together", "precondition_frequency": 3, "overlap_refresh": overlap_refresh}
+    run = SoapRun(random_params(shapes), fused=True, **options)
+    gradients = random_gradients(shapes, 8)
+    for grads in gradients[:3]:
+        run.step(grads)
+    run.state_of(0)["gram_0"][1, 1] = torch.inf
+    kept = {key: run.state_of(i)[key].clone() for i, key in ((0, "basis_0"),)}
+    others = [run.state_of(i)[key].clone() for i, key in ((0, "basis_1"), (1, "basis_0"))]
+    run.step(gradients[3])
+    assert run.optimizer.skipped_refreshes(per_parameter=True) == [1, 0]
+    assert torch.equal(run.state_of(0)["basis_0"], kept["basis_0"])
+    for old, (i, key) in zip(others, ((0, "basis_1"), (1, "basis_0"))):
+        assert not torch.equal(run.state_of(i)[key], old)
+    assert all(run.state_of(0)[key].isfinite().all() for key in ("exp_avg", "exp_avg_sq"))
+    copied = copy.deepcopy(run.optimizer)
+    for grads in gradients[4:7]:
+        run.step(grads)
+    assert run.optimizer.skipped_refreshes() == 2 and copied.skipped_refreshes() == 1
+    assert run.optimizer.skipped_steps() == 0

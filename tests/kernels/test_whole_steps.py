@@ -448,3 +448,23 @@ def test_counts_of_skipped_gradients_survive_a_copy():
     run.step([torch.full((6, 5), torch.nan)])
     copied = copy.deepcopy(run.optimizer)
     assert run.optimizer.skipped_steps() == copied.skipped_steps() == 1
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))  # the device counts for a state
+    assert run.optimizer.skipped_steps() == 1
+    run.step([torch.full((6, 5), torch.nan)])
+    run.optimizer.load_state_dict(run.optimizer.state_dict())  # the same tensors
+    assert run.optimizer.skipped_steps() == 2
+
+
+def test_versions_rise():
+    """The kernels write below autograd."""
+    run = SoapRun(random_params([(6, 5), (3,)]), fused=True, **OPTIONS)
+    gradients = random_gradients([(6, 5), (3,)], 4)
+    for grads in gradients[:3]:
+        run.step(grads)
+    loss = sum((p * p).sum() for p in run.params)
+    known = {key: value._version for key, value in run.state_of(0).items()}
+    run.step(gradients[3])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    for key in ("exp_avg", "exp_avg_sq", "step", "gram_0", "gram_1"):
+        assert run.state_of(0)[key]._version > known[key], key
