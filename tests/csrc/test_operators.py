@@ -612,6 +612,7 @@ def differences(refresh):
     return found
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     """In a process of its own: LAPACK's results follow the history of its threads, which here is that of every test before."""
     code = f"import test_operators as t; print([t.differences(refresh) for refresh in {POLICIES!r}])"
