@@ -87,12 +87,6 @@ def _restore_param(
             f"the state of {describe(param)} was written by the original SOAP: use soap_opt.load_original_state_dict"
         )
     missing = [key for key in ("step", *shapes) if key not in raw]
-    if missing and not any(str(key).startswith(("gram_", "basis_", "refresh_offset_")) for key in raw):
-        raise ValueError(
-            f"the state of {describe(param)} was written by another optimizer: it has {', '.join(map(str, raw))}, and no Gram "
-            "or basis. To go over to SOAP in a run, load the model alone and give SOAP no state: its first gradient makes the "
-            "bases"
-        )
     if missing:
         raise ValueError(f"the state of {describe(param)} lacks {', '.join(missing)}; it has {', '.join(map(str, raw))}")
     unknown = [key for key in raw if str(key).startswith(("gram_", "basis_")) and key not in shapes]
