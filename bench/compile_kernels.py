@@ -38,7 +38,7 @@ LIMITS = {"sm_80": (255, 163 << 10), "sm_90": (255, 227 << 10), "sm_100": (255, 
 
 ARGUMENTS = {
     **{"tiles": "*i32", "problems": "*i64", "scalars": "*fp32", "partials": "*fp32", "counters": "*i32"},
-    **{"options": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "units": "*i64", "due": "*u8", "count": "i32"},
+    **{"group_options": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "units": "*i64", "due": "*u8", "count": "i32"},
 }
 
 

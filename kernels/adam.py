@@ -68,19 +68,19 @@ def finish_norm(row, c, squares, sums, first):
     Args:
         squares: [*, *] squares of this tile's raw gradients, float32.
         sums: (scalars, partials, counters).
-        first: (grad_scale, found_inf, options).
+        first: (grad_scale, found_inf, group_options).
         grad_scale: [1] float32 that the gradients are divided by.
         found_inf: [1] float32; where it is not 0 nothing is stepped, and no gradient counts as unusable.
-        options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program for each
+        group_options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program for each
             parameter costs nothing.)
     """
     scalars, partials, counters = sums
-    grad_scale, found_inf, options = first
+    grad_scale, found_inf, group_options = first
     slot = partials + tl.load(row + SLOT)
     count = size(row, COUNT, False)
     tl.store(slot + c, tl.sum(squares))
     if arrive(counters + tl.load(row + COUNTER), count):
-        group = options + tl.load(row + GROUP) * OPTIONS
+        group = group_options + tl.load(row + GROUP) * OPTIONS
         inverse = 1.0 / tl.load(grad_scale)
         found = tl.load(found_inf) != 0.0
         norm_squared = total(slot, count) * inverse * inverse
@@ -135,7 +135,7 @@ def clip(scalars, parameters, max_grad_norm):
 
 
 @triton.jit
-def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.constexpr):
+def adam_update(projected, offset, inside, row, scalars, group_options, ALIGNED: tl.constexpr):
     """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G; 0
     where that divides by 0.
 
@@ -144,10 +144,14 @@ def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.co
 
     Args:
         projected: [*, *] tile of the raw gradient in the eigenbasis; the scale and the sign are multiplied in here.
-        options: of the param groups.
+        group_options: of the param groups.
         offset, inside: [*, *] element of the parameter's memory, and whether there is one.
     """
-    rest1, beta2, rest2 = option(row, options, REST1), option(row, options, BETA2), option(row, options, REST2)
+    rest1, beta2, rest2 = (
+        option(row, group_options, REST1),
+        option(row, group_options, BETA2),
+        option(row, group_options, REST2),
+    )
     out = scalars + tl.load(row + INDEX) * SCALARS
     writable = only_if(inside, tl.load(out + USABLE))
     g = projected * tl.load(out + FACTOR)
@@ -159,7 +163,7 @@ def adam_update(projected, offset, inside, row, scalars, options, ALIGNED: tl.co
     v = without_subnormals(beta2 * v + rest2 * g * g)
     tl.store(m_pointer, m, mask=writable)
     tl.store(v_pointer, v, mask=writable)
-    denominator = tl.sqrt(v) + option(row, options, EPS)
+    denominator = tl.sqrt(v) + option(row, group_options, EPS)
     return tl.where(denominator > 0.0, m / denominator, 0.0)
 
 

@@ -152,7 +152,7 @@ def gram_tile(
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def gram_ema_kernel(
-    tiles, problems, scalars, partials, counters, options, GRAD: tl.constexpr, PRECISION: tl.constexpr
+    tiles, problems, scalars, partials, counters, group_options, GRAD: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
 
@@ -161,11 +161,11 @@ def gram_ema_kernel(
     """
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
-    rest = option(row, options, SHAMPOO_REST)
+    rest = option(row, group_options, SHAMPOO_REST)
     if kind == ADAM_GRAD:
-        adam_block(row, c, sums, options, GRAD, True)
+        adam_block(row, c, sums, group_options, GRAD, True)
     elif kind == ADAM_SCRATCH:
-        adam_block(row, c, sums, options, tl.float32, False)
+        adam_block(row, c, sums, group_options, tl.float32, False)
     elif kind == 0:
         gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
     elif kind == 1:
@@ -186,15 +186,15 @@ def gram_ema_kernel(
 
 @triton.jit
 def adam_block(
-    row, c, sums, options,
+    row, c, sums, group_options,
     X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, False)
     x = tl.load(pointer(row, X, X_DTYPE, False) + offset, mask=inside, other=0.0).to(tl.float32)
-    update = adam_update(x, offset, inside, row, sums[0], options, False)
-    if option(row, options, NORMALIZE) != 0:
+    update = adam_update(x, offset, inside, row, sums[0], group_options, False)
+    if option(row, group_options, NORMALIZE) != 0:
         tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
         finish_rms(row, c, update, inside, sums)
     elif WHOLE:

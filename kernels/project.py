@@ -119,7 +119,7 @@ def product_tile(
 
 @triton.jit
 def finished_tile(
-    row, r, c, sums, first, options,
+    row, r, c, sums, first, group_options,
     GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr, LONG: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -134,9 +134,9 @@ def finished_tile(
         if r == 0:  # every r reads all of the same columns
             finish_norm(row, c, squares, sums, first)
     if STAGE == ADAM:
-        update = adam_update(product, offset, inside, row, sums[0], options, ALIGNED)
+        update = adam_update(product, offset, inside, row, sums[0], group_options, ALIGNED)
         tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)
-        if option(row, options, NORMALIZE) != 0:
+        if option(row, group_options, NORMALIZE) != 0:
             across = (size(row, DEPTH, False) + WIDE - 1) // WIDE
             finish_rms(row, c * across + r, update, inside, sums)
     if STAGE == UPDATE:
@@ -145,7 +145,7 @@ def finished_tile(
 
 @triton.jit
 def ragged_products(
-    row, kind, r, c, sums, first, options,
+    row, kind, r, c, sums, first, group_options,
     GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,28 +154,28 @@ def ragged_products(
     A class is a branch, not a kernel of its own, because a launch costs more than the branch.
     """
     if kind == 0:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, False, False)  # fmt: skip
     elif kind == 1:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, False, True)  # fmt: skip
     elif kind == 2:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, True, False)  # fmt: skip
     elif kind == 3:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP_0, True, True)  # fmt: skip
     elif kind == 4:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_1, LONG_1, DEEP_1, False, False)  # fmt: skip
     elif kind == 6:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_1, LONG_1, DEEP_1, True, False)  # fmt: skip
     elif kind == 8:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_2, LONG_2, DEEP_2, False, False)  # fmt: skip
     elif kind == 10:
-        finished_tile(row, r, c, sums, first, options, GRAD, STAGE, BACK, PRECISION,
+        finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_2, LONG_2, DEEP_2, True, False)  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def kronecker_tile(row):
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def project_first_kernel(
-    tiles, problems, scalars, partials, counters, grad_scale, found_inf, options, GRAD: tl.constexpr, PRECISION: tl.constexpr
+    tiles, problems, scalars, partials, counters, grad_scale, found_inf, group_options, GRAD: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
 
@@ -211,7 +211,7 @@ def project_first_kernel(
     """
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
-    first = (grad_scale, found_inf, options)
+    first = (grad_scale, found_inf, group_options)
     if kind == KRONECKER:
         kronecker_tile(row)
     elif kind >= NORM:
@@ -233,11 +233,11 @@ def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def project_adam_kernel(tiles, problems, scalars, partials, counters, options, PRECISION: tl.constexpr):
+def project_adam_kernel(tiles, problems, scalars, partials, counters, group_options, PRECISION: tl.constexpr):
     """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, the product never in memory."""
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
-    ragged_products(row, kind, r, c, sums, None, options, tl.float32, ADAM, False, PRECISION)
+    ragged_products(row, kind, r, c, sums, None, group_options, tl.float32, ADAM, False, PRECISION)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)

@@ -4,7 +4,7 @@ Shapes, in the words of soap_opt/launch.py, which makes all of these:
     tiles     [T, 4] int32    for each program: row of problems, kind, two indices of the tile
     problems  [R, WIDTH] int64  pointers and sizes of one product, Gram or elementwise pass
     scalars   [P, SCALARS] float32  of each parameter in this step, written by the first launch
-    options   [G, OPTIONS] float32  of each param group, written by the host
+    group_options   [G, OPTIONS] float32  of each param group, written by the host
     partials  [*] float32     partial sums of programs that work on one result
     counters  [*] int32       how many of those programs are done; 0 between launches
 """
@@ -64,7 +64,7 @@ OPTIONS = tl.constexpr(launch.OPTIONS)
 
 # No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
 # compiles is what runs, and the first steps compile nothing that the second does not use.
-ARGUMENTS = "tiles problems scalars options partials counters grad_scale found_inf units due count".split()
+ARGUMENTS = "tiles problems scalars group_options partials counters grad_scale found_inf units due count".split()
 
 # Terms of a partial sum that one pass of `total` reads
 CHUNK = tl.constexpr(512)
@@ -79,9 +79,9 @@ def read_tile(tiles, problems):
 
 
 @triton.jit
-def option(row, options, COLUMN: tl.constexpr):
+def option(row, group_options, COLUMN: tl.constexpr):
     """An option of the row's param group, float32."""
-    return tl.load(options + tl.load(row + GROUP) * OPTIONS + COLUMN)
+    return tl.load(group_options + tl.load(row + GROUP) * OPTIONS + COLUMN)
 
 
 @triton.jit
