@@ -1,7 +1,9 @@
 """Compile every variant of the Triton kernels that a plan can choose, without a GPU, and write down what ptxas made of it.
 
-``python -m bench.compile_kernels [-o bench/results/kernels.csv]``. NVIDIA's figures are read from the cubin by the cuobjdump
-of Triton's wheel, AMD's from the assembly's own notes.
+``python -m bench.compile_kernels [-o bench/results/kernels.csv] [TARGET ...]``. NVIDIA's figures are read from the cubin by
+the cuobjdump of Triton's wheel and counted in the PTX, AMD's registers are in the assembly's own notes. Kernels go through
+Triton's JIT with a driver that only pretends (bench/fake_driver.py), so that what is compiled here is what a launch compiles,
+and stands in Triton's cache for both.
 """
 
 from __future__ import annotations
@@ -11,35 +13,36 @@ import csv
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.backends.nvidia
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
+from soap_opt import launch
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
 from soap_opt.kernels.reexpress import due_kernel, reexpress_kernel
-from soap_opt.launch import DTYPES, HIGH_PRECISION, PRECISION, STAGES, WARPS
+from soap_opt.launch import DTYPES, HIGH_PRECISION, PRECISION
+
+from .fake_driver import FakeDriver
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
 }
 
-# What a block may use: registers of a thread (sm: 65,536 / 256 threads; gfx942: 512 of a lane), shared memory in bytes
+# What a block may use: registers of a thread (gfx942: 512 of a lane), shared memory in bytes
 LIMITS = {"sm_80": (255, 163 << 10), "sm_90": (255, 227 << 10), "sm_100": (255, 227 << 10), "gfx942": (512, 64 << 10)}
 
-ARGUMENTS = {
-    **{"tiles": "*i32", "problems": "*i64", "scalars": "*fp32", "partials": "*fp32", "counters": "*i32"},
-    **{"group_options": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "units": "*i64", "due": "*u8", "count": "i32"},
-}
+INTEGERS = {"tiles": torch.int32, "problems": torch.int64, "counters": torch.int32, "units": torch.int64, "due": torch.uint8}
 
 
 def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -57,27 +60,73 @@ def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield project_apply_kernel, {"PRECISION": precision}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
+def config_of(kernel: Any, target: str) -> launch.Config:
+    backend, arch, _ = TARGETS[target]
+    return launch.CONFIGS[launch.architecture_of(backend, arch)][kernel.__name__.removesuffix("_kernel")]
+
+
+def compiled(kernel: Any, constants: dict[str, Any], target: str, config: launch.Config | None = None) -> Any:
+    """What the JIT makes of a kernel. config: that of the target unless given."""
+    config = config or config_of(kernel, target)
     values = {name: getattr(tl, value) if name == "GRAD" else value for name, value in constants.items()}
-    signature = {name: "constexpr" if name in values else ARGUMENTS[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    return triton.compile(source, target=target, options={"num_warps": WARPS[target.backend], "num_stages": STAGES})
+    if config.deep:
+        values["DEEP"] = config.deep
+    arguments = [0 if name == "count" else INTEGERS.get(name, torch.float32) for name in kernel.arg_names if name not in values]
+    before = driver._active
+    driver.set_active(FakeDriver(*TARGETS[target]))
+    kernel.device_caches.pop(0, None)  # the binder that was made for another target
+    try:
+        return kernel.warmup(*arguments, grid=(1,), **values, num_warps=config.warps, num_stages=config.stages)
+    finally:
+        kernel.device_caches.pop(0, None)
+        driver._active = before
+
+
+def cuobjdump(binary: Any, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def figures(binary: Any) -> dict[str, int]:
     """Registers of a thread, bytes of a thread's stack (what is spilled lies there), bytes of shared memory."""
     if "cubin" in binary.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = cuobjdump(binary, "-res-usage")
         registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     else:
         text = binary.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])  # accumulation registers included
         stack = int(re.search(r"\.private_segment_fixed_size: +(\d+)", text)[1])
     return {"registers": registers, "stack_bytes": stack, "shared_bytes": binary.metadata.shared}
+
+
+def widths(ptx: str) -> Counter[str]:
+    """How often the PTX has each kind of access to global memory, by its bytes: "copy" (asynchronously into shared memory),
+    "load" and "store", as "load 16"."""
+    found: Counter[str] = Counter()
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx):
+        found[f"copy {int(size, 0)}"] += 1
+    for what, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        found[f"{'load' if what == 'ld' else 'store'} {int(vector or 1) * int(bits) // 8}"] += 1
+    return found
+
+
+def in_ptx(binary: Any) -> dict[str, int | str]:
+    """What the PTX has of wide accesses (16 bytes), warpgroup and warp products, and barriers; empty for AMD."""
+    if "ptx" not in binary.asm:
+        return dict.fromkeys(("copies_16", "loads_16", "stores_16", "wgmma", "mma", "barriers"), "")
+    ptx = binary.asm["ptx"]
+    of = widths(ptx)
+    return {
+        "copies_16": of["copy 16"],
+        "loads_16": of["load 16"],
+        "stores_16": of["store 16"],
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "barriers": len(re.findall(r"\bbar\.(?:warp\.)?sync|\bbarrier\.sync", ptx)),
+    }
 
 
 def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
@@ -90,18 +139,19 @@ def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
 
 
 def named_variants(target: str) -> list[dict[str, str]]:
-    return [named(*variant) for variant in variants(TARGETS[target].backend)]
+    return [named(*variant) for variant in variants(TARGETS[target][0])]
 
 
 def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     for name in targets:
-        target = TARGETS[name]
-        for kernel, constants in variants(target.backend):
+        for kernel, constants in variants(TARGETS[name][0]):
+            binary = compiled(kernel, constants, name)
             yield {
                 "target": name,
                 **named(kernel, constants),
-                "warps": WARPS[target.backend],
-                **figures(compiled(kernel, constants, target)),
+                **config_of(kernel, name)._asdict(),
+                **figures(binary),
+                **in_ptx(binary),
                 "triton": triton.__version__,
             }
 

@@ -71,8 +71,8 @@ def finish_norm(row, c, squares, sums, first):
         first: (grad_scale, found_inf, group_options).
         grad_scale: [1] float32 that the gradients are divided by.
         found_inf: [1] float32; where it is not 0 nothing is stepped, and no gradient counts as unusable.
-        group_options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program for each
-            parameter costs nothing.)
+        group_options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program
+            for each parameter costs nothing.)
     """
     scalars, partials, counters = sums
     grad_scale, found_inf, group_options = first
@@ -135,7 +135,21 @@ def clip(scalars, parameters, max_grad_norm):
 
 
 @triton.jit
-def adam_update(projected, offset, inside, row, scalars, group_options, ALIGNED: tl.constexpr):
+def adam_numbers(row, scalars, group_options):
+    """What :func:`adam_update` multiplies by. Fetched before the product that it ends: three loads that wait for each other."""
+    out = scalars + tl.load(row + INDEX) * SCALARS
+    return (
+        tl.load(out + USABLE),
+        tl.load(out + FACTOR),
+        option(row, group_options, REST1),
+        option(row, group_options, BETA2),
+        option(row, group_options, REST2),
+        option(row, group_options, EPS),
+    )
+
+
+@triton.jit
+def adam_update(projected, offset, inside, row, numbers, ALIGNED: tl.constexpr):
     """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G; 0
     where that divides by 0.
 
@@ -144,17 +158,12 @@ def adam_update(projected, offset, inside, row, scalars, group_options, ALIGNED:
 
     Args:
         projected: [*, *] tile of the raw gradient in the eigenbasis; the scale and the sign are multiplied in here.
-        group_options: of the param groups.
+        numbers: :func:`adam_numbers`.
         offset, inside: [*, *] element of the parameter's memory, and whether there is one.
     """
-    rest1, beta2, rest2 = (
-        option(row, group_options, REST1),
-        option(row, group_options, BETA2),
-        option(row, group_options, REST2),
-    )
-    out = scalars + tl.load(row + INDEX) * SCALARS
-    writable = only_if(inside, tl.load(out + USABLE))
-    g = projected * tl.load(out + FACTOR)
+    usable, factor, rest1, beta2, rest2, eps = numbers
+    writable = only_if(inside, usable)
+    g = projected * factor
     m_pointer = pointer(row, EXP_AVG, tl.float32, ALIGNED) + offset
     v_pointer = pointer(row, EXP_AVG_SQ, tl.float32, ALIGNED) + offset
     m = tl.load(m_pointer, mask=inside, other=0.0)
@@ -163,7 +172,7 @@ def adam_update(projected, offset, inside, row, scalars, group_options, ALIGNED:
     v = without_subnormals(beta2 * v + rest2 * g * g)
     tl.store(m_pointer, m, mask=writable)
     tl.store(v_pointer, v, mask=writable)
-    denominator = tl.sqrt(v) + option(row, group_options, EPS)
+    denominator = tl.sqrt(v) + eps
     return tl.where(denominator > 0.0, m / denominator, 0.0)
 
 
@@ -190,17 +199,23 @@ def is_finite(x):
 
 
 @triton.jit
-def apply_update(update, offset, inside, row, scalars, ALIGNED: tl.constexpr):
+def apply_numbers(row, scalars):
+    """What :func:`apply_update` multiplies by, fetched before the product that it ends, and the parameter's dtype."""
+    out = scalars + tl.load(row + INDEX) * SCALARS
+    scale = tl.load(out + STEP_SIZE) * tl.load(out + RESCALE)
+    return tl.load(out + USABLE), scale, tl.load(out + DECAY), tl.load(row + PARAM_DTYPE)
+
+
+@triton.jit
+def apply_update(update, offset, inside, row, numbers, ALIGNED: tl.constexpr):
     """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype; an entry that it could not
     hold stays as it is.
 
     One branch for each dtype (0 float32, 1 bfloat16, 2 float16), so that parameters of different dtypes share the launch.
     """
-    out = scalars + tl.load(row + INDEX) * SCALARS
-    inside = only_if(inside, tl.load(out + USABLE))
-    change = update * (tl.load(out + STEP_SIZE) * tl.load(out + RESCALE))
-    decay = tl.load(out + DECAY)
-    dtype = tl.load(row + PARAM_DTYPE)
+    usable, scale, decay, dtype = numbers
+    inside = only_if(inside, usable)
+    change = update * scale
     if dtype == 0:
         p = pointer(row, PARAM, tl.float32, ALIGNED) + offset
         moved = (tl.load(p, mask=inside, other=0.0) - change) * decay

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .adam import adam_update, apply_update, finish_rms, without_subnormals
+from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_rms, without_subnormals
 from .table import (
     ARGUMENTS,
     COLUMNS,
@@ -37,7 +37,10 @@ BLOCK = tl.constexpr(launch.BLOCK)
 PACK = tl.constexpr(launch.PACK)
 MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
 
-(WIDE_0, _, _, DEEP_0), (WIDE_1, _, _, DEEP_1), (WIDE_2, _, _, DEEP_2) = (map(tl.constexpr, tile) for tile in launch.TILES)
+(WIDE_0, _), (WIDE_1, _), (WIDE_2, _) = (map(tl.constexpr, tile) for tile in launch.TILES)
+
+# Partial sums of a tile that are fetched together
+AT_ONCE = tl.constexpr(4)
 
 
 @triton.jit
@@ -53,28 +56,27 @@ def ema(gram, place, mirrored, outer, inside, row, scalars, rest):
 
 
 @triton.jit
-def partial_traces(row, slot, splits, scalars, rest, SIZE: tl.constexpr):
+def partial_traces(row, slot, scalars, rest, SIZE: tl.constexpr):
     """``gram_f.lerp_(outer.diagonal(other factors).sum(-1), rest)`` for each factor f of a Kronecker group.
 
-    outer [SIZE, SIZE] (upper left [D, D] of it) is the sum of ``splits`` partial ones in ``slot``. Only its lower triangle
-    is read, so that the Grams are symmetric to the bit.
+    outer [SIZE, SIZE] (upper left [D, D] of it) stands in ``slot``. Only its lower triangle is read, so that the Grams are
+    symmetric to the bit.
     """
     depth, factors = size(row, DEPTH, False), size(row, NUMEL, False)
     u = tl.arange(0, MAX_FACTOR)[:, None]
     w = tl.arange(0, MAX_FACTOR)[None, :]
+    other = tl.arange(0, SIZE // 2)[:, None, None]  # a factor has at least two rows
     after = depth
     for factor in range(0, factors):
         width = tl.load(row + FACTORS + 2 * factor + 1).to(tl.int32)
         gram = tl.load(row + FACTORS + 2 * factor).to(tl.pointer_type(tl.float32))  # [width, width]
         after = after // width
         inside = (u < width) & (w <= u)
-        trace = tl.zeros([MAX_FACTOR, MAX_FACTOR], tl.float32)
-        for other in range(0, depth // width):
-            # the other factors' indices: those before f and those behind it
-            fixed = other // after * (after * width) + other % after
-            i, j = fixed + u * after, fixed + w * after
-            for split in range(0, splits):
-                trace += tl.load(slot + split * (SIZE * SIZE) + i * SIZE + j, mask=inside, other=0.0, cache_modifier=".cg")
+        # the other factors' indices: those before f and those behind it, all at once
+        fixed = other // after * (after * width) + other % after
+        place = (fixed + (u * after)[None, :, :]) * SIZE + fixed + (w * after)[None, :, :]
+        there = (other < depth // width) & inside[None, :, :]
+        trace = tl.sum(tl.load(slot + place, mask=there, other=0.0, cache_modifier=".cg"), 0)
         ema(gram, u * width + w, w * width + u, trace, inside, row, scalars, rest)
 
 
@@ -95,9 +97,11 @@ def gram_tile(
         c: which part of the columns.
     """
     scalars, partials, counters = sums
-    depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
-    if ALIGNED and not ROWS:
-        inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
+    depth, inner, columns = (
+        size(row, DEPTH, ALIGNED),
+        size(row, INNER, ALIGNED and not ROWS),
+        size(row, COLUMNS, ALIGNED and not ROWS),
+    )
     # bfloat16 and float16 fit into TF32: one product of them is as exact as the three that float32 takes
     EXACT: tl.constexpr = "tf32" if GRAD != tl.float32 and PRECISION == "tf32x3" else PRECISION
     splits = size(row, COUNT, False)
@@ -132,18 +136,24 @@ def gram_tile(
 
     factors = size(row, NUMEL, False)
     done = True
-    slot = partials + tl.load(row + SLOT) + number * splits * (SIZE * SIZE)
+    slot = partials + tl.load(row + SLOT) + number.to(tl.int64) * splits * (SIZE * SIZE)  # 2^31 of a (8192, 65536) and more
     inside_slot = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     if splits > 1 or factors > 1:
         tl.store(slot + c * (SIZE * SIZE) + inside_slot, outer)
         done = arrive(counters + tl.load(row + COUNTER) + number, splits)
-        if done and factors == 1:
+        if done and splits > 1:
             outer = tl.zeros([SIZE, SIZE], tl.float32)
-            for split in range(0, splits):
-                outer += tl.load(slot + split * (SIZE * SIZE) + inside_slot, cache_modifier=".cg")
+            for first in range(0, splits, AT_ONCE):
+                for ahead in tl.static_range(AT_ONCE):  # loads that do not wait for each other
+                    place = (first + ahead) * (SIZE * SIZE) + inside_slot
+                    there = place < splits * (SIZE * SIZE)
+                    outer += tl.load(slot + place, mask=there, other=0.0, cache_modifier=".cg")
+            if factors > 1:
+                tl.store(slot + inside_slot, outer)
+                tl.debug_barrier()
     if done:
         if factors > 1:
-            partial_traces(row, slot, splits, scalars, rest, SIZE)
+            partial_traces(row, slot, scalars, rest, SIZE)
         else:
             inside = (i < depth)[:, None] & (j[None, :] <= i[:, None])
             place, mirrored = i[:, None] * depth + j[None, :], j[None, :] * depth + i[:, None]
@@ -152,7 +162,8 @@ def gram_tile(
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def gram_ema_kernel(
-    tiles, problems, scalars, partials, counters, group_options, GRAD: tl.constexpr, PRECISION: tl.constexpr
+    tiles, problems, scalars, partials, counters, group_options,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
 
@@ -163,41 +174,53 @@ def gram_ema_kernel(
     sums = (scalars, partials, counters)
     rest = option(row, group_options, SHAMPOO_REST)
     if kind == ADAM_GRAD:
-        adam_block(row, c, sums, group_options, GRAD, True)
+        adam_block(row, r, c, sums, group_options, GRAD, True)
     elif kind == ADAM_SCRATCH:
-        adam_block(row, c, sums, group_options, tl.float32, False)
+        adam_block(row, r, c, sums, group_options, tl.float32, False)
     elif kind == 0:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP, False, False)
     elif kind == 1:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, False, True)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP, False, True)
     elif kind == 2:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP, True, False)
     elif kind == 3:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP_0, True, True)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_0, DEEP, True, True)
     elif kind == 4:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, DEEP_1, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, 2 * DEEP, False, False)
     elif kind == 6:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, DEEP_1, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_1, 2 * DEEP, True, False)
     elif kind == 8:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, DEEP_2, False, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, 4 * DEEP, False, False)
     elif kind == 10:
-        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, DEEP_2, True, False)
+        gram_tile(row, r, c, sums, rest, GRAD, PRECISION, WIDE_2, 4 * DEEP, True, False)
 
 
 @triton.jit
 def adam_block(
-    row, c, sums, group_options,
+    row, r, c, sums, group_options,
     X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """:func:`adam_elements` in vectors where r says that they may be read so."""
+    if r == 1:
+        adam_elements(row, c, sums, group_options, X_DTYPE, WHOLE, True)
+    else:
+        adam_elements(row, c, sums, group_options, X_DTYPE, WHOLE, False)
+
+
+@triton.jit
+def adam_elements(
+    row, c, sums, group_options,
+    X_DTYPE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < size(row, NUMEL, False)
-    x = tl.load(pointer(row, X, X_DTYPE, False) + offset, mask=inside, other=0.0).to(tl.float32)
-    update = adam_update(x, offset, inside, row, sums[0], group_options, False)
+    inside = offset < size(row, NUMEL, ALIGNED)
+    x = tl.load(pointer(row, X, X_DTYPE, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float32)
+    update = adam_update(x, offset, inside, row, adam_numbers(row, sums[0], group_options), ALIGNED)
     if option(row, group_options, NORMALIZE) != 0:
-        tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
+        tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)
         finish_rms(row, c, update, inside, sums)
     elif WHOLE:
-        apply_update(update, offset, inside, row, sums[0], False)
+        apply_update(update, offset, inside, row, apply_numbers(row, sums[0]), ALIGNED)
     else:
-        tl.store(pointer(row, Y, tl.float32, False) + offset, update, mask=inside)
+        tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .adam import adam_update, apply_update, finish_norm, finish_rms
+from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_norm, finish_rms
 from .table import (
     ARGUMENTS,
     COLUMNS,
@@ -30,9 +30,7 @@ APPLY = tl.constexpr(launch.APPLY)
 BLOCK = tl.constexpr(launch.BLOCK)
 KRONECKER_WIDTH = tl.constexpr(launch.KRONECKER_WIDTH)
 
-(WIDE_0, LONG_0, DEEP_0, _), (WIDE_1, LONG_1, DEEP_1, _), (WIDE_2, LONG_2, DEEP_2, _) = (
-    map(tl.constexpr, tile) for tile in launch.TILES
-)
+(WIDE_0, LONG_0), (WIDE_1, LONG_1), (WIDE_2, LONG_2) = (map(tl.constexpr, tile) for tile in launch.TILES)
 
 # What happens to a tile of the product
 STORE = tl.constexpr(0)  # into scratch, for the next product
@@ -63,9 +61,11 @@ def product_tile(
         The tile ([LONG, WIDE] with ROWS, else [WIDE, LONG]) in float32, its elements' offsets, which of them exist, and the
         squares of the x that were read (a number when not SQUARES).
     """
-    depth, inner, columns = size(row, DEPTH, ALIGNED), size(row, INNER, False), size(row, COLUMNS, False)
-    if ALIGNED and not ROWS:
-        inner, columns = tl.multiple_of(inner, 4), tl.multiple_of(columns, 4)
+    depth, inner, columns = (
+        size(row, DEPTH, ALIGNED),
+        size(row, INNER, ALIGNED and not ROWS),
+        size(row, COLUMNS, ALIGNED and not ROWS),
+    )
     x = pointer(row, X, x_dtype, ALIGNED)
     matrix = pointer(row, MATRIX, tl.float32, ALIGNED)  # [D, D]
     j = r * WIDE + tl.arange(0, WIDE)
@@ -125,6 +125,11 @@ def finished_tile(
     WIDE: tl.constexpr, LONG: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """:func:`product_tile` and its epilogue. sums: (scalars, partials, counters); first: see finish_norm."""
+    if STAGE == ADAM:
+        numbers = adam_numbers(row, sums[0], group_options)
+        normalize = option(row, group_options, NORMALIZE)
+    if STAGE == UPDATE:
+        numbers = apply_numbers(row, sums[0])
     product, offset, inside, squares = product_tile(
         row, r, c, GRAD, WIDE, LONG, DEEP, ROWS, ALIGNED, BACK, STAGE == FIRST, PRECISION
     )
@@ -134,20 +139,20 @@ def finished_tile(
         if r == 0:  # every r reads all of the same columns
             finish_norm(row, c, squares, sums, first)
     if STAGE == ADAM:
-        update = adam_update(product, offset, inside, row, sums[0], group_options, ALIGNED)
+        update = adam_update(product, offset, inside, row, numbers, ALIGNED)
         tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, update, mask=inside)
-        if option(row, group_options, NORMALIZE) != 0:
+        if normalize != 0:
             across = (size(row, DEPTH, False) + WIDE - 1) // WIDE
             finish_rms(row, c * across + r, update, inside, sums)
     if STAGE == UPDATE:
-        apply_update(product, offset, inside, row, sums[0], ALIGNED)
+        apply_update(product, offset, inside, row, numbers, ALIGNED)
 
 
 @triton.jit
 def ragged_products(
     row, kind, r, c, sums, first, group_options,
     GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """The tile's class chooses among the sizes of launch.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
 
@@ -155,28 +160,28 @@ def ragged_products(
     """
     if kind == 0:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_0, LONG_0, DEEP_0, False, False)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP, False, False)  # fmt: skip
     elif kind == 1:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_0, LONG_0, DEEP_0, False, True)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP, False, True)  # fmt: skip
     elif kind == 2:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_0, LONG_0, DEEP_0, True, False)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP, True, False)  # fmt: skip
     elif kind == 3:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_0, LONG_0, DEEP_0, True, True)  # fmt: skip
+                      WIDE_0, LONG_0, DEEP, True, True)  # fmt: skip
     elif kind == 4:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_1, LONG_1, DEEP_1, False, False)  # fmt: skip
+                      WIDE_1, LONG_1, DEEP, False, False)  # fmt: skip
     elif kind == 6:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_1, LONG_1, DEEP_1, True, False)  # fmt: skip
+                      WIDE_1, LONG_1, DEEP, True, False)  # fmt: skip
     elif kind == 8:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_2, LONG_2, DEEP_2, False, False)  # fmt: skip
+                      WIDE_2, LONG_2, DEEP, False, False)  # fmt: skip
     elif kind == 10:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_2, LONG_2, DEEP_2, True, False)  # fmt: skip
+                      WIDE_2, LONG_2, DEEP, True, False)  # fmt: skip
 
 
 @triton.jit
@@ -202,7 +207,8 @@ def kronecker_tile(row):
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def project_first_kernel(
-    tiles, problems, scalars, partials, counters, grad_scale, found_inf, group_options, GRAD: tl.constexpr, PRECISION: tl.constexpr
+    tiles, problems, scalars, partials, counters, grad_scale, found_inf, group_options,
+    GRAD: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
 
@@ -215,43 +221,63 @@ def project_first_kernel(
     if kind == KRONECKER:
         kronecker_tile(row)
     elif kind >= NORM:
-        offset = c * BLOCK + tl.arange(0, BLOCK)
-        inside = offset < size(row, NUMEL, False)
-        grad = tl.load(pointer(row, X, GRAD, False) + offset, mask=inside, other=0.0).to(tl.float32)
-        if kind == COPY:
-            tl.store(pointer(row, Y, tl.float32, False) + offset, grad, mask=inside)
-        finish_norm(row, c, grad * grad, sums, first)
+        if r == 1:
+            norm_block(row, kind, c, sums, first, GRAD, True)
+        else:
+            norm_block(row, kind, c, sums, first, GRAD, False)
     else:
-        ragged_products(row, kind, r, c, sums, first, None, GRAD, FIRST, False, PRECISION)
+        ragged_products(row, kind, r, c, sums, first, None, GRAD, FIRST, False, PRECISION, DEEP)
+
+
+@triton.jit
+def norm_block(row, kind, c, sums, first, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
+    """A block of a gradient for its norm, and with COPY in float32 in scratch."""
+    offset = c * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size(row, NUMEL, ALIGNED)
+    grad = tl.load(pointer(row, X, GRAD, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float32)
+    if kind == COPY:
+        tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, grad, mask=inside)
+    finish_norm(row, c, grad * grad, sums, first)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr):
+def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr):
     """``torch.einsum("aib,ij->ajb", x, Q)``, with BACK ``"aib,ji->ajb"``: a product between two others, scratch to scratch."""
     row, kind, r, c = read_tile(tiles, problems)
-    ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, BACK, PRECISION)
+    ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, BACK, PRECISION, DEEP)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def project_adam_kernel(tiles, problems, scalars, partials, counters, group_options, PRECISION: tl.constexpr):
+def project_adam_kernel(
+    tiles, problems, scalars, partials, counters, group_options, PRECISION: tl.constexpr, DEEP: tl.constexpr
+):  # fmt: skip
     """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, the product never in memory."""
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
-    ragged_products(row, kind, r, c, sums, None, group_options, tl.float32, ADAM, False, PRECISION)
+    ragged_products(row, kind, r, c, sums, None, group_options, tl.float32, ADAM, False, PRECISION, DEEP)
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr):
+def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr, DEEP: tl.constexpr):
     """``p.sub_(lr * c * torch.einsum("aib,ji->ajb", u, Q)).mul_(1 - lr * weight_decay)``: the last back-projection.
 
     APPLY tiles do the same without a product: parameters without modes whose update had to wait for its rms.
     """
     row, kind, r, c = read_tile(tiles, problems)
     if kind == APPLY:
-        offset = c * BLOCK + tl.arange(0, BLOCK)
-        inside = offset < size(row, NUMEL, False)
-        update = tl.load(pointer(row, X, tl.float32, False) + offset, mask=inside, other=0.0)
-        apply_update(update, offset, inside, row, scalars, False)
+        if r == 1:
+            apply_block(row, c, scalars, True)
+        else:
+            apply_block(row, c, scalars, False)
     else:
         sums = (scalars, None, None)
-        ragged_products(row, kind, r, c, sums, None, None, tl.float32, UPDATE, True, PRECISION)
+        ragged_products(row, kind, r, c, sums, None, None, tl.float32, UPDATE, True, PRECISION, DEEP)
+
+
+@triton.jit
+def apply_block(row, c, scalars, ALIGNED: tl.constexpr):
+    """A block of an update that waited in scratch."""
+    offset = c * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < size(row, NUMEL, ALIGNED)
+    update = tl.load(pointer(row, X, tl.float32, ALIGNED) + offset, mask=inside, other=0.0)
+    apply_update(update, offset, inside, row, apply_numbers(row, scalars), ALIGNED)

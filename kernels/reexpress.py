@@ -40,6 +40,15 @@ def permuted_block(row, c):
     tl.store(pointer(row, Y, tl.float32, False) + n, x, mask=inside)
 
 
+@triton.jit
+def copied_block(row, c, ALIGNED: tl.constexpr):
+    """``y = x``, a block of it."""
+    n = c * BLOCK + tl.arange(0, BLOCK)
+    inside = n < size(row, NUMEL, ALIGNED)
+    x = tl.load(pointer(row, X, tl.float32, ALIGNED) + n, mask=inside, other=0.0)
+    tl.store(pointer(row, Y, tl.float32, ALIGNED) + n, x, mask=inside)
+
+
 @triton.jit(do_not_specialize=ARGUMENTS)
 def due_kernel(units, scalars, due, count):
     """``due = usable[parameter] & ((step[parameter] + offset) % frequency == 0)`` for every unit.
@@ -61,7 +70,7 @@ def due_kernel(units, scalars, due, count):
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def reexpress_kernel(tiles, problems, PRECISION: tl.constexpr):
+def reexpress_kernel(tiles, problems, PRECISION: tl.constexpr, DEEP: tl.constexpr):
     """``m = torch.einsum("aib,ij->ajb", m, rotation)`` and ``v = v.index_select(mode, order)``: one stage, scratch between.
 
     A program whose parameter kept all of its bases returns at once: which did is known on the device only.
@@ -73,9 +82,9 @@ def reexpress_kernel(tiles, problems, PRECISION: tl.constexpr):
         elif kind == PERMUTE:
             permuted_block(row, c)
         elif kind == COPY:
-            n = c * BLOCK + tl.arange(0, BLOCK)
-            inside = n < size(row, NUMEL, False)
-            x = tl.load(pointer(row, X, tl.float32, False) + n, mask=inside, other=0.0)
-            tl.store(pointer(row, Y, tl.float32, False) + n, x, mask=inside)
+            if r == 1:
+                copied_block(row, c, True)
+            else:
+                copied_block(row, c, False)
         else:
-            ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, False, PRECISION)
+            ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, False, PRECISION, DEEP)

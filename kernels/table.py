@@ -95,7 +95,10 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def size(row, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
-    """A size as int32 (plans refuse tensors of 2^31 elements); a multiple of 4 in aligned classes."""
+    """A size as int32 (plans refuse tensors of 2^31 elements); a multiple of 4 in aligned classes.
+
+    Said here, of the load itself: on the result of a call tl.multiple_of is lost when the call is inlined.
+    """
     value = tl.load(row + COLUMN).to(tl.int32)
     if ALIGNED:
         value = tl.multiple_of(value, 4)

@@ -9,6 +9,7 @@ Everything here is derived from layouts, dtypes and pointers, and disposable. Ne
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +74,6 @@ KEPT, REFRESHED, FAILED = 0, 1, 2
 BLOCK = 2048  # elements of an elementwise tile
 KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR
 PACK = 1 << 12  # a Gram tile's r is tile_i * PACK + tile_j
-GRAM_MAX_ITERATIONS = 64
 MAX_NUMEL = (1 << 31) - (1 << 16)  # offsets inside a tensor are int32
 
 
@@ -82,30 +82,126 @@ class Tile(NamedTuple):
 
     wide: int  # of the group's dimension D, up to which the class serves
     long: int  # columns of a product's tile
-    deep: int  # i of one iteration of a product
-    gram_deep: int  # columns of one iteration of a Gram
 
 
 # A group of width D takes the smallest tile that holds it, so that 3 x 3 and 5 x 5 kernels (9 and 25 wide) are padded to 16
 # and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256.
-# Eight warps and 16 i at a time, because with four warps, or with 32 i, every kernel spills on sm_80 and most do on sm_90
-# (bench/compile_kernels.py). All of it was chosen from compilers' figures, not from measurements on a GPU.
-TILES = (Tile(64, 64, 16, 16), Tile(32, 128, 16, 32), Tile(16, 128, 16, 64))
-# By the kind of accelerator. AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
-WARPS = {"cuda": 8, "hip": 4}
-STAGES = 3
+TILES = (Tile(64, 64), Tile(32, 128), Tile(16, 128))
 ACCELERATOR = "hip" if torch.version.hip else "cuda"
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled."""
+
+    warps: int
+    stages: int
+    deep: int = 0  # i of one iteration of a product, columns of one of a Gram's widest tile; 0: the kernel has no such loop
+
+
+def _configs(architecture: str) -> dict[str, Config]:
+    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90" (and later) or "hip"."""
+    products = "project_first gram_ema project project_adam project_apply reexpress".split()
+    warps = 8 if architecture.startswith("sm") else 4  # AMD's wavefronts are 64 wide: as many threads
+    return {**dict.fromkeys(products, Config(warps, 3, 16)), "due": Config(warps, 3)}
+
+
+def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
+    """The configurations with what ``text`` (SOAP_OPT_KERNELS) sets: "deep=32 gram_ema.warps=4", kernel by kernel or for all.
+
+    For sweeps: every choice computes the same, if not to the last bit. (precision_of reads "precision=ieee".)
+    """
+    configs = dict(configs)
+    for setting in text.split():
+        if setting.startswith("precision="):
+            continue
+        name, _, value = setting.partition("=")
+        kernel, _, field_name = name.rpartition(".")
+        if field_name not in Config._fields or (kernel and kernel not in configs) or not value.isdecimal():
+            raise ValueError(
+                f"Invalid SOAP_OPT_KERNELS: {setting!r} is neither precision=NAME nor [KERNEL.]FIELD=NUMBER with a kernel of "
+                f"{', '.join(configs)} and a field of {', '.join(Config._fields)}"
+            )
+        for each in [kernel] if kernel else list(configs):
+            if field_name != "deep" or configs[each].deep:
+                configs[each] = configs[each]._replace(**{field_name: int(value)})
+    return configs
+
+
+def precision_of(default: str, text: str) -> str:
+    """How "highest" multiplies: ``default`` unless ``text`` (SOAP_OPT_KERNELS) says "precision=ieee" or "precision=tf32x3"."""
+    chosen = default
+    for setting in text.split():
+        name, _, value = setting.partition("=")
+        if name == "precision":
+            if value not in ("tf32x3", "ieee"):
+                raise ValueError(f"Invalid SOAP_OPT_KERNELS: {setting!r}; precision is tf32x3 or ieee")
+            chosen = value
+    return chosen
+
+
+OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
+CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "hip")}
+# What the tables count in; the same for every architecture, so that a table is made without asking for a device.
+GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
+
+
+def architecture_of(backend: str, arch: int | str) -> str:
+    """The key of CONFIGS, from what Triton says of its target."""
+    if backend == "hip":
+        return "hip"
+    return "sm_90" if int(arch) >= 90 else "sm_80"
+
+
+# A Gram is cut along its columns where a launch would otherwise have too few programs, or one that outlasts all the others:
+# into pieces of at least so many iterations, and no more pieces than four times what an H100 runs at a time (132
+# multiprocessors, two programs each). The number is the same on every GPU, and so are the bits.
+GRAM_MIN_ITERATIONS = 16
+GRAM_PROGRAMS = 4 * 2 * 132
 
 # How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
 # tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+PRECISION = {"cuda": precision_of("tf32x3", OVERRIDES), "hip": "ieee"}
 # With precision="high" the projections may be less exact; never the Grams.
 HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
 
 
+# (kernel, device, its constants) -> (what Triton compiled, the constants in the signature's order). Triton's own launch
+# compares every global constant of the kernel each time: 60 us, and a step of 10 launches would be longer on the host than on
+# the GPU.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
 def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
-    """Every launch of the fused step goes through here."""
-    kernel[grid](*arguments, **constants, num_warps=WARPS[ACCELERATOR], num_stages=STAGES)
+    """Every launch of the fused step goes through here.
+
+    Args:
+        arguments: tensors, the first of them on the device, and int32; their dtypes are the same in every launch of a kernel.
+        constants: the kernel's constexprs but DEEP, which its :class:`Config` says.
+    """
+    name = kernel.__name__
+    key = (name, arguments[0].device, *constants.values())
+    known = _compiled.get(key)
+    if known is not None:
+        compiled, values = known
+        compiled[(*grid, 1, 1)](*arguments, *values)
+        return
+    target = _target()
+    config = CONFIGS["hip" if target is None else architecture_of(target.backend, target.arch)][name.removesuffix("_kernel")]
+    if config.deep:
+        constants["DEEP"] = config.deep
+    compiled = kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+    if compiled is not None:  # (Triton's interpreter compiles nothing)
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+
+
+def _target() -> Any:
+    """What Triton compiles for; None under its interpreter."""
+    from triton.runtime.driver import driver  # late: importing soap_opt does not wait for Triton
+
+    try:
+        return driver.active.get_current_target()
+    except RuntimeError:  # no driver at all
+        return None
 
 
 class Problem(NamedTuple):
@@ -142,9 +238,27 @@ def kind_of(problem: Problem, aligned: bool) -> int:
     return 4 * place + 2 * rows + aligned
 
 
-def gram_splits(problem: Problem, tile: Tile) -> int:
-    """Into how many programs a Gram tile's columns are cut."""
-    return math.ceil(math.ceil(problem.columns / tile.gram_deep) / GRAM_MAX_ITERATIONS)
+def gram_deep(place: int) -> int:
+    """Columns of one iteration of a Gram whose tile is TILES[place]: the narrower the tile, the more."""
+    return GRAM_DEEP << place
+
+
+def gram_tiles(problem: Problem, kind: int) -> tuple[list[int], int]:
+    """The tiles of a Gram's lower triangle, tile_i * PACK + tile_j, and the iterations over its columns."""
+    across = math.ceil(problem.depth / TILES[kind // 4].wide)
+    triangle = [i * PACK + j for i in range(across) for j in range(i + 1)]
+    return triangle, math.ceil(problem.columns / gram_deep(kind // 4))
+
+
+def gram_splits(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Into how many programs each tile of the Grams of one launch is cut along its columns. sizes: each Gram's tiles and
+    iterations.
+
+    All tiles have about the same share of the launch's iterations: with GRAM_PROGRAMS programs in all, nothing is cut that is
+    not longer than its share, so that partial sums (a tile each, written and read once) stay below 70 MB for any model.
+    """
+    share = max(GRAM_MIN_ITERATIONS, math.ceil(sum(tiles * iterations for tiles, iterations in sizes) / GRAM_PROGRAMS))
+    return [max(1, math.ceil(iterations / share)) for _, iterations in sizes]
 
 
 @dataclass
@@ -248,6 +362,10 @@ class _Builder:
         tiles[:, 3] = np.repeat(np.arange(down, dtype=np.int32), len(r))
         self.pending.append(tiles)
 
+    def blocks(self, row: int, kind: int, count: int, vectors: bool) -> None:
+        """Tiles of an elementwise pass. vectors: its elements may be read four at a time, which r says."""
+        self.grid(row, kind, [int(vectors)], count)
+
     def launch(self, kernel: str, grad_dtype: str = "float32") -> None:
         if self.pending:
             tiles = np.concatenate(self.pending)
@@ -330,6 +448,9 @@ def make_tables(
         build.grid(row, kind, across, down)
         return across, down
 
+    def vectors(index: int) -> bool:
+        return aligned[index] and numels[index] % 4 == 0
+
     def from_grad(index: int) -> Callable[[int], None]:
         return lambda row: build.of_parameter(row, X, index, "grad")
 
@@ -365,7 +486,7 @@ def make_tables(
                 if products[index] and dtype != "float32":  # what later launches read is float32
                     copied.add(index)
                     scratch(row, Y, index, 0)
-                build.grid(row, COPY if index in copied else NORM, 1, count)
+                build.blocks(row, COPY if index in copied else NORM, count, vectors(index))
             build.sums(row, count, count, 1)
             build.of_parameter(row, STEP, index, "step")
             build.of_parameter(row, SKIPPED, index, "skipped")
@@ -374,9 +495,13 @@ def make_tables(
     # -- Grams; Adam of parameters without products, and of all where no parameter has two
     waiting = []
     for dtype in DTYPES:
-        for index in everyone:
-            if grad_dtypes[index] != dtype:
-                continue
+        of_dtype = [index for index in everyone if grad_dtypes[index] == dtype]
+        problems = [problem for index in of_dtype for problem in products[index]]
+        kinds = [kind_of(problem, aligned[index]) for index in of_dtype for problem in products[index]]
+        grams = [gram_tiles(problem, kind) for problem, kind in zip(problems, kinds)]
+        cut = gram_splits([(len(triangle), iterations) for triangle, iterations in grams])
+        each_gram = zip(kinds, grams, cut)
+        for index in of_dtype:
             if not products[index] or stages == 1:
                 row = build.row(NUMEL=numels[index], INDEX=index, PARAM_DTYPE=DTYPES.index(param_dtypes[index]))
                 count = math.ceil(numels[index] / BLOCK)
@@ -390,11 +515,8 @@ def make_tables(
                     waiting += [index] if normalize_grads[index] else []
                 build.state(row, index)
                 build.sums(row, count, count, 1)
-                build.grid(row, ADAM_SCRATCH if products[index] else ADAM_GRAD, 1, count)
-            for problem in products[index]:
-                kind = kind_of(problem, aligned[index])
-                tile = TILES[kind // 4]
-                splits = gram_splits(problem, tile)
+                build.blocks(row, ADAM_SCRATCH if products[index] else ADAM_GRAD, count, vectors(index))
+            for problem, (kind, (triangle, _), splits) in zip(products[index], each_gram):
                 row = build.row(
                     DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, INDEX=index, NUMEL=len(problem.factors)
                 )
@@ -402,10 +524,9 @@ def make_tables(
                 for place, factor in enumerate(problem.factors):
                     build.point(row, FACTORS + 2 * place, build.gram + build.first_mode[index] + factor)
                     build.rows[row][FACTORS + 2 * place + 1] = layouts[index].sizes[factor]
-                across = math.ceil(problem.depth / tile.wide)
-                triangle = [i * PACK + j for i in range(across) for j in range(i + 1)]
                 stored = splits > 1 or len(problem.factors) > 1
-                build.sums(row, stored * len(triangle) * splits * tile.wide**2, splits, stored * len(triangle))
+                partials = stored * len(triangle) * splits * TILES[kind // 4].wide ** 2
+                build.sums(row, partials, splits, stored * len(triangle))
                 build.grid(row, kind, triangle, splits)
         build.launch("gram_ema", dtype)
 
@@ -445,7 +566,7 @@ def make_tables(
         row = build.row(NUMEL=numels[index], INDEX=index, PARAM_DTYPE=DTYPES.index(param_dtypes[index]))
         scratch(row, X, index, 0)
         build.state(row, index)
-        build.grid(row, APPLY, 1, math.ceil(numels[index] / BLOCK))
+        build.blocks(row, APPLY, math.ceil(numels[index] / BLOCK), vectors(index))
     build.launch("project_apply")
 
     return build.tables(starts[-1], kronecker_numel)
@@ -498,7 +619,7 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
         for number, mode in enumerate(modes):
             build.point(place, FACTORS + 2 * number, build.gram + build.first_mode[index] + mode)
             build.rows[place][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[index][mode] << 32)
-        build.grid(place, kind, 1, math.ceil(layout.numel / BLOCK))
+        build.blocks(place, kind, math.ceil(layout.numel / BLOCK), aligned[index] and layout.numel % 4 == 0)
 
     def kronecker(index: int, problem: Problem, offset: int) -> None:
         place = row(index, DEPTH=problem.depth, COUNT=len(problem.factors))

@@ -75,8 +75,8 @@ def test_every_element_is_covered_and_the_launches_are_few(shapes, max_precond_d
                 tile, splits = TILES[kind // 4], int(columns[launch.COUNT])
                 across = math.ceil(depth / tile.wide)
                 assert len(mine) == across * (across + 1) // 2 * splits
-                iterations = math.ceil(total / tile.gram_deep)
-                assert math.ceil(iterations / splits) <= launch.GRAM_MAX_ITERATIONS
+                iterations = math.ceil(total / launch.gram_deep(kind // 4))
+                assert splits == 1 or math.ceil(iterations / splits) >= launch.GRAM_MIN_ITERATIONS // 2
             else:
                 tile = TILES[kind // 4]
                 assert len(mine) == math.ceil(depth / tile.wide) * math.ceil(total / tile.long)
@@ -104,6 +104,35 @@ def test_alignment_needs_the_pointers_and_the_shape():
     assert kind_of(launch.Problem(0, 1, 64, 6, (0,)), True) == 0  # rows of six: every other vector would straddle
     assert kind_of(launch.Problem(0, 1, 66, 8, (0,)), True) == 0
     assert kind_of(launch.Problem(0, 9, 64, 1, (0,)), True) == 3
+
+
+def test_a_sweep_overrides_how_kernels_are_compiled():
+    configs = launch.overridden(launch.CONFIGS["sm_90"], "stages=2 gram_ema.warps=16 deep=64 precision=ieee")
+    assert {config.stages for config in configs.values()} == {2}
+    assert configs["gram_ema"].warps == 16 and configs["project"].warps == launch.CONFIGS["sm_90"]["project"].warps
+    assert configs["project_adam"].deep == 64 and configs["due"].deep == 0
+    assert launch.precision_of("tf32x3", "stages=2 precision=ieee") == "ieee"
+    for wrong in ("warps", "warps=x", "gram.warps=4", "gram_ema.depth=4"):
+        with pytest.raises(ValueError, match="SOAP_OPT_KERNELS"):
+            launch.overridden(configs, wrong)
+    with pytest.raises(ValueError, match="precision=bf16"):
+        launch.precision_of("tf32x3", "precision=bf16")
+
+
+def test_long_contractions_are_cut_where_a_launch_has_too_few_programs():
+    def cut(*shapes):
+        layouts = layouts_of(shapes)
+        tables = tables_of(layouts)
+        (gram,) = [each for each in tables.launches if each.kernel == "gram_ema"]
+        return gram.count, 4 * tables.partials_numel / sum(4 * layout.numel for layout in layouts)
+
+    assert cut((25, 100000))[0] > 64  # one tile alone
+    # what a launch of many tiles was once cut into: partial sums of twice the gradient, and four times
+    for shape in [(4096, 128256), (8192, 65536), (50257, 768)]:
+        programs, share = cut(shape)
+        assert share < 0.13, (shape, share)
+    # where there are few tiles they may not be small: a bound for any model, 70 MB
+    assert sum(launch.gram_splits([(1, 10**6)] * 700)) <= 2 * launch.GRAM_PROGRAMS
 
 
 def test_kronecker_products_come_last():

@@ -10,7 +10,7 @@ import triton.language as tl
 from soap_opt import launch
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
-from soap_opt.launch import TILES, WIDTH, Problem, gram_splits, kind_of
+from soap_opt.launch import TILES, WIDTH, Problem, gram_splits, gram_tiles, kind_of
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -82,7 +82,7 @@ def test_project(back, aligned):
         wanted.append((y, torch.einsum("aib,ij->ajb", x.double(), q), scale))
     tiles, problems = table.tensors()
     assert len(set(tiles[:, 1].tolist())) >= 6  # the classes
-    project_kernel[(len(tiles),)](tiles, problems, BACK=back, PRECISION="ieee")
+    launch.launch(project_kernel, (len(tiles),), tiles, problems, BACK=back, PRECISION="ieee")
     for (y, want, scale), view in zip(wanted, VIEWS):
         close(y, want, scale, view)
 
@@ -102,7 +102,8 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     tiles, problems = table.tensors()
     scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     options = options_of(lr=0.1, weight_decay=0.5, sign=-1.0)
-    project_first_kernel[(len(tiles),)](
+    launch.launch(
+            project_first_kernel, (len(tiles),),
         tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.zeros(1), options,
         GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
@@ -130,7 +131,8 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     row = table.row(X=grad, NUMEL=3, COUNT=1, STEP=step, SKIPPED=skipped)
     table.tiles = [(row, launch.NORM, 0, 0)]
     scalars = torch.zeros(1, launch.SCALARS)
-    project_first_kernel[(1,)](
+    launch.launch(
+        project_first_kernel, (1,),
         *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1),
         options_of(lr=1.0, beta1=0.95, beta2=beta2), GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
@@ -158,7 +160,9 @@ def test_adam_epilogue(usable):
         scalars = scalars_of(usable)
         tiles, problems = table.tensors()
         sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
-        project_adam_kernel[(len(tiles),)](tiles, problems, scalars, *sums, options_of(normalize=1.0), PRECISION="ieee")
+        launch.launch(
+            project_adam_kernel, (len(tiles),), tiles, problems, scalars, *sums, options_of(normalize=1.0), PRECISION="ieee"
+        )
         if not usable:
             assert torch.equal(m.double(), old[0]) and torch.equal(v.double(), old[1])
             continue
@@ -183,7 +187,7 @@ def test_apply_epilogue(dtype, usable):
         columns = {"X": x, "MATRIX": q, "PARAM": p, "PARAM_DTYPE": list(DTYPES).index(dtype)}
         table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
         tiles, problems = table.tensors()
-        project_apply_kernel[(len(tiles),)](tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
+        launch.launch(project_apply_kernel, (len(tiles),), tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
         want = (old - 0.1 * 2.0 * torch.einsum("aib,ji->ajb", x.double(), q.double())) * 0.9 if usable else old
         # one rounding to dtype (the interpreter truncates where a GPU rounds), and the product's own
         error = (p.double() - want).abs()
@@ -203,15 +207,16 @@ def test_gram_ema(dtype, aligned):
         problem = Problem(0, before, depth, inner, (0,))
         kind = kind_of(problem, aligned)
         tile = TILES[kind // 4]
-        splits, across = gram_splits(problem, tile), math.ceil(depth / tile.wide)
+        triangle, iterations = gram_tiles(problem, kind)
+        (splits,) = gram_splits([(len(triangle), iterations)])
         row = table.row(X=x, FACTORS=gram, DEPTH=depth, INNER=inner, COLUMNS=problem.columns, COUNT=splits, NUMEL=1)
-        triangle = [(i, j) for i in range(across) for j in range(i + 1)]
-        table.tiles = [(row, kind, i * launch.PACK + j, c) for i, j in triangle for c in range(splits)]
+        table.tiles = [(row, kind, r, c) for r in triangle for c in range(splits)]
         tiles, problems = table.tensors()
         sums = torch.empty(len(tiles) * tile.wide**2), torch.zeros(len(triangle), dtype=torch.int32)
         # the programs that arrive last are not always those of the last columns
         order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
-        gram_ema_kernel[(len(tiles),)](
+        launch.launch(
+            gram_ema_kernel, (len(tiles),),
             tiles[order].contiguous(), problems, scalars_of(), *sums, options_of(),
             GRAD=DTYPES[dtype], PRECISION="ieee",
         )  # fmt: skip
