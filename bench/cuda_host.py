@@ -1,30 +1,28 @@
-"""What the host does for one step of the fused CUDA path, its launches replaced by nothing; beside it the original's host.
+"""What the host does for one step of the fused CUDA path, down to the launch in C, which does nothing, and the original's.
 
     python -m bench.cuda_host [-o cuda_host]
 
-Needs no GPU, and none was used: tensors are on the CPU, and what a Triton launch or a CUDA call costs on top is not in it, here
-for 5 to 9 of them, there for a thousand. The original's is measured at sizes of at most 2 in place of the model's, where
-arithmetic is nothing: it is what its PyTorch calls take on the way to a device.
+Needs no GPU, and none was used: tensors are on the CPU, kernels go through Triton's JIT with a driver that only pretends
+(bench/fake_driver.py), and what CUDA's calls cost on top is not in it, here for 5 to 9 launches, there for a thousand. The
+original's is measured at sizes of at most 2 in place of the model's, where arithmetic is nothing: it is what its PyTorch calls
+take on the way to a device.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
-from unittest import mock
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: no kernel is compiled
+import torch
 
-import torch  # noqa: E402
+from soap_opt import SOAP
 
-from soap_opt import SOAP, _ext, functional, fused_cuda, refresh_cuda, soap  # noqa: E402
-
-from .cuda_model import MODELS  # noqa: E402
-from .reference import ReferenceSOAP  # noqa: E402
-from .results import Row, save, significant, table  # noqa: E402
+from .cuda_model import MODELS
+from .fake_driver import fake_driver
+from .reference import ReferenceSOAP
+from .results import Row, save, significant, table
 
 SHAPES = {**MODELS, "2,000 tensors of 4 x 4": lambda: [(4, 4)] * 2000}
 NEVER = 10**9  # steps between refreshes: the host's part of those is not looked at
@@ -48,14 +46,7 @@ def params_of(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 
 def ours(shapes: list[tuple[int, ...]], groups: int = 1) -> float:
     """``groups``: into how many param groups the parameters are dealt out."""
-    with (
-        mock.patch.object(functional, "runs_triton", lambda exp_avg: True),
-        mock.patch.object(soap, "runs_triton", lambda exp_avg: True),
-        mock.patch.object(functional, "all_on_cpu", lambda tensors: False),
-        mock.patch.object(_ext, "unavailable", lambda device_type: None),
-        mock.patch.object(fused_cuda, "launch", lambda *_, **__: None),
-        mock.patch.object(refresh_cuda, "launch", lambda *_, **__: None),
-    ):
+    with fake_driver(counting=False):
         params = params_of(shapes)
         size = -(-len(params) // groups)
         dealt = [{"params": params[i : i + size], "lr": 1e-3 * (i + 1)} for i in range(0, len(params), size)]

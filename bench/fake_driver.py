@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import soap_opt
-from soap_opt import _ext, functional, launch, soap, work
+from soap_opt import _ext, functional, fused_cuda, launch, soap, work
 
 
 class FakeDriver:
@@ -111,8 +111,11 @@ class Record:
 
 
 @contextlib.contextmanager
-def fake_driver(capability: int = 90) -> Iterator[Record]:
-    """Inside, Triton compiles for a GPU of this capability and launches nothing; ``fused=True`` on a CPU is the Triton path."""
+def fake_driver(capability: int = 90, counting: bool = True) -> Iterator[Record]:
+    """Inside, Triton compiles for a GPU of this capability and launches nothing; ``fused=True`` on a CPU is the Triton path.
+
+    counting: note launches, and do what the host looks at; without it a launch costs what Triton's Python does and no more.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("a fake driver under Triton's interpreter (TRITON_INTERPRET=1) would see nothing compiled")
     from triton.compiler.compiler import CompiledKernel
@@ -121,13 +124,16 @@ def fake_driver(capability: int = 90) -> Iterator[Record]:
     driver.set_active(FakeDriver("cuda", capability, 32))
     record = Record()
 
+    def nothing(*arguments: Any) -> None:
+        pass
+
     def without_loading(self: CompiledKernel) -> None:
         def run(grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
             record.launches[self.name] += 1
             if self.name == "project_first_kernel":
                 count_as_usable(*arguments[:3])
 
-        self.module, self.function, self._run = None, 0, run
+        self.module, self.function, self._run = None, 0, run if counting else nothing
 
     with mock.patch.object(CompiledKernel, "_init_handles", without_loading), triton_path_on_cpu():
         yield record
@@ -148,6 +154,7 @@ SHAPES = [(6, 5), (64,), (130, 66), (17, 3, 5, 5), (64, 32, 5, 5), (4,)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "capturable": {"capturable": True},
+    "recorded": {"capturable": True},  # the last step as into a CUDA graph
     "clipped, normalised": {"max_grad_norm": 1.0, "normalize_grads": True},
     "precision high": {"precision": "high"},
     "adaptive": {"refresh": "adaptive"},
@@ -183,8 +190,10 @@ def whole_steps(record: Record, steps: int = 8) -> list[dict[str, Any]]:
         times = []
         record.take()
         for step in range(steps):
+            last = name == "recorded" and step == steps - 1
             start = time.perf_counter()
-            optimizer.step()
+            with mock.patch.object(fused_cuda, "is_recording", lambda device: True) if last else contextlib.nullcontext():
+                optimizer.step()
             times.append(1e3 * (time.perf_counter() - start))
             launches, compiled = record.take()
             rows.append({"case": name, "step": step, "launches": dict(launches), "compiled": dict(compiled)})

@@ -39,9 +39,6 @@ MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
 
 (WIDE_0, _), (WIDE_1, _), (WIDE_2, _) = (map(tl.constexpr, tile) for tile in launch.TILES)
 
-# Partial sums of a tile that are fetched together
-AT_ONCE = tl.constexpr(4)
-
 
 @triton.jit
 def ema(gram, place, mirrored, outer, inside, row, scalars, rest):
@@ -89,8 +86,8 @@ def gram_tile(
     """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), rest)`` in the lower triangle, and its mirror image.
 
     Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
-    Gram over 16,384 columns) is cut into programs of at most launch.GRAM_MAX_ITERATIONS iterations, whose partial sums the
-    last one to arrive adds in order. The products are full float32.
+    Gram over 16,384 columns) is cut into programs (launch.gram_splits), whose partial sums the last one to arrive adds in
+    order. The products are full float32.
 
     Args:
         r: the tile's place in the triangle, tile_i * PACK + tile_j.
@@ -142,6 +139,7 @@ def gram_tile(
         tl.store(slot + c * (SIZE * SIZE) + inside_slot, outer)
         done = arrive(counters + tl.load(row + COUNTER) + number, splits)
         if done and splits > 1:
+            AT_ONCE: tl.constexpr = 2 if SIZE > 32 else 4  # more would take registers that the products need
             outer = tl.zeros([SIZE, SIZE], tl.float32)
             for first in range(0, splits, AT_ONCE):
                 for ahead in tl.static_range(AT_ONCE):  # loads that do not wait for each other

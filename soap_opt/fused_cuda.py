@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,12 @@ from .launch import (
     ACCELERATOR,
     HIGH_PRECISION,
     LR,
-    MAX_NUMEL,
     OPTIONS,
     PER_PARAMETER,
     PRECISION,
     SCALARS,
     USABLE,
-    Launch,
+    is_too_large,
     launch,
     make_tables,
     padded,
@@ -118,6 +117,7 @@ class Plan:
         )
         self.options = DeviceTable((1 + max(groups), OPTIONS), device, torch.float32)  # [G, OPTIONS]
         self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
+        self._calls: dict[str, list[Call]] = {}
         self.problems = DeviceTable(self.tables.problems.shape, device)  # [R, WIDTH]
         self.scalars = torch.zeros(len(layouts), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
@@ -134,6 +134,12 @@ class Plan:
         self.under_way = False  # a step has begun and not ended
         self.for_graph: Plan | None = None  # what the next capture takes
         self.graph_refresh: GraphRefresh | None = None
+
+    def calls(self, precision: str) -> list[Call]:
+        """The launches, made once. precision: "highest" or "high"."""
+        if precision not in self._calls:
+            self._calls[precision] = calls_of(self, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR])
+        return self._calls[precision]
 
     def shared(self) -> list[int]:
         """Pointers in the order of launch.SHARED."""
@@ -190,7 +196,8 @@ def _pieces(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
     pieces: list[list[int]] = [[]]
     numel = 0
     for i, layout in enumerate(layouts):
-        if pieces[-1] and 8 * (numel + layout.numel) > limit:
+        alone = is_too_large(layout) or (pieces[-1] and is_too_large(layouts[pieces[-1][-1]]))
+        if pieces[-1] and (alone or 8 * (numel + layout.numel) > limit):
             pieces.append([])
             numel = 0
         pieces[-1].append(i)
@@ -199,8 +206,15 @@ def _pieces(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
 
 
 def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
-    """Bytes of the two scratch buffers (partial sums of split Grams and Kronecker products come on top, a few percent)."""
-    return max((8 * sum(padded(layouts[i].numel) for i in piece) for piece in _pieces(tuple(layouts), limit)), default=0)
+    """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and of each piece
+    its tables, the partial sums of split Grams and Kronecker products."""
+    buffers, plans = 0, 0
+    for piece in _pieces(tuple(layouts), limit):
+        if piece and not is_too_large(layouts[piece[0]]):
+            of_piece, kinds, none = [layouts[i] for i in piece], ["float32"] * len(piece), [False] * len(piece)
+            plans += make_tables(of_piece, kinds, kinds, none, none, [0] * len(piece)).nbytes
+            buffers = max(buffers, 8 * sum(padded(layout.numel) for layout in of_piece))
+    return buffers + plans
 
 
 def fused_cuda_soap(
@@ -243,7 +257,7 @@ def fused_cuda_soap(
         "scratch_limit": scratch_limit,
     }  # fmt: skip
     pieces = _pieces(tuple(layouts), scratch_limit)
-    if len(pieces) > 1 or layouts[0].numel > MAX_NUMEL:
+    if len(pieces) > 1 or is_too_large(layouts[0]):
         columns = (params, grads, exp_avgs, exp_avg_sqs)
         matrices = [by_parameter(column, layouts) for column in (grams, bases, refresh_offsets)]
 
@@ -265,7 +279,7 @@ def fused_cuda_soap(
             grad_scale = clipping_scale(grads, grad_scale, options.max_grad_norm)
             options = replace(options, max_grad_norm=None)
         for piece in pieces:
-            if layouts[piece[0]].numel <= MAX_NUMEL:
+            if not is_too_large(layouts[piece[0]]):
                 fused_cuda_soap(*part(piece), grad_scale, [(len(piece), options)], **{**how, "scratch_limit": sys.maxsize})
             elif found_inf is None or float(found_inf) == 0:
                 named = {name: value for name, value in vars(options).items() if name != "max_grad_norm"}
@@ -313,19 +327,14 @@ def fused_cuda_soap(
         for given, none in ((grad_scale, plan.one), (found_inf, plan.zero))
     )
     plan.send_options(groups)
-    sums = (plan.partials, plan.counters)
     with on_device(device):
         if plan.under_way:  # an exception came after a launch: programs that arrived are still counted, t may have moved
             plan.counters.zero_()
             for each in known.followed:
                 each.identity = None
         plan.under_way = True
-        for each in plan.tables.launches:
-            tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
-            run_launch(
-                each, tables, plan.scalars, sums, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR],
-                first=(grad_scale, found_inf), options=plan.options.tensor,
-            )  # fmt: skip
+        for call in plan.calls(precision):
+            call.launch((grad_scale, found_inf))
 
     for of_original, of_copy in ((state_steps, steps), *zip(originals, arranged)):
         if of_copy is not of_original:
@@ -368,36 +377,44 @@ def fused_cuda_soap(
     return Skipped([], [])
 
 
-def run_launch(
-    each: Launch,
-    tables: tuple[Tensor, Tensor],
-    scalars: Tensor,
-    sums: tuple[Tensor, Tensor],
-    precision: str,
-    *,
-    first: tuple[Tensor, Tensor],
-    options: Tensor,
-) -> None:
-    """One launch of the plan."""
+class Call(NamedTuple):
+    """One launch of a plan, with all that does not change from step to step."""
+
+    kernel: Any
+    grid: tuple[int]
+    before: tuple[Tensor, ...]  # arguments
+    with_scale: bool  # whether grad_scale and found_inf come next
+    after: tuple[Tensor, ...]
+    constants: dict[str, Any]
+
+    def launch(self, scale: tuple[Tensor, Tensor]) -> None:
+        between = scale if self.with_scale else ()
+        launch(self.kernel, self.grid, *self.before, *between, *self.after, **self.constants)
+
+
+def calls_of(plan: Plan, precision: str) -> list[Call]:
+    """The plan's launches. precision: of the products that do not feed Grams, in Triton's words."""
     # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
     import triton.language as tl
 
     from .kernels.gram_ema import gram_ema_kernel
     from .kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
 
-    grid = (each.count,)
-    grad_dtype = getattr(tl, each.grad_dtype)
-    if each.kernel == "project_first":
-        launch(project_first_kernel, grid, *tables, scalars, *sums, *first, options, GRAD=grad_dtype, PRECISION=precision)
-    elif each.kernel == "gram_ema":
-        exact = PRECISION[ACCELERATOR]
-        launch(gram_ema_kernel, grid, *tables, scalars, *sums, options, GRAD=grad_dtype, PRECISION=exact)
-    elif each.kernel == "project_adam":
-        launch(project_adam_kernel, grid, *tables, scalars, *sums, options, PRECISION=precision)
-    elif each.kernel == "project_apply":
-        launch(project_apply_kernel, grid, *tables, scalars, PRECISION=precision)
-    else:
-        launch(project_kernel, grid, *tables, BACK=each.kernel == "back", PRECISION=precision)
+    calls = []
+    for each in plan.tables.launches:
+        tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
+        sums, options = (plan.scalars, plan.partials, plan.counters), (plan.options.tensor,)
+        grad = {"GRAD": getattr(tl, each.grad_dtype)}
+        kernel, before, after, constants = {
+            "project_first": (project_first_kernel, sums, options, {**grad, "PRECISION": precision}),
+            "gram_ema": (gram_ema_kernel, sums, options, {**grad, "PRECISION": PRECISION[ACCELERATOR]}),
+            "project": (project_kernel, (), (), {"BACK": False, "PRECISION": precision}),
+            "back": (project_kernel, (), (), {"BACK": True, "PRECISION": precision}),
+            "project_adam": (project_adam_kernel, sums, options, {"PRECISION": precision}),
+            "project_apply": (project_apply_kernel, (plan.scalars,), (), {"PRECISION": precision}),
+        }[each.kernel]
+        calls.append(Call(kernel, (each.count,), (*tables, *before), each.kernel == "project_first", after, constants))
+    return calls
 
 
 def _plan(owner: Tensor, key: PlanKey, aligned: np.ndarray) -> Plan:

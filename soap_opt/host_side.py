@@ -153,16 +153,25 @@ class ParameterList:
         result = []
         versions = [step._version for step in state_steps]
         increment_version(state_steps)  # the kernel wrote them, below autograd
-        for place, (known, step, version) in enumerate(zip(self.followed, state_steps, versions)):
-            identity = step.data_ptr()
-            if known.identity != identity or known.version != version or known.plans_of_graphs:
-                known.identity, known.last = identity, None
-                now = flags.values()[place]  # waits
-                known.t = int(step) - now
+        identities = [step.data_ptr() for step in state_steps]
+        unknown = [
+            place
+            for place, (known, identity, version) in enumerate(zip(self.followed, identities, versions))
+            if known.identity != identity or known.version != version or known.plans_of_graphs
+        ]
+        for place, t in zip(unknown, _values([state_steps[place] for place in unknown])):  # waits, once
+            known = self.followed[place]
+            known.identity, known.last, known.t = identities[place], None, t - flags.values()[place]
+        for place, (known, step) in enumerate(zip(self.followed, state_steps)):
             known.version = step._version
             result.append(known.catch_up())
             known.last = (flags, place)
         return result
+
+
+def _values(steps: list[Tensor]) -> list[int]:
+    """Of 0-d tensors on one device, in one transfer."""
+    return [int(t) for t in torch.stack([step.detach() for step in steps]).tolist()] if steps else []
 
 
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:

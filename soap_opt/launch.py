@@ -74,7 +74,7 @@ KEPT, REFRESHED, FAILED = 0, 1, 2
 BLOCK = 2048  # elements of an elementwise tile
 KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR
 PACK = 1 << 12  # a Gram tile's r is tile_i * PACK + tile_j
-MAX_NUMEL = (1 << 31) - (1 << 16)  # offsets inside a tensor are int32
+MAX_NUMEL = (1 << 31) - (1 << 16)  # offsets inside a tensor or a matrix are int32
 
 
 class Tile(NamedTuple):
@@ -100,9 +100,18 @@ class Config(NamedTuple):
 
 def _configs(architecture: str) -> dict[str, Config]:
     """Of every kernel, for "sm_80" (and up to sm_89), "sm_90" (and later) or "hip"."""
-    products = "project_first gram_ema project project_adam project_apply reexpress".split()
-    warps = 8 if architecture.startswith("sm") else 4  # AMD's wavefronts are 64 wide: as many threads
-    return {**dict.fromkeys(products, Config(warps, 3, 16)), "due": Config(warps, 3)}
+    # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
+    # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
+    # 9 barriers an iteration against 10 and 17. Eight where four would spill: Adam's epilogue, and products on sm_80. Nothing
+    # holds twice 16 i without spilling.
+    # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
+    eight = {
+        "sm_80": {"project_first", "project", "project_adam", "project_apply", "reexpress"},
+        "sm_90": {"project_adam"},
+        "hip": set(),
+    }[architecture]
+    kernels = "project_first gram_ema project project_adam project_apply reexpress".split()
+    return {**{name: Config(8 if name in eight else 4, 3, 16) for name in kernels}, "due": Config(4, 1)}
 
 
 def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
@@ -294,6 +303,12 @@ class Tables:
     _places: np.ndarray = field(repr=False, default=None)  # [n] flat places in problems that hold pointers
     _sources: np.ndarray = field(repr=False, default=None)  # [n] which of fill's pointers
     _offsets: np.ndarray = field(repr=False, default=None)  # [n] bytes behind it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the plan keeps on the device, without the scratch buffers, which everything on a stream shares."""
+        tables = self.tiles.nbytes + self.problems.nbytes
+        return tables + 4 * (self.partials_numel + self.counters + self.kronecker_numel)
 
     def fill(self, pointers: np.ndarray) -> np.ndarray:
         """problems with these pointers, [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
@@ -572,9 +587,14 @@ def make_tables(
     return build.tables(starts[-1], kronecker_numel)
 
 
+def is_too_large(layout: Layout) -> bool:
+    """Whether a parameter or one of its matrices is beyond the kernels' int32 offsets."""
+    return max(layout.numel, *(group.width**2 for group in layout.groups if group.modes), 0) > MAX_NUMEL
+
+
 def can_reexpress(layout: Layout) -> bool:
     """Whether :func:`make_reexpress_tables` takes a parameter: a row has room for the orders of MAX_FACTORS modes."""
-    return len(layout.modes) <= MAX_FACTORS and layout.numel <= MAX_NUMEL
+    return len(layout.modes) <= MAX_FACTORS and not is_too_large(layout)
 
 
 def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> Tables:

@@ -272,7 +272,9 @@ class GroupedRefresh:
 
 
 def has_conditional_nodes() -> bool:
-    """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on."""
+    """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on, where PyTorch has it."""
+    if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+        return False
     if torch.version.cuda is None or not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() < 12040:
         return False
     return tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 4)

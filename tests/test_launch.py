@@ -1,10 +1,12 @@
 """The tables, checked as data: no Triton, no GPU."""
 
 import math
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ def test_the_worked_example_of_the_readme():
         found.append((each.kernel, [(kind, count) for (_, kind), count in counts.items()]))
     assert found == [
         ("project_first", [(launch.KRONECKER, 1), (1, 50), (launch.NORM, 12), (launch.NORM, 1)]),
-        ("gram_ema", [(1, 6), (0, 4), (6, 4), (1, 6), (3, 3), (launch.ADAM_GRAD, 1)]),
+        ("gram_ema", [(1, 21), (0, 13), (6, 16), (1, 6), (3, 3), (launch.ADAM_GRAD, 1)]),
         ("project", [(0, 50), (1, 6)]),
         ("project_adam", [(6, 64), (3, 6)]),
         ("back", [(1, 50)]),
@@ -155,8 +157,31 @@ def test_pointers_are_filled_in_where_they_belong():
 def test_scratch_is_what_the_tables_ask_for():
     from soap_opt import fused_cuda
 
-    layouts = layouts_of([(6, 5), (4,), (3, 3, 3)])
-    assert fused_cuda.scratch_bytes(layouts) == 2 * 4 * tables_of(layouts).scratch_numel
-    # (6, 5) and (4,) together, (3, 3, 3) after them
-    assert fused_cuda.scratch_bytes(layouts, limit=8 * 40) == 2 * 4 * 36
+    layouts = layouts_of([(6, 5), (4,), (3, 3, 3), (300, 40, 3, 3)])
+    buffers, tables = 2 * 4 * tables_of(layouts).scratch_numel, tables_of(layouts).nbytes
+    assert fused_cuda.scratch_bytes(layouts) == buffers + tables
+    # (6, 5) and (4,) together, (3, 3, 3) after them, each with tables of its own
+    few, last = layouts[:2], layouts[2:3]
+    apart = tables_of(few).nbytes + tables_of(last).nbytes
+    assert fused_cuda.scratch_bytes(layouts[:3], limit=8 * 40) == 2 * 4 * 36 + apart
     assert fused_cuda.scratch_bytes([]) == 0
+
+
+def test_what_a_plan_keeps_is_what_the_report_counts():
+    from soap_opt import fused_cuda
+
+    layouts = tuple(layouts_of([(6, 5), (4,), (70, 3000), (300, 40, 3, 3)]))
+    count = len(layouts)
+    key = (layouts, (torch.float32,) * count, (torch.float32,) * count, (False,) * count, (0,) * count)
+    plan = fused_cuda.Plan(key, np.zeros(count, dtype=bool), torch.device("cpu"))
+    kept = [plan.tiles, plan.problems.tensor, plan.partials, plan.counters, plan.kronecker]
+    assert plan.tables.nbytes == sum(tensor.nbytes for tensor in kept)
+    assert plan.partials.nbytes > 0.1 * plan.tables.nbytes  # (what was left out once)
+
+
+def test_matrices_beyond_int32_offsets_are_not_for_the_kernels():
+    from soap_opt import fused_cuda
+
+    small, wide, long = layouts_of([(6, 5), (50000, 2), (1 << 16, 1 << 15)], max_precond_dim=60000)
+    assert [launch.is_too_large(layout) for layout in (small, wide, long)] == [False, True, True]
+    assert fused_cuda._pieces((small, wide, small, small, long), sys.maxsize) == [[0], [1], [2, 3], [4]]

@@ -271,7 +271,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     refused("not stepped by the fused CUDA path")
     monkeypatch.setattr(soap_opt.work, "steps_on_device", lambda group, param: True)
     refused("is on cpu, and the graph on cuda:0")
-    monkeypatch.setattr(soap_opt.work, "MAX_NUMEL", 20)
+    monkeypatch.setattr(soap_opt.launch, "MAX_NUMEL", 20)
     refused("has more than 20 elements")
     run.optimizer.param_groups[0]["capturable"] = False
     refused("capturable=False")
