@@ -129,6 +129,27 @@ def in_ptx(binary: Any) -> dict[str, int | str]:
     }
 
 
+def in_sass(binary: Any) -> dict[str, int | str]:
+    """What the machine code has: instructions in all, and of the loops with matrix products (one for each class of tiles) how
+    many there are, their instructions and their barriers of a block, both on average; empty for AMD."""
+    columns = ("instructions", "loops", "loop_instructions", "loop_barriers")
+    if "cubin" not in binary.asm:
+        return dict.fromkeys(columns, "")
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);", cuobjdump(binary, "-sass"))]
+    places = {at: place for place, (at, _) in enumerate(code)}
+    loops = []
+    for place, (_, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        first = places.get(int(target[1], 16)) if target else None
+        if first is not None and first <= place and any("MMA" in instruction for _, instruction in code[first : place + 1]):
+            loops.append((first, place))  # backwards
+    inner = [one for one in loops if not any(one != other and one[0] <= other[0] and other[1] <= one[1] for other in loops)]
+    sizes = [last + 1 - first for first, last in inner]
+    barriers = [sum("BAR.SYNC" in text for _, text in code[first : last + 1]) for first, last in inner]
+    means = [round(sum(column) / max(1, len(inner))) for column in (sizes, barriers)]
+    return dict(zip(columns, (len(code), len(inner), *means)))
+
+
 def named(kernel: Any, constants: dict[str, Any]) -> dict[str, str]:
     return {
         "kernel": kernel.__name__,
@@ -152,6 +173,7 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
                 **config_of(kernel, name)._asdict(),
                 **figures(binary),
                 **in_ptx(binary),
+                **in_sass(binary),
                 "triton": triton.__version__,
             }
 

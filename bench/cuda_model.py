@@ -1,12 +1,17 @@
 """Count what one steady step moves and computes on a GPU, from the launch plan and from the original's operations.
 
 ``python -m bench.cuda_model [-o bench/results/cuda_model.csv]``. Needs no GPU, and none was used: these are counts, and times
-that an H100's published limits would allow, not measurements.
+that follow from them, not measurements.
 
 What is counted. *Bytes*: what a launch must read and write in device memory if the caches are ideal inside a launch and empty
 between two. ``tensor_bytes`` are those of tensors of a parameter's size (gradient, scratch, m, v, p); ``matrix_bytes`` those of
 Grams, bases and their partial sums. *Flops*: 2 for each multiply-add that a tile executes, padding included; U = 2 numel
 sum(d_i) of one pass over all modes, of which a step needs 2.5.
+
+Two times. ``h100_floor_us`` is what an H100's published limits would allow. ``h100_model_us`` is what our programs as they are
+compiled should take: their instructions and barriers (bench/results/kernels.csv, straight code and loops by the number of
+iterations), issued by four schedulers a multiprocessor, as many programs at a time as registers and shared memory hold. It is
+there to be compared with a measurement, launch by launch: what is off by more than the rest is where to look.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,14 @@ from .reference import ReferenceSOAP
 
 # H100 SXM: memory, TF32 tensor cores without sparsity (a float32 product takes three), time to launch a kernel
 H100 = {"bytes_per_second": 3.35e12, "float32_flops_per_second": 494e12 / 3, "seconds_per_launch": 3e-6}
+
+# Of its 132 multiprocessors at 1.755 GHz: schedulers, registers, bytes of shared memory (a block takes 1 KiB more than it asks)
+MULTIPROCESSORS, CLOCK, SCHEDULERS, REGISTERS, SHARED = 132, 1.755e9, 4, 65536, 228 << 10
+# Assumed, for a program that has a multiprocessor to itself: cycles from one instruction of a warp to its next, of a barrier,
+# and of a load from the L2 cache, of which three wait for each other (tile, row, first element) and one comes at the end
+CYCLES_PER_INSTRUCTION, CYCLES_PER_BARRIER, CYCLES_PER_LOAD, LOADS = 2.5, 40, 600, 4
+
+KERNELS = Path(__file__).parent / "results" / "kernels.csv"
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -73,6 +87,7 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
     for each in tables.launches:
         tiles = tables.tiles[each.first : each.first + each.count]
         row: dict[str, Any] = {"launch": each.kernel, "programs": each.count, "flops": 0, "tensor_bytes": 0, "matrix_bytes": 0}
+        row["iterations"] = []  # (programs, iterations of each)
         grams = set()
         for (problem, kind), programs in Counter(zip(tiles[:, 0].tolist(), tiles[:, 1].tolist())).items():
             columns = tables.problems[problem]
@@ -80,8 +95,10 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
             if each.kernel == "gram_ema" and kind < launch.NORM:
                 tile, splits = TILES[kind // 4], int(columns[launch.COUNT])
                 depth, factors = int(columns[launch.DEPTH]), int(columns[launch.NUMEL])
-                iterations = math.ceil(int(columns[launch.COLUMNS]) / tile.gram_deep)
-                row["flops"] += 2 * programs // splits * tile.wide**2 * iterations * tile.gram_deep
+                deep = launch.gram_deep(kind // 4)
+                iterations = math.ceil(int(columns[launch.COLUMNS]) / deep)
+                row["iterations"].append((programs, math.ceil(iterations / splits)))
+                row["flops"] += 2 * programs // splits * tile.wide**2 * iterations * deep
                 # both panels of a tile and all modes of a parameter read the same gradient in one launch
                 if columns[launch.INDEX] not in grams:
                     row["tensor_bytes"] += SIZES[grad] * numel
@@ -93,19 +110,58 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
             elif kind < launch.NORM:
                 tile = TILES[kind // 4]
                 depth = int(columns[launch.DEPTH])
-                row["flops"] += 2 * programs * tile.wide * tile.long * math.ceil(depth / tile.deep) * tile.deep
+                deep = launch.CONFIGS["sm_90"][kernel_of(each.kernel)].deep
+                row["iterations"].append((programs, math.ceil(depth / deep)))
+                row["flops"] += 2 * programs * tile.wide * tile.long * math.ceil(depth / deep) * deep
                 read = SIZES[grad] if each.kernel == "project_first" else 4
                 written = {"project_adam": 4 + 16, "project_apply": 8}.get(each.kernel, 4)  # u, m and v; p
                 row["tensor_bytes"] += (read + written) * numel
                 row["matrix_bytes"] += 4 * depth**2
             elif kind == launch.KRONECKER:
+                row["iterations"].append((programs, 0))
                 row["matrix_bytes"] += 4 * int(columns[launch.DEPTH]) ** 2
             else:
                 cost = {launch.NORM: SIZES[grad], launch.COPY: SIZES[grad] + 4, launch.ADAM_GRAD: SIZES[grad] + 24,
                         launch.ADAM_SCRATCH: 4 + 20, launch.APPLY: 12}  # fmt: skip
+                row["iterations"].append((programs, 0))
                 row["tensor_bytes"] += cost[kind] * numel
         result.append(row)
     return result
+
+
+def kernel_of(name: str) -> str:
+    """The kernel of a launch of the plan."""
+    return "project" if name == "back" else name
+
+
+@lru_cache
+def compiled_kernels() -> dict[str, dict[str, int]]:
+    """What the compiler made of each kernel for an H100, for float32 gradients at precision "highest"."""
+    found = {}
+    with KERNELS.open() as file:
+        for row in csv.DictReader(file):
+            if row["target"] == "sm_90" and row["precision"] != "tf32" and row["grad"] in ("", "float32"):
+                numbers = {key: int(value) for key, value in row.items() if value.isdecimal()}
+                found[row["kernel"].removesuffix("_kernel")] = numbers
+    return found
+
+
+def program_seconds(name: str, iterations: Sequence[tuple[int, int]]) -> float:
+    """What a launch's programs take, memory's bandwidth aside. iterations: (programs, iterations of each)."""
+    kernel = compiled_kernels()[kernel_of(name)]
+    threads = 32 * kernel["warps"]
+    resident = min(REGISTERS // (threads * kernel["registers"]), SHARED // (kernel["shared_bytes"] + 1024), 2048 // threads)
+    loop, barriers = kernel["loop_instructions"], kernel["loop_barriers"]
+    # outside of the loops a program runs one class of tiles of about ten branches
+    straight = (kernel["instructions"] - kernel["loops"] * loop) / (kernel["loops"] + 2)
+    issued = occupied = longest = 0.0
+    for programs, count in iterations:
+        instructions = straight + count * loop
+        alone = instructions * CYCLES_PER_INSTRUCTION + count * barriers * CYCLES_PER_BARRIER + LOADS * CYCLES_PER_LOAD
+        issued += programs * instructions * kernel["warps"] / SCHEDULERS
+        occupied += programs * alone / resident
+        longest = max(longest, alone)
+    return max(issued / MULTIPROCESSORS, occupied / MULTIPROCESSORS, longest) / CLOCK
 
 
 class _Count(TorchDispatchMode):
@@ -170,7 +226,11 @@ def model(name: str, shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
             row["matrix_bytes_per_parameter"] = round(row["matrix_bytes"] / numel, 1)
         row["bytes_per_parameter"] = round(row["bytes"] / numel, 1)
         row["flops_per_2.5U"] = round(row["flops"] / needed, 3)
-        row["h100_model_us"] = round(1e6 * seconds(row["launches"], row["flops"], row["bytes"]), 1)
+        row["h100_floor_us"] = round(1e6 * seconds(row["launches"], row["flops"], row["bytes"]), 1)
+    for row in own:  # of its launches, the longer of what memory and the programs take
+        busy = max(row["bytes"] / H100["bytes_per_second"], program_seconds(row["launch"], row["iterations"]))
+        row["h100_model_us"] = round(1e6 * (busy + H100["seconds_per_launch"]), 1)
+    result[len(own)]["h100_model_us"] = round(sum(row["h100_model_us"] for row in own), 1)
     return [{"model": name, "parameters": numel, "tensors": len(layouts), **row} for row in result]
 
 
@@ -178,7 +238,7 @@ MODELS = {"bmshj2018-hyperprior q3": hyperprior_shapes, "GPT-2 small": gpt2_smal
 
 COLUMNS = (
     "model parameters tensors implementation launch launches programs flops flops_per_2.5U bytes bytes_per_parameter "
-    "tensor_bytes_per_parameter matrix_bytes_per_parameter h100_model_us"
+    "tensor_bytes_per_parameter matrix_bytes_per_parameter h100_floor_us h100_model_us"
 ).split()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import refresh_basis
 from .functional import runs_triton, use_fused
 from .fused_cuda import steps_on_device
-from .launch import MAX_NUMEL, is_too_large
+from .launch import is_too_large
 from .options import list_kind, step_kind
 from .plan import Layout
 
@@ -75,7 +75,7 @@ def _reasons_against_capture(
             if not steps_on_device(w.group, param):
                 yield f"{describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
             elif is_too_large(layout):
-                yield f"{describe(param)} or a matrix of it has more than {MAX_NUMEL:,} elements"
+                yield f"{describe(param)} or a matrix of it is beyond the kernels' int32 offsets"
             elif state["step"].device != param.device:  # fused or capturable were set when there was a state
                 yield f"the step of {describe(param)} is on {state['step'].device}: load a state_dict"
             elif param.device != device:

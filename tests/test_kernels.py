@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 
 pytest.importorskip("triton")
@@ -26,6 +28,20 @@ RUNS += [("slow", f"{LONG}::{name}") for name in re.findall(r"^def (test_\w+)", 
 QUICK = ("not slow", "test_whole_steps.py")
 
 
+def interpreter_fails() -> bool:
+    """Triton 3.6's interpreter makes a Python number of an array [1], which numpy refuses from 2.5 on."""
+    if not importlib.metadata.version("triton").startswith("3.6."):
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            return True
+    return False
+
+
+@pytest.mark.skipif(interpreter_fails(), reason="Triton 3.6's interpreter needs numpy < 2.5")
 @pytest.mark.parametrize(
     ("marker", "tests"), [pytest.param(*run, marks=[] if run == QUICK else [pytest.mark.slow]) for run in RUNS]
 )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import pytorch_optimizer
 import torch
 from comparison import (
     UPDATE_TOLERANCE,
@@ -119,6 +118,7 @@ THEIR_NAMES = {"max_precond_dim": "max_precondition_dim", "normalize_grads": "no
 
 
 def theirs_of(params, **options):
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     params = [nn.Parameter(p.clone()) for p in params]
     return params, pytorch_optimizer.SOAP(params, **{THEIR_NAMES.get(k, k): v for k, v in options.items()})
 

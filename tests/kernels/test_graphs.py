@@ -249,6 +249,36 @@ def test_a_plan_is_one_captures(monkeypatch):
     assert len(plans) == 2 and plans[0] is not plans[1]
 
 
+def test_an_ordinary_step_after_a_capture_waits_once(monkeypatch):
+    """Replays may have moved t of every parameter: all of them come in one transfer, not one by one."""
+    shapes = [(6, 5), (4, 3, 3), (7,)]
+    run = Recorded(random_params(shapes), fused=True, capturable=True, **OPTIONS)
+    gradients = random_gradients(shapes, 5)
+    for grads in gradients[:2]:
+        run.step(grads)
+    run.record(Tape(monkeypatch), gradients[2])
+    run.tape = None
+    read = []
+    original = host_side._values
+    monkeypatch.setattr(host_side, "_values", lambda steps: read.append(len(steps)) or original(steps))
+    for grads in gradients[3:]:
+        run.step(grads)
+    assert read == [3, 3]
+    # (the tape ran the step that it recorded; the first gradient moved nothing)
+    assert [int(run.state_of(i)["step"]) for i in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_conditional_nodes_are_looked_for(present, monkeypatch):
+    """torch 2.11 has none, whatever CUDA it is built with."""
+    graph = type("CUDAGraph", (), {"begin_capture_to_if_node": None} if present else {})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    assert refresh_cuda.has_conditional_nodes() == present
+
+
 def test_what_cannot_be_captured_is_refused(monkeypatch):
     """As in a capture on cuda:0; the parameters are on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -272,7 +302,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     monkeypatch.setattr(soap_opt.work, "steps_on_device", lambda group, param: True)
     refused("is on cpu, and the graph on cuda:0")
     monkeypatch.setattr(soap_opt.launch, "MAX_NUMEL", 20)
-    refused("has more than 20 elements")
+    refused("beyond the kernels. int32 offsets")
     run.optimizer.param_groups[0]["capturable"] = False
     refused("capturable=False")
 
