@@ -99,15 +99,16 @@ class Config(NamedTuple):
 
 
 def _configs(architecture: str) -> dict[str, Config]:
-    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90" (and later) or "hip"."""
+    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
     # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
     # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
-    # 9 barriers an iteration against 10 and 17. Eight where four would spill: Adam's epilogue, and products on sm_80. Nothing
-    # holds twice 16 i without spilling.
+    # 2 barriers an iteration against 10 and 10, with as many instructions for each of half the warps. Eight where four would
+    # spill: Adam's epilogue, products on sm_80, Grams on sm_100. Nothing holds twice 16 i without spilling.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
     eight = {
         "sm_80": {"project_first", "project", "project_adam", "project_apply", "reexpress"},
         "sm_90": {"project_adam"},
+        "sm_100": {"project_adam", "gram_ema"},
         "hip": set(),
     }[architecture]
     kernels = "project_first gram_ema project project_adam project_apply reexpress".split()
@@ -149,7 +150,7 @@ def precision_of(default: str, text: str) -> str:
 
 
 OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
-CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "hip")}
+CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "sm_100", "hip")}
 # What the tables count in; the same for every architecture, so that a table is made without asking for a device.
 GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
 
@@ -158,7 +159,7 @@ def architecture_of(backend: str, arch: int | str) -> str:
     """The key of CONFIGS, from what Triton says of its target."""
     if backend == "hip":
         return "hip"
-    return "sm_90" if int(arch) >= 90 else "sm_80"
+    return "sm_100" if int(arch) >= 100 else "sm_90" if int(arch) >= 90 else "sm_80"
 
 
 # A Gram is cut along its columns where a launch would otherwise have too few programs, or one that outlasts all the others:

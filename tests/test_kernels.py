@@ -71,6 +71,25 @@ def test_the_table_of_compiled_kernels_is_complete_and_nothing_spills():
         assert int(row["registers"]) <= registers and int(row["shared_bytes"]) <= shared, row
 
 
+def test_what_is_aligned_is_read_and_written_in_vectors():
+    """Of two classes of tiles, ROWS and not: every element of both operands, for each stage of the pipeline, in copies of 16
+    bytes, and in Adam's epilogue m, v and U'. (The hint that says so was once lost when a call was inlined.)"""
+    with RESULTS.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["target"].startswith("sm_") and row["precision"] == "tf32x3"]
+    assert len(rows) == 3 * 11
+    for row in rows:
+        by_program = 32 * int(row["warps"]) * 16  # bytes that one instruction of all threads moves
+        if row["grad"] in ("", "float32"):
+            operands = 2 * 64 * int(row["deep"]) * 4
+            assert int(row["copies_16"]) * by_program == 2 * int(row["stages"]) * operands, row
+        product = 64 * 64 * 4
+        if row["kernel"] == "project_adam_kernel":
+            assert int(row["loads_16"]) * by_program >= 2 * 2 * product, row
+            assert int(row["stores_16"]) * by_program >= 2 * 3 * product, row
+        elif row["kernel"] in ("project_kernel", "project_first_kernel", "reexpress_kernel"):
+            assert int(row["stores_16"]) * by_program >= 2 * product, row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])  # the table has two more; each takes minutes to compile again
 def test_every_variant_compiles_to_the_committed_figures(target, tmp_path):
