@@ -60,14 +60,14 @@ def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield project_apply_kernel, {"PRECISION": precision}
 
 
-def config_of(kernel: Any, target: str) -> launch.Config:
+def config_of(kernel: Any, constants: dict[str, Any], target: str) -> launch.Config:
     backend, arch, _ = TARGETS[target]
-    return launch.CONFIGS[launch.architecture_of(backend, arch)][kernel.__name__.removesuffix("_kernel")]
+    return launch.config_of(launch.architecture_of(backend, arch), kernel.__name__, constants)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: str, config: launch.Config | None = None) -> Any:
     """What the JIT makes of a kernel. config: that of the target unless given."""
-    config = config or config_of(kernel, target)
+    config = config or config_of(kernel, constants, target)
     values = {name: getattr(tl, value) if name == "GRAD" else value for name, value in constants.items()}
     if config.deep:
         values["DEEP"] = config.deep
@@ -170,7 +170,7 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
             yield {
                 "target": name,
                 **named(kernel, constants),
-                **config_of(kernel, name)._asdict(),
+                **config_of(kernel, constants, name)._asdict(),
                 **figures(binary),
                 **in_ptx(binary),
                 **in_sass(binary),

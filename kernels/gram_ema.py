@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .. import launch
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_rms, without_subnormals
+from .dot import dot
 from .table import (
     ARGUMENTS,
     COLUMNS,
@@ -100,7 +101,7 @@ def gram_tile(
         size(row, COLUMNS, ALIGNED and not ROWS),
     )
     # bfloat16 and float16 fit into TF32: one product of them is as exact as the three that float32 takes
-    EXACT: tl.constexpr = "tf32" if GRAD != tl.float32 and PRECISION == "tf32x3" else PRECISION
+    FITS: tl.constexpr = GRAD != tl.float32
     splits = size(row, COUNT, False)
     x = pointer(row, X, GRAD, ALIGNED)  # [A, D, B], columns numbered as in product_tile
     tile_i, tile_j = r // PACK, r % PACK
@@ -129,7 +130,7 @@ def gram_tile(
                 x + j[:, None] * inner + column[None, :], mask=(j < depth)[:, None] & (n < columns)[None, :], other=0.0
             )
             right = tl.trans(right)
-        outer = tl.dot(left.to(tl.float32), right.to(tl.float32), outer, input_precision=EXACT)
+        outer = dot(left.to(tl.float32), right.to(tl.float32), outer, PRECISION, FITS, FITS)
 
     factors = size(row, NUMEL, False)
     done = True

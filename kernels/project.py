@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .. import launch
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_norm, finish_rms
+from .dot import dot
 from .table import (
     ARGUMENTS,
     COLUMNS,
@@ -93,7 +94,7 @@ def product_tile(
                 q = tl.load(matrix + j[None, :] * depth + i[:, None], mask=there, other=0.0)
             else:
                 q = tl.load(matrix + i[:, None] * depth + j[None, :], mask=there, other=0.0)
-            product = tl.dot(part, q, product, input_precision=PRECISION)
+            product = dot(part, q, product, PRECISION, x_dtype != tl.float32, False)
         else:
             part = tl.load(
                 x + i[:, None] * inner + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0
@@ -104,7 +105,7 @@ def product_tile(
                 q = tl.load(matrix + j[:, None] * depth + i[None, :], mask=there, other=0.0)
             else:
                 q = tl.load(matrix + i[None, :] * depth + j[:, None], mask=there, other=0.0)
-            product = tl.dot(q, part, product, input_precision=PRECISION)
+            product = dot(q, part, product, PRECISION, False, x_dtype != tl.float32)
         if SQUARES:
             squares += part * part
 
@@ -158,6 +159,7 @@ def ragged_products(
 
     A class is a branch, not a kernel of its own, because a launch costs more than the branch.
     """
+    NARROW: tl.constexpr = 16 if DEEP > 16 else DEEP  # a group of at most 16 has no more
     if kind == 0:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP, False, False)  # fmt: skip
@@ -178,10 +180,10 @@ def ragged_products(
                       WIDE_1, LONG_1, DEEP, True, False)  # fmt: skip
     elif kind == 8:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_2, LONG_2, DEEP, False, False)  # fmt: skip
+                      WIDE_2, LONG_2, NARROW, False, False)  # fmt: skip
     elif kind == 10:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
-                      WIDE_2, LONG_2, DEEP, True, False)  # fmt: skip
+                      WIDE_2, LONG_2, NARROW, True, False)  # fmt: skip
 
 
 @triton.jit

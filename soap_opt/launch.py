@@ -99,20 +99,25 @@ class Config(NamedTuple):
 
 
 def _configs(architecture: str) -> dict[str, Config]:
-    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
+    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"; NAME_16 where it is another for
+    gradients of 16 bits."""
     # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
     # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
-    # 2 barriers an iteration against 10 and 10, with as many instructions for each of half the warps. Eight where four would
-    # spill: Adam's epilogue, products on sm_80, Grams on sm_100. Nothing holds twice 16 i without spilling.
+    # 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps. 32 i at a time, where they
+    # fit, halve the barriers. Nothing may spill, so that others take eight warps (Adam's epilogue everywhere) or 16 i.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
-    eight = {
-        "sm_80": {"project_first", "project", "project_adam", "project_apply", "reexpress"},
-        "sm_90": {"project_adam"},
-        "sm_100": {"project_adam", "gram_ema"},
-        "hip": set(),
-    }[architecture]
     kernels = "project_first gram_ema project project_adam project_apply reexpress".split()
-    return {**{name: Config(8 if name in eight else 4, 3, 16) for name in kernels}, "due": Config(4, 1)}
+    configs = dict.fromkeys(kernels, Config(4, 2, 32) if architecture == "sm_90" else Config(4, 3, 16))
+    if architecture != "hip":
+        configs["project_adam"] = Config(8, *configs["project_adam"][1:])
+    if architecture == "sm_80":
+        configs["project_first"] = Config(8, 3, 16)
+        configs["project_first_16"] = Config(8, 2, 32)
+    elif architecture == "sm_90":
+        configs["project_first"] = Config(4, 3, 16)
+    elif architecture == "sm_100":
+        configs["gram_ema"] = Config(8, 3, 16)
+    return {**configs, "due": Config(4, 1)}
 
 
 def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
@@ -153,6 +158,13 @@ OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
 CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "sm_100", "hip")}
 # What the tables count in; the same for every architecture, so that a table is made without asking for a device.
 GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
+
+
+def config_of(architecture: str, kernel: str, constants: dict[str, Any]) -> Config:
+    """The configuration of a kernel, by its function's name, with these constants."""
+    configs, name = CONFIGS[architecture], kernel.removesuffix("_kernel")
+    low = str(constants.get("GRAD", "fp32")) not in ("fp32", "float32")
+    return configs.get(f"{name}_16", configs[name]) if low else configs[name]
 
 
 def architecture_of(backend: str, arch: int | str) -> str:
@@ -196,7 +208,7 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
         compiled[(*grid, 1, 1)](*arguments, *values)
         return
     target = _target()
-    config = CONFIGS["hip" if target is None else architecture_of(target.backend, target.arch)][name.removesuffix("_kernel")]
+    config = config_of("hip" if target is None else architecture_of(target.backend, target.arch), name, constants)
     if config.deep:
         constants["DEEP"] = config.deep
     compiled = kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)

@@ -132,6 +132,7 @@ def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
     (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
     (scratch,) = refresh_cuda._scratch.values()
     tensors = [*scratch.take(0), *plan.buffers._flat.values()]
+    tensors += [plan.tiles, plan.problems.tensor, plan.partials, plan.counters, plan.kronecker]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     units = sum(len(layout.modes) for layout in layouts)
     assert foretold <= held <= foretold + 2 * 32 * units  # each piece begins at a multiple of 16 bytes
