@@ -28,10 +28,12 @@ CHIPS = {"8.0": (2048, 32, 164, 163), "8.6": (1536, 16, 100, 99), "9.0": (2048, 
 
 WARP_LIMIT, LARGE_PANEL = 32, 32
 TABLE_ROWS = 800  # matrices of a launch
+SMALL_TABLE_ROWS = 32  # and of one with few, which passes less
+MATRIX_BYTES = 40  # of a row of its table (struct Matrix, csrc/cuda/refresh_basis.h)
 
 
 def ptxas(chip: str) -> dict[str, Row]:
-    """For each kernel what ptxas says."""
+    """What ptxas says of each kernel; ``name<rows>`` of one for each size of table (reflector.cuh)."""
     arch = chip.replace(".", "")
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
@@ -40,18 +42,19 @@ def ptxas(chip: str) -> dict[str, Row]:
         )
     found: dict[str, Row] = {}
     for part in done.stderr.split("Compiling entry function")[1:]:
-        name = re.search(r"\d(refresh_in_\w+_kernel|factor_panel_kernel)E", part).group(1)
+        name, rows = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E)?E", part).groups()
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?(\d+) bytes spill loads", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
-        found[name] = {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
+        found[f"{name}<{rows}>" if rows else name] = {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
     return found
 
 
 def resources() -> list[Row]:
     rows = []
     for chip, (max_threads, max_blocks, shared_kib, optin_kib) in CHIPS.items():
-        for kernel, figures in ptxas(chip).items():
+        for name, figures in sorted(ptxas(chip).items()):
             limit = optin_kib * 1024
+            kernel, _, table_rows = name.rstrip(">").partition("<")
             if kernel == "refresh_in_warps_kernel":
                 cases = [("d <= 32", 128, 4 * 4 * (32 * 32 + 3 * 32))]
             elif kernel == "refresh_in_blocks_kernel":
@@ -79,6 +82,8 @@ def resources() -> list[Row]:
                         "kernel": kernel.removesuffix("_kernel"),
                         "chip": "sm_" + chip.replace(".", ""),
                         "case": case,
+                        "table_rows": int(table_rows or 0),
+                        "table_bytes": MATRIX_BYTES * int(table_rows or 0),
                         **figures,
                         "block_threads": threads,
                         "shared_bytes": shared,

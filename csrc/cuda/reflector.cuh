@@ -15,16 +15,19 @@ namespace soap_opt::cuda {
 
 constexpr int kWarp = 32;
 
-// Matrices of one launch, by value. Arguments may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
+// Matrices of one launch, by value. Arguments may take 32,764 bytes from CUDA 12.1 on, 4,096 before. A launch passes the whole
+// table however few rows are used, so that there is a small one: what a step of "staggered" refreshes fits.
 #if !defined(__CUDACC__)
-constexpr int kTableRows = 16; // every fiber has its own copy
+constexpr int kSmallTableRows = 4, kTableRows = 16; // every fiber has its own copy
 #elif CUDART_VERSION >= 12010
-constexpr int kTableRows = 800;
+constexpr int kSmallTableRows = 32, kTableRows = 800;
 #else
-constexpr int kTableRows = 100;
+constexpr int kSmallTableRows = 32, kTableRows = 100;
 #endif
+template <int Rows>
 struct Table {
-  Matrix rows[kTableRows];
+  static constexpr int kRows = Rows;
+  Matrix rows[Rows];
 };
 
 constexpr unsigned kAllLanes = 0xffffffffu;

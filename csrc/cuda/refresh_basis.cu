@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "refresh_basis.cuh"
 
@@ -28,15 +29,23 @@ void opt_in(Kernel* kernel) {
         "asking for shared memory");
 }
 
-template <typename Function>
-void for_each_table(const Matrix* matrices, int count, const Function& function) {
-  Table table;
+template <int Rows>
+Table<Rows> table_of(const Matrix* matrices, int count) {
+  Table<Rows> table;
+  std::copy_n(matrices, count, table.rows);
+  return table;
+}
+
+// launch(table, rows) for every kTableRows of the matrices, in the smaller table where that has room.
+template <typename Launch>
+void for_each_table(const Matrix* matrices, int count, const Launch& launch) {
   for (int first = 0; first < count; first += kTableRows) {
     const int rows = std::min(kTableRows, count - first);
-    std::copy_n(matrices + first, rows, table.rows);
-    function(table, rows);
+    if (rows <= kSmallTableRows) launch(table_of<kSmallTableRows>(matrices + first, rows), rows);
+    else launch(table_of<kTableRows>(matrices + first, rows), rows);
   }
 }
+
 
 } // namespace
 
@@ -51,7 +60,7 @@ int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * i
 
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
   constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
-  for_each_table(matrices, count, [&](const Table& table, int rows) {
+  for_each_table(matrices, count, [&](const auto& table, int rows) {
     LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
            table, rows, due, tolerance, outcomes);
     check(cudaGetLastError(), "refresh_in_warps");
@@ -63,8 +72,8 @@ void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float
   for (int i = 0; i < count; ++i) largest = std::max<int>(largest, matrices[i].size);
   // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
   const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
-  opt_in(refresh_in_blocks_kernel);
-  for_each_table(matrices, count, [&](const Table& table, int rows) {
+  for_each_table(matrices, count, [&](const auto& table, int rows) {
+    opt_in(refresh_in_blocks_kernel<std::decay_t<decltype(table)>::kRows>);
     LAUNCH(refresh_in_blocks_kernel, rows, threads, block_shared_memory(largest), stream, table, due, tolerance, outcomes);
     check(cudaGetLastError(), "refresh_in_blocks");
   });

@@ -197,8 +197,9 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
 }
 
 // Four blocks on an SM: left alone, ptxas takes so many registers for sm_100 that two fit.
+template <int Rows>
 __global__ void __launch_bounds__(kWarpThreads, 4)
-    refresh_in_warps_kernel(GRID_CONSTANT const Table table, int count, const bool* due, float tolerance, int32_t* outcomes) {
+    refresh_in_warps_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float tolerance, int32_t* outcomes) {
   DYNAMIC_SHARED(float, shared);
   const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
   if (position >= count) return;
@@ -551,8 +552,9 @@ __device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, i
 
 constexpr int kBlockThreads = 512;
 
+template <int Rows>
 __global__ void __launch_bounds__(kBlockThreads)
-    refresh_in_blocks_kernel(GRID_CONSTANT const Table table, const bool* due, float tolerance, int32_t* outcomes) {
+    refresh_in_blocks_kernel(GRID_CONSTANT const Table<Rows> table, const bool* due, float tolerance, int32_t* outcomes) {
   DYNAMIC_SHARED(float, shared);
   const Matrix matrix = table.rows[blockIdx.x];
   int32_t* outcome = outcomes + matrix.index;

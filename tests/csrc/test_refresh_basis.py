@@ -216,7 +216,7 @@ def test_autocast_has_no_say(implementation):
 
 def test_launches(fibers):
     """One for each class of sizes that fits in shared memory, four in all, and for every table of its matrices, which holds
-    16 here and 800 on a GPU."""
+    16 here and 800 on a GPU (4 and 32 where there are no more)."""
     fibers.configure(1, SHARED_LIMITS["sm_90"])
     grams, bases = problems((1, 5, 32, 33, 64, 65, 128, 129, 140))
     fibers.refresh_basis_(grams, bases, *results_for(bases))
