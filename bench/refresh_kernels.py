@@ -27,9 +27,9 @@ SOURCE = ROOT / "csrc" / "cuda" / "refresh_basis.cu"
 CHIPS = {"8.0": (2048, 32, 164, 163), "8.6": (1536, 16, 100, 99), "9.0": (2048, 32, 228, 227), "10.0": (2048, 32, 228, 227)}
 
 WARP_LIMIT, LARGE_PANEL = 32, 32
-TABLE_ROWS = 800  # matrices of a launch
+TABLE_ROWS = 740  # matrices of a launch
 SMALL_TABLE_ROWS = 32  # and of one with few, which passes less
-MATRIX_BYTES = 40  # of a row of its table (struct Matrix, csrc/cuda/refresh_basis.h)
+MATRIX_BYTES = 44  # of a row of its table (struct Table, csrc/cuda/reflector.cuh)
 
 
 def ptxas(chip: str) -> dict[str, Row]:
@@ -45,8 +45,19 @@ def ptxas(chip: str) -> dict[str, Row]:
         name, rows = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E)?E", part).groups()
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) .*?(\d+) bytes spill loads", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
-        found[f"{name}<{rows}>" if rows else name] = {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
+        figures = {"registers": registers, "stack": stack, "spill_stores": stores, "spill_loads": loads}
+        found[f"{name}<{rows}>" if rows else name] = figures
     return found
+
+
+def block_sizes(limit: int) -> list[int]:
+    """Sizes of the block kernel that are of interest, up to the largest of a chip."""
+    return sorted({*(d for d in (64, 128, 192, 224) if block_shared_memory(d) <= limit), largest_block(limit)})
+
+
+def tile_shared_memory(d: int) -> int:
+    """Bytes of shared memory of a tile of a product (tile_shared_floats, csrc/cuda/refresh_basis.cuh)."""
+    return 4 * (2 * d * 33 + 32)
 
 
 def resources() -> list[Row]:
@@ -57,9 +68,10 @@ def resources() -> list[Row]:
             kernel, _, table_rows = name.rstrip(">").partition("<")
             if kernel == "refresh_in_warps_kernel":
                 cases = [("d <= 32", 128, 4 * 4 * (32 * 32 + 3 * 32))]
+            elif kernel in ("multiply_tiles_kernel", "rotate_tiles_kernel"):
+                cases = [(f"d = {d}", 128, tile_shared_memory(d)) for d in block_sizes(limit)]
             elif kernel == "refresh_in_blocks_kernel":
-                sizes = [size for size in (64, 128, 192, 224) if block_shared_memory(size) <= limit]
-                sizes = sorted({*sizes, largest_block(limit)})
+                sizes = block_sizes(limit)
                 cases = [(f"d = {d}", 128 if d <= 64 else 256 if d <= 128 else 512, block_shared_memory(d)) for d in sizes]
             else:
                 state = 4 * (2 * LARGE_PANEL**2 + LARGE_PANEL)

@@ -28,7 +28,7 @@ def block_shared_memory(d: int) -> int:
 
 def largest_in_shared_memory(limit: int) -> int:
     """The largest d that fits in ``limit`` bytes: from there on the operator is a sequence of ATen calls, on CUDA."""
-    return max(d for d in range(33, 400) if block_shared_memory(d) <= limit)
+    return max(d for d in range(33, 257) if block_shared_memory(d) <= limit)
 
 
 def _operator():

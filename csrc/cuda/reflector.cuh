@@ -20,14 +20,15 @@ constexpr int kWarp = 32;
 #if !defined(__CUDACC__)
 constexpr int kSmallTableRows = 4, kTableRows = 16; // every fiber has its own copy
 #elif CUDART_VERSION >= 12010
-constexpr int kSmallTableRows = 32, kTableRows = 800;
+constexpr int kSmallTableRows = 32, kTableRows = 740;
 #else
-constexpr int kSmallTableRows = 32, kTableRows = 100;
+constexpr int kSmallTableRows = 32, kTableRows = 90;
 #endif
 template <int Rows>
 struct Table {
   static constexpr int kRows = Rows;
   Matrix rows[Rows];
+  int32_t tiles[Rows]; // those of the matrices before each, where products are made in tiles
 };
 
 constexpr unsigned kAllLanes = 0xffffffffu;

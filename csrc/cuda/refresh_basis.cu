@@ -33,6 +33,7 @@ template <int Rows>
 Table<Rows> table_of(const Matrix* matrices, int count) {
   Table<Rows> table;
   std::copy_n(matrices, count, table.rows);
+  for (int i = 0, tiles = 0; i < count; tiles += tiles_of(matrices[i++].size)) table.tiles[i] = tiles;
   return table;
 }
 
@@ -67,15 +68,36 @@ void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float 
   });
 }
 
-void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
-  int largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max<int>(largest, matrices[i].size);
-  // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
-  const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
+int64_t block_workspace(const Matrix* matrices, int count) {
+  int64_t most = 0;
   for_each_table(matrices, count, [&](const auto& table, int rows) {
-    opt_in(refresh_in_blocks_kernel<std::decay_t<decltype(table)>::kRows>);
-    LAUNCH(refresh_in_blocks_kernel, rows, threads, block_shared_memory(largest), stream, table, due, tolerance, outcomes);
-    check(cudaGetLastError(), "refresh_in_blocks");
+    most = std::max<int64_t>(most, table.tiles[rows - 1] + tiles_of(table.rows[rows - 1].size));
+  });
+  return most * kTileWorkspace;
+}
+
+void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes,
+                       float* workspace, Stream stream) {
+  for_each_table(matrices, count, [&](const auto& table, int rows) {
+    constexpr int kRows = std::decay_t<decltype(table)>::kRows;
+    const int tiles = table.tiles[rows - 1] + tiles_of(table.rows[rows - 1].size);
+    const int64_t tile_shared = tile_shared_floats(table.rows[0].size) * sizeof(float);
+    opt_in(multiply_tiles_kernel<kRows>);
+    LAUNCH(multiply_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, due, workspace);
+    check(cudaGetLastError(), "multiply_tiles");
+    opt_in(refresh_in_blocks_kernel<kRows>);
+    for (int first = 0, behind; first < rows; first = behind) {
+      // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
+      const int largest = table.rows[first].size, smaller = largest > 128 ? 128 : largest > 64 ? 64 : 0;
+      const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
+      for (behind = first; behind < rows && table.rows[behind].size > smaller;) ++behind;
+      LAUNCH(refresh_in_blocks_kernel, behind - first, threads, block_shared_memory(largest), stream, table, first, due,
+             tolerance, outcomes, workspace);
+      check(cudaGetLastError(), "refresh_in_blocks");
+    }
+    opt_in(rotate_tiles_kernel<kRows>);
+    LAUNCH(rotate_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, outcomes, workspace);
+    check(cudaGetLastError(), "rotate_tiles");
   });
 }
 

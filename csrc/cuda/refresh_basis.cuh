@@ -1,5 +1,9 @@
 // Device code of the eigen-refresh: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling e).Q, rotation = Q^T Q'.
 //
+// Up to kWarpLimit a warp does all of it. Up to what fits in a block's shared memory there are three kernels: P in tiles, over
+// the whole GPU; the rest up to Q', which is one long chain of reflectors, by one block a matrix; the rotation in tiles. Larger
+// ones: ATen's products and factor_panel_kernel.
+//
 // The file is CUDA C++ and nothing else; nvcc compiles it for the GPU, and tests/csrc/fibers.h gives g++ what it needs to run
 // each block's threads as fibers. Householder reflectors throughout: CholeskyQR would need the Gram's condition number squared.
 //
@@ -223,6 +227,22 @@ __global__ void __launch_bounds__(kWarpThreads, 4)
 
 // ----------------------------------------------------------------------------------------------------- products and panels
 
+// sums[s][t] += sum_k a(s, k) b(k, t), k < depth: a lane's share of a product.
+template <int M, int N, typename A, typename B>
+__device__ void add_products(int depth, A a, B b, float (&sums)[M][N]) {
+  for (int k = 0; k < depth; ++k) {
+    float left[M], right[N];
+#pragma unroll
+    for (int s = 0; s < M; ++s) left[s] = a(s, k);
+#pragma unroll
+    for (int t = 0; t < N; ++t) right[t] = b(k, t);
+#pragma unroll
+    for (int s = 0; s < M; ++s)
+#pragma unroll
+      for (int t = 0; t < N; ++t) sums[s][t] += left[s] * right[t];
+  }
+}
+
 // store(i, j, sum_k a(i, k) b(k, j)) for i < m, j < n: a warp makes tiles of 16 x 32, a lane 4 x 4 entries of one, 4 and 8
 // apart, so that a step of k reads 8 numbers for 16 products, without bank conflicts in matrices of odd pitch.
 template <typename A, typename B, typename Store>
@@ -231,26 +251,14 @@ __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
   for (int tile = threadIdx.x / kWarp; tile < tiles; tile += blockDim.x / kWarp) {
     const int row = tile % row_tiles * 16 + lane / 8, column = tile / row_tiles * 32 + lane % 8;
     int rows[4], columns[4]; // clamped: what lies outside is read from the edge, and not stored
-    float sums[4][4];
+    float sums[4][4] = {};
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       rows[s] = min(row + 4 * s, m - 1);
       columns[s] = min(column + 8 * s, n - 1);
-#pragma unroll
-      for (int t = 0; t < 4; ++t) sums[s][t] = 0;
     }
-    for (int l = 0; l < k; ++l) {
-      float left[4], right[4];
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        left[s] = a(rows[s], l);
-        right[s] = b(l, columns[s]);
-      }
-#pragma unroll
-      for (int s = 0; s < 4; ++s)
-#pragma unroll
-        for (int t = 0; t < 4; ++t) sums[s][t] += left[s] * right[t];
-    }
+    add_products(
+        k, [&](int s, int l) { return a(rows[s], l); }, [&](int l, int t) { return b(l, columns[t]); }, sums);
 #pragma unroll
     for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -333,14 +341,6 @@ __device__ void factor_columns(float* panel, int pitch, int m, int width, float*
   __syncthreads();
 }
 
-// ------------------------------------------------------------------------------------------ shared memory: a block a matrix
-
-// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T, V^T V [kPanel, kPanel],
-// taus [kPanel], partial results of the warps [2, 32].
-__host__ __device__ inline int64_t block_shared_floats(int64_t d) {
-  return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
-}
-
 // Sum (or maximum) over the block, to every thread. partial [32], not used otherwise since the last barrier.
 template <bool kMaximum>
 __device__ float block_reduce(float x, float* partial) {
@@ -352,76 +352,220 @@ __device__ float block_reduce(float x, float* partial) {
   return kMaximum ? warp_max(x) : warp_sum(x);
 }
 
-// The refresh of one matrix that fits into shared memory, by one block. Three passes over the matrix: P = G Q with what
-// follows from it, the factorisation, and Q' formed in place of V. T of every panel waits in the rotation's memory, which is
-// written last: 16 d floats of shared memory less, and d = 192 fits on sm_80.
-__device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, int32_t* outcome, float* shared) {
-  const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x;
+// -------------------------------------------------------------------------------------- products in tiles, over all the GPU
+
+// G Q and Q^T Q' are 4 of a refresh's 6.7 d^3 multiplications and additions, and nothing in them has to wait: one block after the
+// other takes a tile of one product, and one launch is all tiles of all matrices. Every size above kWarpLimit comes this way.
+// At d = 64 the two launches cost about what they take from the block (5 us by counted shared memory reads), at 192 they
+// take 20 times what they cost; a second path for 33 .. 64 would be worth nothing.
+
+constexpr int kTile = 32;            // rows and columns of a tile; 32 rows, or columns, of a matrix are a strip
+constexpr int kTileThreads = 128;    // a warp makes 8 rows of a tile, a lane 2 x 4 entries, 4 and 8 apart
+constexpr int kTilePitch = kTile + 1;
+constexpr int kTileWarps = kTileThreads / kWarp;
+
+__host__ __device__ inline int strips_of(int d) { return (d + kTile - 1) / kTile; }
+__host__ __device__ inline int tiles_of(int d) { return strips_of(d) * strips_of(d); }
+
+// Floats of shared memory of a tile of a product of matrices [d, d]: a strip of each, [d, kTilePitch], partial results [32].
+__host__ __device__ inline int64_t tile_shared_floats(int64_t d) { return 2 * d * kTilePitch + kWarp; }
+
+// What the three kernels pass on of one matrix, besides P^T [d, d], which lies where the rotation will be.
+struct Workspace {
+  float* basis;     // [d, d] Q^T: the basis itself is Q' when the rotation is made
+  float* estimates; // [strips, d] e, of the rows of each strip and in its scale
+  float* largest;   // [strips] the largest |G| of each strip's rows, which decides its scale
+
+  __device__ Workspace(float* memory, int tiles_before, int d);
+};
+constexpr int kTileWorkspace = kTile * kTile + kTile + 1; // floats for each tile of a matrix: enough for the three
+
+__device__ inline Workspace::Workspace(float* memory, int tiles_before, int d)
+    : basis(memory + int64_t(tiles_before) * kTileWorkspace), estimates(basis + d * d), largest(estimates + strips_of(d) * d) {}
+
+// strip[k, r] = from[k, first + r] (k < d, r < kTile), 0 beyond the matrix
+__device__ inline void fetch_columns(const float* from, int d, int first, float* strip) {
+  const int lane = threadIdx.x % kWarp, column = first + lane;
+#pragma unroll 16
+  for (int k = threadIdx.x / kWarp; k < d; k += kTileWarps)
+    strip[k * kTilePitch + lane] = column < d ? from[k * d + column] : 0;
+}
+
+// strip[k, r] = from[first + r, k]; returns the largest of what the thread saw
+__device__ inline float fetch_rows(const float* from, int d, int first, float* strip) {
+  float largest = 0;
+#pragma unroll 2
+  for (int k = threadIdx.x % kWarp; k < d; k += kWarp) {
+#pragma unroll
+    for (int r = threadIdx.x / kWarp; r < kTile; r += kTileWarps) {
+      const float entry = first + r < d ? from[(first + r) * d + k] : 0;
+      strip[k * kTilePitch + r] = entry;
+      largest = fmaxf(largest, fabsf(entry));
+    }
+  }
+  return largest;
+}
+
+// The row and column, in its tile, of a thread's entry (s, t), s < 2, t < 4: a column's rows are a warp's.
+__device__ inline int tile_row(int s) { return threadIdx.x / kWarp * 8 + threadIdx.x % kWarp / 8 + 4 * s; }
+__device__ inline int tile_column(int t) { return threadIdx.x % 8 + 8 * t; }
+
+// sums[s][t] = sum_k left[k, tile_row(s)] scale right[k, tile_column(t)]
+__device__ inline void tile_product(const float* left, const float* right, int d, float scale, float (&sums)[2][4]) {
+  const int row = tile_row(0), column = tile_column(0);
+  add_products(
+      d, [=](int s, int k) { return left[k * kTilePitch + row + 4 * s]; },
+      [=](int k, int t) { return scale * right[k * kTilePitch + column + 8 * t]; }, sums);
+}
+
+// The row of the table that a tile of the launch belongs to.
+template <int Rows>
+__device__ int row_of_tile(const Table<Rows>& table, int count, int tile) {
+  int row = 0;
+  for (int behind = count; behind - row > 1;) {
+    const int middle = (row + behind) / 2;
+    (table.tiles[middle] <= tile ? row : behind) = middle;
+  }
+  return row;
+}
+
+// P^T, the old basis and the estimates. A power of two scales G as in refresh_in_warp, but a strip of rows by its own largest
+// entry: no block reads more than it multiplies, and the next kernel brings the strips together, which rounds nothing.
+template <int Rows>
+__global__ void __launch_bounds__(kTileThreads)
+    multiply_tiles_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float* workspace) {
+  DYNAMIC_SHARED(float, shared);
+  const int place = row_of_tile(table, count, blockIdx.x), tile = blockIdx.x - table.tiles[place];
+  const Matrix& matrix = table.rows[place];
+  if (due != nullptr && !due[matrix.index]) return;
+  const int d = matrix.size, strip = tile % strips_of(d);
+  const int first_row = strip * kTile, first_column = tile / strips_of(d) * kTile; // of P
+  float* columns = shared;                // [d, kTilePitch] Q[k, first_column + r]
+  float* rows = columns + d * kTilePitch; // [d, kTilePitch] G[first_row + r, k]
+  float* partial = rows + d * kTilePitch; // [32]
+  const Workspace work(workspace, table.tiles[place], d);
+
+  fetch_columns(matrix.basis, d, first_column, columns);
+  const float largest = block_reduce<true>(fetch_rows(matrix.gram, d, first_row, rows), partial);
+  float sums[2][4] = {}; // of P^T
+  tile_product(columns, rows, d, power_of_two_scale(largest), sums);
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    const int j = first_column + tile_row(s);
+    float estimate = 0;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int i = first_row + tile_column(t);
+      if (i >= d || j >= d) continue;
+      const float entry = columns[i * kTilePitch + tile_row(s)];
+      estimate += entry * sums[s][t];
+      matrix.rotation[j * d + i] = sums[s][t];
+      work.basis[j * d + i] = entry;
+    }
+    // eight lanes have column j of the tile of P
+    for (int offset = 4; offset > 0; offset /= 2) estimate += __shfl_xor_sync(kAllLanes, estimate, offset);
+    if (j < d && tile_column(0) == 0) work.estimates[strip * d + j] = estimate;
+  }
+  if (first_column == 0 && threadIdx.x == 0) work.largest[strip] = largest;
+}
+
+// Q^T Q'
+template <int Rows>
+__global__ void __launch_bounds__(kTileThreads)
+    rotate_tiles_kernel(GRID_CONSTANT const Table<Rows> table, int count, const int32_t* outcomes, float* workspace) {
+  DYNAMIC_SHARED(float, shared);
+  const int place = row_of_tile(table, count, blockIdx.x), tile = blockIdx.x - table.tiles[place];
+  const Matrix& matrix = table.rows[place];
+  if (outcomes[matrix.index] != kRefreshed) return;
+  const int d = matrix.size, first_row = tile / strips_of(d) * kTile, first_column = tile % strips_of(d) * kTile;
+  float* before = shared;                // [d, kTilePitch] Q[k, first_row + r]
+  float* after = before + d * kTilePitch; // [d, kTilePitch] Q'[k, first_column + r]
+  fetch_rows(Workspace(workspace, table.tiles[place], d).basis, d, first_row, before);
+  fetch_columns(matrix.basis, d, first_column, after);
+  __syncthreads();
+  float sums[2][4] = {};
+  tile_product(before, after, d, 1, sums);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const int i = first_row + tile_row(s), j = first_column + tile_column(t);
+      if (i < d && j < d) matrix.rotation[i * d + j] = sums[s][t];
+    }
+}
+
+// ------------------------------------------------------------------------------------------ shared memory: a block a matrix
+
+// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T, V^T V [kPanel, kPanel],
+// taus [kPanel], partial results of the warps [2, 32].
+__host__ __device__ inline int64_t block_shared_floats(int64_t d) {
+  return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
+}
+
+// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted on its way in, factored, and Q' formed in
+// place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation: 16 d floats of shared
+// memory less, and d = 192 fits on sm_80.
+__device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
+                                        float* shared) {
+  const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x, strips = strips_of(d);
+  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   float* a = shared;                      // [d columns, pitch]
   float* w = a + d * pitch;               // [kPanel, d]; before that a row [d] of e, and of places
   float* triangle = w + kPanel * d;       // [kPanel, kPanel]
   float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
-  float* taus = dots + kPanel * kPanel;   // [kPanel]
+  float* taus = dots + kPanel * kPanel;   // [kPanel]; before that, of each strip of P, what brings it to the scale of all
   float* partial = taus + kPanel;         // [2, 32]
-  const float* gram = matrix.gram;
-  const float* basis = matrix.basis;
+  const float* product = matrix.rotation; // [d, d] P^T
   float* triangles = matrix.rotation; // [panels, kPanel, kPanel], at most kPanel (d + kPanel - 1) <= d^2 floats for d > 32
 
-  // P = G Q, unsorted
+  // e, and by counting each column's place
+  float* scales = taus;                        // [strips]
+  float* estimates = w;                        // [d]
+  int* places = reinterpret_cast<int*>(w + d); // [d]
   float largest = 0;
-  for (int i = thread; i < d * d; i += threads) largest = fmaxf(largest, fabsf(gram[i]));
-  const float scale = power_of_two_scale(block_reduce<true>(largest, partial));
-  block_product(
-      d, d, d, [=](int i, int k) { return gram[i * d + k] * scale; }, [=](int k, int j) { return basis[k * d + j]; },
-      [=](int i, int j, float sum) { a[i + j * pitch] = sum; });
+  for (int s = 0; s < strips; ++s) largest = fmaxf(largest, work.largest[s]);
+  for (int s = thread; s < strips; s += threads)
+    scales[s] = power_of_two_scale(largest) / power_of_two_scale(work.largest[s]);
   __syncthreads();
-
-  // e, and whether the matrix is finite and is to be refreshed
-  float* estimates = w;                             // [d]
-  int* places = reinterpret_cast<int*>(w + d);      // [d] the order
   float square = 0, off = 0;
   for (int j = thread; j < d; j += threads) {
     float estimate = 0;
-    for (int i = 0; i < d; ++i) {
-      const float p = a[i + j * pitch];
-      estimate += basis[i * d + j] * p;
-      square += p * p;
-    }
+    for (int s = 0; s < strips; ++s) estimate += scales[s] * work.estimates[s * d + j];
+    if (!(fabsf(estimate) <= FLT_MAX)) square = INFINITY; // places would be none
     estimates[j] = estimate;
-    if (tolerance >= 0) {
-      for (int i = 0; i < d; ++i) {
-        const float rest = a[i + j * pitch] - basis[i * d + j] * estimate;
+  }
+  __syncthreads();
+  for (int j = thread; j < d; j += threads) {
+    const float estimate = estimates[j];
+    int rank = 0;
+    for (int l = 0; l < d; ++l) rank += estimates[l] > estimate || (estimates[l] == estimate && l < j);
+    places[j] = rank;
+  }
+  __syncthreads();
+
+  // P sorted, and whether it is finite and is to be refreshed
+  for (int i = lane; i < d; i += kWarp) {
+    const float scale = scales[i / kTile];
+#pragma unroll 8
+    for (int j = warp; j < d; j += warps) {
+      const float entry = scale * product[j * d + i];
+      a[i + places[j] * pitch] = entry;
+      square += entry * entry;
+      if (tolerance >= 0) {
+        const float rest = entry - work.basis[j * d + i] * estimates[j];
         off += rest * rest;
       }
     }
   }
   const float norm = block_reduce<false>(square, partial);
-  off = block_reduce<false>(off, partial + kWarp);
+  if (tolerance >= 0) off = block_reduce<false>(off, partial + kWarp);
   const bool finite = norm <= FLT_MAX;
   if (!finite || is_kept(off, norm, tolerance)) {
     write_identities(matrix, thread, threads);
     if (thread == 0) *outcome = finite ? kKept : kFailed;
     return;
   }
-
-  // Sorted: a count gives each column its place; then the columns are moved, kPanel - 2 rows at a time
-  for (int j = thread; j < d; j += threads) {
-    const float estimate = estimates[j];
-    int rank = 0;
-    for (int l = 0; l < d; ++l) rank += estimates[l] > estimate || (estimates[l] == estimate && l < j);
-    places[rank] = j;
-    matrix.order[rank] = j;
-  }
-  __syncthreads();
-  constexpr int kRows = kPanel - 2; // behind the two rows of w that e and the order take
-  float* moved = w + 2 * d;         // [kRows, d]
-  for (int first = 0; first < d; first += kRows) {
-    const int entries = min(kRows, d - first) * d;
-    for (int i = thread; i < entries; i += threads) moved[i] = a[first + i / d + places[i % d] * pitch];
-    __syncthreads();
-    for (int i = thread; i < entries; i += threads) a[first + i / d + i % d * pitch] = moved[i];
-    __syncthreads();
-  }
+  for (int j = thread; j < d; j += threads) matrix.order[places[j]] = j;
 
   // geqrf
   for (int first = 0; first < d; first += kPanel) {
@@ -540,23 +684,23 @@ __device__ inline void refresh_in_block(const Matrix& matrix, float tolerance, i
     return;
   }
 
-  // Q^T Q', then Q <- Q'
-  float* rotation = matrix.rotation;
-  block_product(
-      d, d, d, [=](int i, int k) { return basis[k * d + i]; }, [=](int k, int j) { return a[k + j * pitch]; },
-      [=](int i, int j, float sum) { rotation[i * d + j] = sum; });
-  __syncthreads();
-  for (int i = thread; i < d * d; i += threads) matrix.basis[i] = a[i / d + i % d * pitch];
+  // Q <- Q'; what is left to make is the rotation
+  for (int i = warp; i < d; i += warps)
+#pragma unroll 4
+    for (int j = lane; j < d; j += kWarp) matrix.basis[i * d + j] = a[i + j * pitch];
   if (thread == 0) *outcome = kRefreshed;
 }
 
 constexpr int kBlockThreads = 512;
 
+// A block for each matrix from row `first` of the table on.
 template <int Rows>
 __global__ void __launch_bounds__(kBlockThreads)
-    refresh_in_blocks_kernel(GRID_CONSTANT const Table<Rows> table, const bool* due, float tolerance, int32_t* outcomes) {
+    refresh_in_blocks_kernel(GRID_CONSTANT const Table<Rows> table, int first, const bool* due, float tolerance,
+                             int32_t* outcomes, float* workspace) {
   DYNAMIC_SHARED(float, shared);
-  const Matrix matrix = table.rows[blockIdx.x];
+  const int place = first + blockIdx.x;
+  const Matrix matrix = table.rows[place];
   int32_t* outcome = outcomes + matrix.index;
   if (due != nullptr && !due[matrix.index]) {
     const bool written = *outcome == kKept; // as above
@@ -566,7 +710,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x == 0) *outcome = kKept;
     return;
   }
-  refresh_in_block(matrix, tolerance, outcome, shared);
+  refresh_in_block(matrix, Workspace(workspace, table.tiles[place], matrix.size), tolerance, outcome, shared);
 }
 
 // ------------------------------------------------------------------------------------ larger: panels of a blocked QR (ATen)

@@ -23,9 +23,10 @@ enum Outcome : int32_t {
   kFailed = 2,    // G, Q or their product is not finite, or Q' is not orthogonal: nothing was written to Q
 };
 
-constexpr int kWarpLimit = 32;  // d up to this: a warp per matrix
-constexpr int kPanel = 16;      // columns of a panel of the block kernel
-constexpr int kLargePanel = 32; // and of the blocked factorisation behind it
+constexpr int kWarpLimit = 32;   // d up to this: a warp per matrix
+constexpr int kBlockLimit = 256; // d up to this, where it fits in shared memory: a block, and tiles of products
+constexpr int kPanel = 16;       // columns of a panel of the block kernel
+constexpr int kLargePanel = 32;  // and of the blocked factorisation behind it
 
 using Stream = void*; // cudaStream_t
 
@@ -35,6 +36,12 @@ int shared_memory_limit();
 // Bytes of shared memory that the block kernel needs for a matrix of this size.
 int64_t block_shared_memory(int64_t size);
 
+// Whether the block kernel takes a matrix of this size on the current device, whose shared_memory_limit() is `limit`.
+inline bool fits_in_block(int64_t size, int64_t limit) { return size <= kBlockLimit && block_shared_memory(size) <= limit; }
+
+// Floats of workspace that refresh_in_blocks needs for these matrices.
+int64_t block_workspace(const Matrix* matrices, int count);
+
 // The refresh of `count` matrices of sizes up to kWarpLimit, in one launch for each kTableRows of them. `matrices` is in the
 // host's memory and travels as a kernel argument: no copy to the device, nothing that has to outlive the call, and a CUDA
 // graph keeps it with the launch. On the device: due [n] bool, null for all; outcomes [n] int32 in and out:
@@ -42,9 +49,11 @@ int64_t block_shared_memory(int64_t size);
 // due.
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream);
 
-// The same for matrices of sizes with block_shared_memory(d) <= shared_memory_limit(), all of which get the shared memory of
-// the largest.
-void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream);
+// The same for larger matrices that fit_in_block, sorted by falling size. Three kinds of launch for each table: the products
+// G Q in tiles, the QRs, a block a matrix (a launch for each class of sizes: its shared memory is that of its largest matrix,
+// and decides how many share an SM), and the products Q^T Q' in tiles. workspace: block_workspace floats, whatever they hold.
+void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes,
+                       float* workspace, Stream stream);
 
 // One panel of the QR of `count` matrices: columns first .. first + width - 1, width <= kLargePanel.
 //   transposed [count, d, d]: row j is column j of the matrix. The panel's rows become Householder vectors, from entry `first`

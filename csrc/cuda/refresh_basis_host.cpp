@@ -32,9 +32,6 @@ Stream current_stream(c10::Device device) {
 #endif
 constexpr int64_t kBatchNumel = SOAP_OPT_BATCH_NUMEL;
 
-// The block kernel's launches: the shared memory of a launch is that of its largest matrix, and decides how many share an SM.
-constexpr int64_t kBlockClasses[] = {64, 128, INT32_MAX};
-
 // Q^T of a = Q R for a batch of matrices, LAPACK's way: panels of kLargePanel columns, products behind them. a [B, d, d]
 // contiguous, row j = column j of the matrix, is overwritten with V^T. Matrices with another outcome than kRefreshed get
 // something of no use.
@@ -175,7 +172,7 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   std::map<std::pair<at::ScalarType, int64_t>, std::vector<int64_t>> batches;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t d = grams[i].size(0);
-    if (grams[i].scalar_type() == at::kFloat && (d <= kWarpLimit || block_shared_memory(d) <= limit)) {
+    if (grams[i].scalar_type() == at::kFloat && (d <= kWarpLimit || fits_in_block(d, limit))) {
       (d <= kWarpLimit ? in_warps : in_blocks)
           .push_back({grams[i].const_data_ptr<float>(), bases[i].mutable_data_ptr<float>(),
                       rotations[i].mutable_data_ptr<float>(), orders[i].mutable_data_ptr<int64_t>(), int32_t(d), int32_t(i)});
@@ -185,6 +182,11 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   }
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
+  // (before anything is written: memory may run out)
+  std::stable_sort(in_blocks.begin(), in_blocks.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
+  at::Tensor workspace;
+  if (!in_blocks.empty())
+    workspace = at::empty({block_workspace(in_blocks.data(), in_blocks.size())}, grams[in_blocks[0].index].options());
   // The largest first: they take longest
   std::vector<Batch> large;
   std::map<at::ScalarType, at::Tensor> work;
@@ -199,15 +201,8 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
     if (!work.count(kind.first)) work[kind.first] = at::empty(kind.second * kind.second, grams[members[0]].options());
   }
   for (const Batch& batch : large) batch.finish(work[grams[batch.members[0]].scalar_type()]);
-  std::stable_sort(in_blocks.begin(), in_blocks.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
-  for (auto begin = in_blocks.begin(); begin != in_blocks.end();) {
-    const int64_t* bound = std::end(kBlockClasses) - 1;
-    while (bound != kBlockClasses && begin->size <= bound[-1]) --bound;
-    const int64_t least = bound == kBlockClasses ? 0 : bound[-1];
-    const auto end = std::find_if(begin, in_blocks.end(), [&](const Matrix& matrix) { return matrix.size <= least; });
-    refresh_in_blocks(&*begin, end - begin, when, tolerance, outcome, stream);
-    begin = end;
-  }
+  if (!in_blocks.empty())
+    refresh_in_blocks(in_blocks.data(), in_blocks.size(), when, tolerance, outcome, workspace.mutable_data_ptr<float>(), stream);
   if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
 }
 

@@ -133,7 +133,7 @@ int main(int argc, char** argv) try {
                      int32_t(problem.size), i};
     if (problem.size <= kWarpLimit) {
       small.push_back(row);
-    } else if (block_shared_memory(problem.size) <= shared_memory_limit()) {
+    } else if (fits_in_block(problem.size, shared_memory_limit())) {
       medium.push_back(row);
     } else {
       refresh_in_panels(problem);
@@ -141,8 +141,11 @@ int main(int argc, char** argv) try {
     }
   }
   if (!small.empty()) refresh_in_warps(small.data(), small.size(), due.get(), tolerance, outcomes.data(), nullptr);
-  if (!medium.empty())
-    refresh_in_blocks(medium.data(), medium.size(), due.get(), tolerance, outcomes.data(), nullptr);
+  if (!medium.empty()) {
+    std::stable_sort(medium.begin(), medium.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
+    std::vector<float> workspace(block_workspace(medium.data(), medium.size()), NAN);
+    refresh_in_blocks(medium.data(), medium.size(), due.get(), tolerance, outcomes.data(), workspace.data(), nullptr);
+  }
   std::ofstream output(argv[2], std::ios::binary);
   for (int i = 0; i < count; ++i) {
     const int64_t outcome = outcomes[i], d = problems[i].size;

@@ -214,17 +214,21 @@ def test_autocast_has_no_say(implementation):
     assert all(torch.equal(a, b) for a, b in zip(bases, expected))
 
 
-def test_launches(fibers):
-    """One for each class of sizes that fits in shared memory, four in all, and for every table of its matrices, which holds
-    16 here and 800 on a GPU (4 and 32 where there are no more)."""
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [
+        ((1, 5, 32), 1),  # up to 32: one launch
+        ((33, 40, 64), 3),  # larger: their products before and behind, and a launch for each class of sizes
+        ((1, 5, 32, 33, 64, 65, 128, 129, 140), 1 + 5),
+        ((3,) * 40, 3),  # again for each table of matrices: here it holds 16 (or 4, where that is enough), on a GPU 740 (or 32)
+        ((40,) * 16 + (33,) * 2, 2 * 3),
+    ],
+)
+def test_launches(fibers, sizes, launches):
     fibers.configure(1, SHARED_LIMITS["sm_90"])
-    grams, bases = problems((1, 5, 32, 33, 64, 65, 128, 129, 140))
+    grams, bases = problems(sizes)
     fibers.refresh_basis_(grams, bases, *results_for(bases))
-    assert fibers.launches() == 4
-    fibers.configure(1, SHARED_LIMITS["sm_90"])
-    grams, bases = problems((3,) * 40)
-    fibers.refresh_basis_(grams, bases, *results_for(bases))
-    assert fibers.launches() == 3
+    assert fibers.launches() == launches
 
 
 @pytest.mark.parametrize("name", ("gram", "hilbert", "identity", "zero", "clustered"))
