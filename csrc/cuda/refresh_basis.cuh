@@ -267,78 +267,131 @@ __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
   }
 }
 
-// Turns column x [m] into the reflector that clears it below its entry c. By one warp; returns tau to every lane. Lane l
-// reads and writes rows l, l + 32, .. here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
-__device__ inline float reflect_column(float* x, int c, int m) {
-  const int lane = threadIdx.x % kWarp;
-  float below = 0;
-  for (int i = lane; i < m; i += kWarp) below += i > c ? x[i] * x[i] : 0;
+// A column [m] of shared or global memory, a warp's: lane l has entries l, l + 32, .. . Up to 32 Rows of them it keeps in
+// registers, zeros beyond m, until store(); Rows = 0: of any number, and where they are. Each step of a panel waits for the one
+// before it, and what it waits for most is memory: kept, a column is read once in a step and not four times.
+template <int Rows>
+struct Column {
+  float* at;
+  int m;
+  float kept[Rows];
+
+  __device__ Column(float* column, int length) : at(column), m(length) {
+    each([&](int i, float& entry) { entry = i < m ? at[i] : 0; });
+  }
+  // visit(i, entry i), or visit(i, entry i, entry i of another)
+  template <typename Visit>
+  __device__ void each(const Visit& visit) {
+#pragma unroll
+    for (int s = 0; s < Rows; ++s) visit(int(threadIdx.x % kWarp) + s * kWarp, kept[s]);
+  }
+  template <typename Visit>
+  __device__ void each(const Column& other, const Visit& visit) {
+#pragma unroll
+    for (int s = 0; s < Rows; ++s) visit(int(threadIdx.x % kWarp) + s * kWarp, kept[s], other.kept[s]);
+  }
+  __device__ void store() {
+    each([&](int i, float& entry) {
+      if (i < m) at[i] = entry;
+    });
+  }
+};
+
+template <>
+struct Column<0> {
+  float* at;
+  int m;
+
+  __device__ Column(float* column, int length) : at(column), m(length) {}
+  template <typename Visit>
+  __device__ void each(const Visit& visit) {
+    for (int i = threadIdx.x % kWarp; i < m; i += kWarp) visit(i, at[i]);
+  }
+  template <typename Visit>
+  __device__ void each(const Column& other, const Visit& visit) {
+    for (int i = threadIdx.x % kWarp; i < m; i += kWarp) visit(i, at[i], other.at[i]);
+  }
+  __device__ void store() {}
+};
+
+// Turns a column into the reflector that clears it below its entry c. By one warp; returns tau to every lane. Every lane reads
+// and writes its own entries alone, here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
+template <int Rows>
+__device__ float reflect_column(Column<Rows>& x, int c) {
+  float below = 0, alpha = 0;
+  x.each([&](int i, float entry) {
+    below += i > c ? entry * entry : 0;
+    if (i == c) alpha = entry;
+  });
   below = warp_sum(below);
-  float alpha = __shfl_sync(kAllLanes, lane == c % kWarp ? x[c] : 0, c % kWarp);
+  alpha = __shfl_sync(kAllLanes, alpha, c % kWarp);
   if (below + alpha * alpha < kTinySquare) { // the same for every lane
     float largest = 0;
-    for (int i = lane; i < m; i += kWarp) largest = fmaxf(largest, i >= c ? fabsf(x[i]) : 0);
+    x.each([&](int i, float entry) { largest = fmaxf(largest, i >= c ? fabsf(entry) : 0); });
     const TinyScale scaled(warp_max(largest));
     below = 0;
-    for (int i = lane; i < m; i += kWarp) {
-      x[i] = i >= c ? scaled(x[i]) : 0;
-      below += i > c ? x[i] * x[i] : 0;
-    }
+    x.each([&](int i, float& entry) {
+      entry = i >= c ? scaled(entry) : 0;
+      below += i > c ? entry * entry : 0;
+    });
     below = warp_sum(below);
     alpha = scaled(alpha);
   }
   const Reflector reflector = make_reflector(alpha, below);
-  for (int i = lane; i < m; i += kWarp) x[i] = i < c ? 0 : i == c ? 1 : x[i] * reflector.inverse;
+  x.each([&](int i, float& entry) { entry = i < c ? 0 : i == c ? 1 : entry * reflector.inverse; });
   return reflector.tau;
 }
 
 // Factors a panel of `width` <= N columns of length m, column c at panel + c * pitch, whose diagonal starts at its row 0:
-// leaves the vectors V and, in triangle [N, N], the T of H_0 .. H_{width-1} = I - V T V^T, 0 elsewhere. taus [N], dots [N, N].
-// A warp owns the columns c = warp (mod warps). It brings the next column up to date first and makes its reflector at once:
-// one barrier a column.
-template <int N>
-__device__ void factor_columns(float* panel, int pitch, int m, int width, float* taus, float* dots, float* triangle) {
+// leaves the vectors V, taus [N] and, above the diagonal, dots [N, N] = V^T V. A warp owns the columns c = warp (mod warps). It
+// brings the next column up to date first and makes its reflector at once: one barrier a column.
+template <int N, int Rows>
+__device__ void factor_columns(float* panel, int pitch, int m, int width, float* taus, float* dots) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if (warp == 0) {
-    const float tau = reflect_column(panel, 0, m);
+    Column<Rows> x(panel, m);
+    const float tau = reflect_column(x, 0);
+    x.store();
     if (lane == 0) taus[0] = tau;
   }
-  for (int i = threadIdx.x; i < N * N; i += blockDim.x) triangle[i] = 0;
   __syncthreads();
   for (int c = 0; c < width; ++c) {
-    const float* v = panel + c * pitch; // [m], 0 before c
+    const Column<Rows> v(panel + c * pitch, m); // 0 before c
     const float tau = taus[c];
     for (int step = 1; step < width; ++step) {
       const int j = c + step < width ? c + step : c + step - width; // c + 1 first
       if (j % warps != warp) continue;
-      float* x = panel + j * pitch;
+      Column<Rows> x(panel + j * pitch, m);
       float dot = 0;
-      for (int i = lane; i < m; i += kWarp) dot += v[i] * x[i];
+      x.each(v, [&](int, float entry, float of_v) { dot += of_v * entry; });
       dot = warp_sum(dot);
       if (j < c) {
-        if (lane == 0) dots[j * N + c] = dot; // (V^T V)[j, c], for T
+        if (lane == 0) dots[j * N + c] = dot; // for T
         continue;
       }
-      for (int i = lane; i < m; i += kWarp) x[i] -= tau * dot * v[i];
+      x.each(v, [&](int, float& entry, float of_v) { entry -= tau * dot * of_v; });
       if (j == c + 1) {
-        const float next = reflect_column(x, j, m);
+        const float next = reflect_column(x, j);
         if (lane == 0) taus[j] = next;
       }
+      x.store();
     }
     __syncthreads();
   }
-  // T[:, c] = -tau_c T (V^T v_c), T[c, c] = tau_c: larft. N short sums: one warp, one lane a row.
-  if (warp == 0) {
-    for (int c = 0; c < width; ++c) {
-      for (int i = lane; i <= c; i += kWarp) {
-        float sum = 0;
-        for (int l = i; l < c; ++l) sum += triangle[i * N + l] * dots[l * N + c];
-        triangle[i * N + c] = i == c ? taus[c] : -taus[c] * sum;
-      }
-      // a lane reads only its own row of T, and dots: no exchange
-    }
+}
+
+// T [N, N] of H_0 .. H_{width-1} = I - V T V^T, from taus and dots of factor_columns; 0 below the diagonal and beyond width.
+// T[:, c] = -tau_c T (V^T v_c), T[c, c] = tau_c: larft. N short sums by one warp, a lane a row, which reads only its own row of
+// T: no exchange.
+template <int N>
+__device__ void make_triangle(int width, const float* taus, const float* dots, float* triangle) {
+  const int i = threadIdx.x % kWarp;
+  if (i >= N) return;
+  for (int c = 0; c < N; ++c) {
+    float sum = 0;
+    for (int l = i; l < c && c < width; ++l) sum += triangle[i * N + l] * dots[l * N + c];
+    triangle[i * N + c] = c >= width || i > c ? 0 : i == c ? taus[c] : -taus[c] * sum;
   }
-  __syncthreads();
 }
 
 // Sum (or maximum) over the block, to every thread. partial [32], not used otherwise since the last barrier.
@@ -571,15 +624,17 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   for (int first = 0; first < d; first += kPanel) {
     const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
     float* panel = a + first + first * pitch;
-    factor_columns<kPanel>(panel, pitch, m, width, taus, dots, triangle);
-    for (int i = thread; i < kPanel * kPanel; i += threads) triangles[first * kPanel + i] = triangle[i];
-    if (n == 0) break;
-    // W = V^T A
-    block_product(
-        width, n, m, [=](int c, int k) { return panel[k + c * pitch]; },
-        [=](int k, int j) { return a[first + k + (behind + j) * pitch]; },
-        [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    factor_columns<kPanel, kBlockLimit / kWarp>(panel, pitch, m, width, taus, dots);
+    // T, by the last warp, which W = V^T A leaves free: there are more warps than tiles of 32 columns
+    if (warp == warps - 1) make_triangle<kPanel>(width, taus, dots, triangle);
+    if (n > 0)
+      block_product(
+          width, n, m, [=](int c, int k) { return panel[k + c * pitch]; },
+          [=](int k, int j) { return a[first + k + (behind + j) * pitch]; },
+          [=](int c, int j, float sum) { w[c * n + j] = sum; });
     __syncthreads();
+    if (n == 0) break; // T of the last panel stays where it is
+    for (int i = thread; i < kPanel * kPanel; i += threads) triangles[first * kPanel + i] = triangle[i];
     // W <- T^T W, a column a thread
     for (int j = thread; j < n; j += threads) {
       float column[kPanel];
@@ -603,18 +658,25 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   }
 
   // orgqr: (I - V T V^T) on what the panels behind have made, then the panel's own columns in place of V
-  const int last = (d - 1) / kPanel * kPanel;
-  for (int first = last; first >= 0; first -= kPanel) {
+  for (int first = (d - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
     const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
     float* panel = a + first + first * pitch;
-    for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[first * kPanel + i];
     // W = V^T Q; rows `first` .. `behind` of these columns are zeros that were never written
     if (n > 0)
       block_product(
           width, n, n, [=](int c, int k) { return panel[width + k + c * pitch]; },
           [=](int k, int j) { return a[behind + k + (behind + j) * pitch]; },
           [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    // M = T V_1^T, V_1 the panel's first `width` rows
+    for (int i = threads - 1 - thread; i < kPanel * kPanel; i += threads) { // the last warps first: W leaves them free
+      const int row = i / kPanel, column = i % kPanel;
+      float sum = 0;
+      if (column < width)
+        for (int l = row; l <= column; ++l) sum += triangle[row * kPanel + l] * panel[column + l * pitch];
+      dots[i] = sum;
+    }
     __syncthreads();
+    // W <- T W, a column a thread
     for (int j = thread; j < n; j += threads) {
       float column[kPanel];
 #pragma unroll
@@ -626,14 +688,6 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
         for (int l = c; l < kPanel; ++l) sum += triangle[c * kPanel + l] * column[l];
         if (c < width) w[c * n + j] = sum;
       }
-    }
-    // M = T V_1^T, V_1 the panel's first `width` rows
-    for (int i = thread; i < kPanel * kPanel; i += threads) {
-      const int row = i / kPanel, column = i % kPanel;
-      float sum = 0;
-      if (column < width)
-        for (int l = row; l <= column; ++l) sum += triangle[row * kPanel + l] * panel[column + l * pitch];
-      dots[i] = sum;
     }
     __syncthreads();
     if (n > 0)
@@ -657,6 +711,9 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
         if (c < width) panel[i + c * pitch] = sum;
       }
     }
+    // T of the panel that comes next
+    if (first > 0)
+      for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[(first - kPanel) * kPanel + i];
     __syncthreads();
   }
 
@@ -734,7 +791,9 @@ __global__ void __launch_bounds__(kBlockThreads)
     for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
       for (int i = threadIdx.x % kWarp; i < m; i += kWarp) panel[c * pitch + i] = rows[int64_t(c) * size + first + i];
   }
-  factor_columns<kLargePanel>(panel, pitch, m, width, taus, dots, triangle);
+  factor_columns<kLargePanel, 0>(panel, pitch, m, width, taus, dots);
+  if (threadIdx.x < kWarp) make_triangle<kLargePanel>(width, taus, dots, triangle);
+  __syncthreads();
   if (in_shared) {
     for (int c = threadIdx.x / kWarp; c < width; c += blockDim.x / kWarp)
       for (int i = threadIdx.x % kWarp; i < m; i += kWarp) rows[int64_t(c) * size + first + i] = panel[c * pitch + i];
