@@ -2,7 +2,7 @@
 
 python -m bench.refresh_kernels resources   # nvcc -Xptxas -v and occupancy on paper -> results/refresh_resources.csv
 python -m bench.refresh_kernels accuracy    # every size and kind of matrix, on fibers -> results/refresh_accuracy.csv
-python -m bench.refresh_kernels counts      # launches and bytes of whole models -> results/refresh_counts.csv
+python -m bench.refresh_kernels counts      # launches, bytes, what a matrix waits for -> results/refresh_counts.csv
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from soap_opt.refresh_basis import block_shared_memory
@@ -72,7 +73,7 @@ def resources() -> list[Row]:
                 cases = [(f"d = {d}", 128, tile_shared_memory(d)) for d in block_sizes(limit)]
             elif kernel == "refresh_in_blocks_kernel":
                 sizes = block_sizes(limit)
-                cases = [(f"d = {d}", 128 if d <= 64 else 256 if d <= 128 else 512, block_shared_memory(d)) for d in sizes]
+                cases = [(f"d = {d}", block_threads(d), block_shared_memory(d)) for d in sizes]
             else:
                 state = 4 * (2 * LARGE_PANEL**2 + LARGE_PANEL)
                 cases = [
@@ -161,14 +162,89 @@ def summary(rows: list[Row]) -> list[Row]:
     ]
 
 
+def block_threads(d: int) -> int:
+    """Threads of a block that refreshes matrices [d, d] (refresh_in_blocks, csrc/cuda/refresh_basis.cu)."""
+    return 128 if d <= 64 else 256 if d <= 128 else 512
+
+
+def latency(d: int, one_block: bool = False) -> Row:
+    """What the refresh of one matrix [d, d] waits for, ``refresh="staggered"``: counted from the source, not measured.
+
+    one_block: as it was while one block made the two products too (and moved P's columns when it sorted them, and read each
+    column of a panel 4 times at every step: for v^T x, x - tau v (v^T x), the norm, and the scaling of the new reflector).
+
+    Returns:
+        launches: one after the other. mflops: of the warp or block that takes longest, and of one tile of each product (10^6
+        multiplications and additions). barriers: of that block (tests/csrc checks it on fibers). column_reads: passes through
+        shared memory over a column, each of which waits for the one before. waits: how often a thread waits for global memory
+        in one kernel after the other: loads of one turn of a loop, unrolled as the source says or by 4 as nvcc does, are one.
+        passes: matrices [d, d] that the block reads or writes in global memory.
+    """
+    cube, panels, warps = 1e-6 * d**3, -(-d // 16), block_threads(d) // 32
+    row: Row = {"model": f"one matrix, d = {d}" + (", all in one block" if one_block else "")}
+    if d <= WARP_LIMIT:
+        return {**row, "launches": 1, "mflops": significant(20 / 3 * cube, 3), "tile_mflops": 0, "barriers": 0,
+                "column_reads": 2 * d, "waits": 3 * (d // 8), "passes": 5}  # fmt: skip
+    if one_block:
+        product = -(-(-(-d // 16) * -(-d // 32)) // warps) * -(-d // 4)  # a warp's tiles of 16 x 32, 4 of the sum at a time
+        waits = {
+            "due": 1,
+            "largest": -(-d * d // (4 * 32 * warps)),
+            "products": 2 * product,
+            "estimates": -(-d // 4),
+            "T": panels,
+        }
+        return {
+            **row,
+            "launches": 1,
+            "mflops": significant(20 / 3 * cube, 3),
+            "tile_mflops": 0,
+            # largest, P, two sums, places | sorting | a column each and two, three behind | Q' | tried, rotation
+            "barriers": 5 + 2 * -(-d // 14) + d + 2 * panels + 3 * (panels - 1) + 4 * panels + 3,
+            "column_reads": 4 * d,
+            "waits": sum(waits.values()),
+            "passes": 7,  # G twice, Q three times, rotation, Q'
+        }
+    strips = -(-d // 32)
+    tile = -(-d // (4 * 16)) + -(-strips // 2)  # fetch_columns, fetch_rows
+    waits = {
+        "due": 3,
+        "tiles": 2 * tile,
+        "largest": -(-strips // 4) + 1,
+        "estimates": -(-strips // 4),
+        "P": strips * -(-d // (8 * warps)),
+        "T": panels - 1,
+    }
+    return {
+        **row,
+        "launches": 3,
+        "mflops": significant(8 / 3 * cube, 3),
+        "tile_mflops": significant(2 * 1e-6 * 32 * 32 * d, 3),
+        # e, places, P, a sum | a column each and two, two behind | Q' | tried
+        "barriers": 4 + d + 2 * panels + 2 * (panels - 1) + 4 * panels + 2,
+        "column_reads": d,
+        "waits": sum(waits.values()),
+        "passes": 2,  # P, Q'
+    }
+
+
+def launches_in_shared_memory(sizes: Iterable[int]) -> int:
+    """Of one call (refresh_in_warps and refresh_in_blocks, csrc/cuda/refresh_basis.cu)."""
+    sizes = sorted(sizes, reverse=True)
+    blocks = [d for d in sizes if d > WARP_LIMIT]
+    tables = [blocks[first : first + TABLE_ROWS] for first in range(0, len(blocks), TABLE_ROWS)]
+    return -(-(len(sizes) - len(blocks)) // TABLE_ROWS) + sum(2 + len({block_threads(d) for d in table}) for table in tables)
+
+
 def counts() -> list[Row]:
-    """Every matrix of a model refreshed at once, on sm_90.
+    """Every matrix of a model refreshed at once, on sm_90; then what the refresh of one matrix waits for (:func:`latency`).
 
     The original, one matrix after the other: estimates (two products, diagonal), argsort, permutation, product, QR: 7 library
     calls, each of at least one launch (torch.linalg.qr of several), and about 15 d^2 numbers through memory, QR's own passes
-    counted as one. Ours: counted from the kernels' source, a launch for each class of sizes and 800 of its matrices; panels:
-    the ATen calls and panel launches of one batch of each size. On neither side what comes before and behind: here three small
-    kernels that say what is due, and the 2 to 4 launches that re-express m and v.
+    counted as one. Ours: counted from the kernels' source; up to 740 matrices are a launch for those up to 32, two for the
+    products of larger ones and one for each class of their sizes; panels: the ATen calls and panel launches of one batch of
+    each size. On neither side what comes before and behind: here three small kernels that say what is due, and the 2 to 4
+    launches that re-express m and v.
     """
     from compressai.zoo import image_models
 
@@ -196,26 +272,25 @@ def counts() -> list[Row]:
             ).sizes
         ]
         kept_in_shared = largest_block(227 * 1024)
-        classes = Counter(0 if d <= 32 else 1 if d <= 64 else 2 if d <= 128 else 3 for d in sizes if d <= kept_in_shared)
         large = Counter(d for d in sizes if d > kept_in_shared)
         # per panel: factor; forward three products, except behind the last; back three; about 25 calls around them; for each
         # matrix 5 behind its batch and 5 in the end
         panel_calls = sum(7 * -(-d // LARGE_PANEL) - 3 + 25 + 10 * number for d, number in large.items())
-        moved = sum((5 if d <= 32 else 7) * d * d for d in sizes if d <= kept_in_shared)
+        moved = sum((5 if d <= 32 else 9) * d * d for d in sizes if d <= kept_in_shared)
         rows.append(
             {
                 "model": name,
                 "matrices": len(sizes),
                 "largest": max(sizes),
                 "beyond_shared_memory": sum(large.values()),
-                "launches_in_shared_memory": sum(-(-number // TABLE_ROWS) for number in classes.values()),
+                "launches_in_shared_memory": launches_in_shared_memory(d for d in sizes if d <= kept_in_shared),
                 "calls_beyond": panel_calls,
                 "calls_original": 7 * len(sizes),
                 "mbytes_in_shared_memory": significant(4e-6 * moved, 3),
                 "mbytes_original_same_matrices": significant(4e-6 * 15 * sum(d * d for d in sizes if d <= kept_in_shared), 3),
             }
         )
-    return rows
+    return rows + [latency(d, one_block) for d in (32, 64, 128, 192, 224) for one_block in (True, False)[d <= 32 :]]
 
 
 def main(what: str) -> None:
@@ -225,7 +300,11 @@ def main(what: str) -> None:
         version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
         about = {"device": "none: compiled only", "nvcc": re.search(r"V([\d.]+)", version).group(1)}
     print(save(f"refresh_{what}", rows, **about))
-    print(table(summary(rows) if what == "accuracy" else rows))
+    if what == "counts":
+        for one in (False, True):
+            print(table([row for row in rows if row["model"].startswith("one matrix") == one]))
+    else:
+        print(table(summary(rows) if what == "accuracy" else rows))
 
 
 if __name__ == "__main__":

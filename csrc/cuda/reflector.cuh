@@ -26,7 +26,6 @@ constexpr int kSmallTableRows = 32, kTableRows = 90;
 #endif
 template <int Rows>
 struct Table {
-  static constexpr int kRows = Rows;
   Matrix rows[Rows];
   int32_t tiles[Rows]; // those of the matrices before each, where products are made in tiles
 };

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "refresh_basis.cuh"
 
@@ -21,12 +20,12 @@ void check(cudaError_t error, const char* what) {
 }
 
 // More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel. The limit is the device's, so that asking
-// again costs a call and never an error.
-template <typename Kernel>
-void opt_in(Kernel* kernel) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             shared_memory_limit()),
-        "asking for shared memory");
+// again costs a call and never an error. It also loads the kernels, which a CUDA graph's capture cannot: those for both sizes of
+// table are named together, whichever is launched first.
+template <typename... Kernels>
+void opt_in(int shared_limit, Kernels*... kernels) {
+  for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit), "asking for shared memory");
 }
 
 template <int Rows>
@@ -61,6 +60,7 @@ int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * i
 
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
   constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
+  opt_in(shared_memory_limit(), refresh_in_warps_kernel<kSmallTableRows>, refresh_in_warps_kernel<kTableRows>);
   for_each_table(matrices, count, [&](const auto& table, int rows) {
     LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
            table, rows, due, tolerance, outcomes);
@@ -78,14 +78,14 @@ int64_t block_workspace(const Matrix* matrices, int count) {
 
 void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes,
                        float* workspace, Stream stream) {
+  opt_in(shared_memory_limit(), multiply_tiles_kernel<kSmallTableRows>, multiply_tiles_kernel<kTableRows>,
+         refresh_in_blocks_kernel<kSmallTableRows>, refresh_in_blocks_kernel<kTableRows>,
+         rotate_tiles_kernel<kSmallTableRows>, rotate_tiles_kernel<kTableRows>);
   for_each_table(matrices, count, [&](const auto& table, int rows) {
-    constexpr int kRows = std::decay_t<decltype(table)>::kRows;
     const int tiles = table.tiles[rows - 1] + tiles_of(table.rows[rows - 1].size);
     const int64_t tile_shared = tile_shared_floats(table.rows[0].size) * sizeof(float);
-    opt_in(multiply_tiles_kernel<kRows>);
     LAUNCH(multiply_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, due, workspace);
     check(cudaGetLastError(), "multiply_tiles");
-    opt_in(refresh_in_blocks_kernel<kRows>);
     for (int first = 0, behind; first < rows; first = behind) {
       // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
       const int largest = table.rows[first].size, smaller = largest > 128 ? 128 : largest > 64 ? 64 : 0;
@@ -95,7 +95,6 @@ void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float
              tolerance, outcomes, workspace);
       check(cudaGetLastError(), "refresh_in_blocks");
     }
-    opt_in(rotate_tiles_kernel<kRows>);
     LAUNCH(rotate_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, outcomes, workspace);
     check(cudaGetLastError(), "rotate_tiles");
   });
@@ -104,8 +103,9 @@ void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float
 void factor_panel(float* transposed, float* triangles, int count, int size, int first, int width, const int32_t* outcomes,
                   Stream stream) {
   const int64_t small = kSmallPanelShared * sizeof(float), whole = small + int64_t(size - first) * width * sizeof(float);
-  const bool in_shared = whole <= shared_memory_limit();
-  opt_in(factor_panel_kernel);
+  const int limit = shared_memory_limit();
+  const bool in_shared = whole <= limit;
+  opt_in(limit, factor_panel_kernel);
   LAUNCH(factor_panel_kernel, count, kBlockThreads, in_shared ? whole : small, stream, transposed, triangles, size, first,
          width, outcomes, in_shared);
   check(cudaGetLastError(), "factor_panel");

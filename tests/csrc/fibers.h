@@ -16,6 +16,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <cstdint>
@@ -61,7 +62,7 @@ inline Options& options() {
 }
 
 struct Counts {
-  int64_t launches = 0, switches = 0;
+  int64_t launches = 0, switches = 0, barriers = 0; // barriers: the most __syncthreads that any block met
 };
 inline Counts& counts() {
   static Counts value;
@@ -308,6 +309,7 @@ inline void run_block(Random& random, size_t shared_bytes) {
     fiber.thread = {unsigned(i), 0, 0};
     b.runnable[i] = i;
   }
+  int64_t barriers = 0;
   while (b.done < b.count) {
     if (b.runnable.empty()) {
       // all that are left wait: for a barrier that everybody has reached, or in vain
@@ -318,6 +320,7 @@ inline void run_block(Random& random, size_t shared_bytes) {
         b.runnable.push_back(i);
       }
       b.at_barrier = 0;
+      counts().barriers = std::max(counts().barriers, ++barriers);
     }
     const size_t pick = random.below(uint32_t(b.runnable.size()));
     const int next = b.runnable[pick];

@@ -1,6 +1,7 @@
 """The CUDA refresh's own source, compiled by g++ and run on fibers (fibers.h says what that shows and what not)."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from harness import (
     refresh_by_operator,
 )
 from matrices import EPS, KINDS, complaints, lapack, make, orthogonal, quality, recorded_grams
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from bench.refresh_kernels import latency  # noqa: E402
 
 SMALL = (1, 2, 3, 5, 8, 16, 31, 32)  # a warp each
 MEDIUM = (33, 64, 100, 128, 192, 224, 225)  # a block each
@@ -202,6 +206,59 @@ def test_adaptive(d):
     assert outcomes == [KEPT, KEPT, KEPT]
 
 
+def test_outcomes_of_a_mixed_set():
+    """Due, not due, kept and failed matrices of every class of sizes in one call, in a full table and another: what each
+    gives alone, bit for bit. (The workspace is full of NaNs, or of 1e30 with an even seed.)"""
+    problems, expected = [], []
+    for n, d in enumerate((33, 64, 65, 96, 100, 128, 129, 160, 40, 50, 20, 32)):
+        gram, basis = make("gram", d, seed=n), orthogonal(d, seed=n)
+        exact = np.linalg.eigh(gram.astype(np.float64))[1][:, ::-1].astype(np.float32)
+        broken = gram.copy()
+        broken[d - 1, 0] = (np.nan, np.inf)[n % 2]
+        problems += [(gram, basis, True), (gram, basis, False), (gram, exact, True), (broken, basis, True)][: 2 + n % 3]
+        expected += [REFRESHED, KEPT, KEPT, FAILED][: 2 + n % 3]
+    assert sum(len(gram) > 32 for gram, *_ in problems) > 16  # rows of a table
+    together = refresh(problems, tolerance=0.01)
+    assert [result.outcome for result in together] == expected
+    for (gram, basis, _), result in zip(problems, together):
+        if result.outcome == REFRESHED:
+            judge_refresh(gram, basis, result)
+        else:
+            assert np.array_equal(result.basis, basis)
+            assert np.array_equal(result.order, np.arange(len(gram))) and np.array_equal(result.rotation, np.eye(len(gram)))
+    for seed in (2, 3):
+        for a, b in zip(together, refresh(problems, tolerance=0.01, seed=seed)):
+            assert all(np.array_equal(x, y) for x, y in zip(a, b))
+    for problem, result in zip(problems, together):
+        (alone,) = refresh([problem], tolerance=0.01)
+        assert all(np.array_equal(x, y) for x, y in zip(alone, result))
+
+
+@pytest.mark.parametrize("d", (20, 40, 100, 130))
+def test_a_power_of_two_changes_no_bit(d):
+    gram, basis = make("gram", d), orthogonal(d)
+    first, *others = refresh([(gram * np.float32(2.0**n), basis) for n in (0, -90, 60, 110)])
+    for other in others:
+        assert all(np.array_equal(x, y) for x, y in zip(first, other))
+
+
+@pytest.mark.parametrize("exponents", ((-60, 0, 60, 0), (0, -100, -100, 0), (None, 20, None, -20)))
+def test_strips_of_different_size(exponents):
+    """The strips of 32 rows that tiles of G Q are made of have scales of their own; None: a strip of zeros."""
+    a = make("gram", 120)
+    for strip, exponent in enumerate(exponents):
+        a[32 * strip : 32 * (strip + 1)] *= 0 if exponent is None else 2.0**exponent
+    judge([a], refresh([(a, np.eye(len(a)))]))
+
+
+@pytest.mark.parametrize("d", (33, 64, 100, 192))
+def test_counted_latency(d):
+    done, _ = launch([(make("gram", d), orthogonal(d))])
+    counted = done.stdout.split()
+    assert latency(d)["launches"] == int(counted[counted.index("launches") + 1])
+    assert latency(d)["barriers"] == int(counted[counted.index("barriers") + 1])
+
+
 # ---------------------------------------------------------------------------------------------- the tests can tell the wrong
 
 
@@ -260,6 +317,8 @@ def test_a_missing_barrier_is_caught(line, text):
         ("below + alpha * alpha < kTinySquare", "false", "blocks_apart"),
         ("-taus[c] * sum", "taus[c] * sum", "gram"),
         ("int l = row; l <= column", "int l = row; l < column", "gram"),
+        ("scale = scales[i / kTile]", "scale = 1", "row_scaled"),
+        ("if (first_column == 0 && threadIdx.x == 0) work.largest", "if (false) work.largest", "gram"),
     ],
 )
 def test_wrong_kernels_are_caught(right, wrong, kind):
@@ -269,6 +328,20 @@ def test_wrong_kernels_are_caught(right, wrong, kind):
     with pytest.raises(AssertionError):
         judge(matrices, refresh([(a, np.eye(len(a))) for a in matrices], program=program))
         judge(matrices[-1:], refresh([(matrices[-1], np.eye(64))], program=program, limit=16384))
+
+
+@pytest.mark.slow
+def test_a_basis_that_is_not_orthogonal_is_not_written():
+    """Reflectors that are none: what the block made is thrown away, and nothing was written before it was tried."""
+    program = binary(change=("entry * reflector.inverse", "entry * reflector.inverse * 1.01f"))
+    problems = [(make("gram", d), orthogonal(d)) for d in (40, 64, 100, 150, 16)]
+    for (gram, basis), result in zip(problems, refresh(problems, program=program)):
+        if len(gram) <= 32:  # (the warps' kernel has code of its own)
+            assert result.outcome == REFRESHED
+            continue
+        assert result.outcome == FAILED
+        assert np.array_equal(result.basis, basis)
+        assert np.array_equal(result.order, np.arange(len(gram))) and np.array_equal(result.rotation, np.eye(len(gram)))
 
 
 def needs_asan():
