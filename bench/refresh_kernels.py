@@ -64,9 +64,13 @@ def tile_shared_memory(d: int) -> int:
 def resources() -> list[Row]:
     rows = []
     for chip, (max_threads, max_blocks, shared_kib, optin_kib) in CHIPS.items():
-        for name, figures in sorted(ptxas(chip).items()):
+        # both sizes of table are the same code: one row, of the worse
+        of_kernel: dict[str, Row] = {}
+        for name, figures in ptxas(chip).items():
+            worst = of_kernel.setdefault(name.partition("<")[0], dict(figures))
+            worst.update({key: max(worst[key], value) for key, value in figures.items()})
+        for kernel, figures in sorted(of_kernel.items()):
             limit = optin_kib * 1024
-            kernel, _, table_rows = name.rstrip(">").partition("<")
             if kernel == "refresh_in_warps_kernel":
                 cases = [("d <= 32", 128, 4 * 4 * (32 * 32 + 3 * 32))]
             elif kernel in ("multiply_tiles_kernel", "rotate_tiles_kernel"):
@@ -95,8 +99,9 @@ def resources() -> list[Row]:
                         "kernel": kernel.removesuffix("_kernel"),
                         "chip": "sm_" + chip.replace(".", ""),
                         "case": case,
-                        "table_rows": int(table_rows or 0),
-                        "table_bytes": MATRIX_BYTES * int(table_rows or 0),
+                        "arguments_bytes": None
+                        if kernel == "factor_panel_kernel"
+                        else f"{MATRIX_BYTES * SMALL_TABLE_ROWS} or {MATRIX_BYTES * TABLE_ROWS}",
                         **figures,
                         "block_threads": threads,
                         "shared_bytes": shared,
@@ -167,6 +172,18 @@ def block_threads(d: int) -> int:
     return 128 if d <= 64 else 256 if d <= 128 else 512
 
 
+def shared_accesses(d: int, one_block: bool) -> int:
+    """Of the block's products, by whole warps: 8 reads for 16 x 32 sums' next 512 products, and a tile's own 16 + 16."""
+    total = 2 * d * 8 * -(-d // 16) * -(-d // 32) if one_block else 0  # G Q, Q^T Q'
+    for first in range(0, d, 16):
+        width, rows = min(16, d - first), d - first
+        behind = rows - width
+        columns = -(-behind // 32)
+        total += columns * (8 * rows + 8 * behind)  # W = V^T A, then V^T Q'
+        total += columns * (-(-behind // 16) + -(-rows // 16)) * (8 * width + 32)  # A - V W, then Q' - V W
+    return total
+
+
 def latency(d: int, one_block: bool = False) -> Row:
     """What the refresh of one matrix [d, d] waits for, ``refresh="staggered"``: counted from the source, not measured.
 
@@ -174,17 +191,21 @@ def latency(d: int, one_block: bool = False) -> Row:
     column of a panel 4 times at every step: for v^T x, x - tau v (v^T x), the norm, and the scaling of the new reflector).
 
     Returns:
-        launches: one after the other. mflops: of the warp or block that takes longest, and of one tile of each product (10^6
-        multiplications and additions). barriers: of that block (tests/csrc checks it on fibers). column_reads: passes through
-        shared memory over a column, each of which waits for the one before. waits: how often a thread waits for global memory
-        in one kernel after the other: loads of one turn of a loop, unrolled as the source says or by 4 as nvcc does, are one.
+        launches: one after the other.
+        mflops: 10^6 multiplications and additions of the warp or block that takes longest; tile_mflops: of a tile of a product.
+        barriers: of that block (tests/csrc checks it on fibers).
+        column_reads: passes through shared memory over a column of a panel, each of which waits for the one before.
+        accesses: of shared memory by the block's products (or of L1, where they read G and Q), thousands, each a warp's: a
+            multiprocessor has one in a clock at best.
+        waits: how often a thread waits for global memory, in one kernel after the other: the loads of one turn of a loop,
+            unrolled as the source says or by 4 as nvcc does, count as one.
         passes: matrices [d, d] that the block reads or writes in global memory.
     """
     cube, panels, warps = 1e-6 * d**3, -(-d // 16), block_threads(d) // 32
     row: Row = {"model": f"one matrix, d = {d}" + (", all in one block" if one_block else "")}
     if d <= WARP_LIMIT:
         return {**row, "launches": 1, "mflops": significant(20 / 3 * cube, 3), "tile_mflops": 0, "barriers": 0,
-                "column_reads": 2 * d, "waits": 3 * (d // 8), "passes": 5}  # fmt: skip
+                "column_reads": 2 * d, "accesses": 0, "waits": 3 * (d // 8), "passes": 5}  # fmt: skip
     if one_block:
         product = -(-(-(-d // 16) * -(-d // 32)) // warps) * -(-d // 4)  # a warp's tiles of 16 x 32, 4 of the sum at a time
         waits = {
@@ -202,6 +223,7 @@ def latency(d: int, one_block: bool = False) -> Row:
             # largest, P, two sums, places | sorting | a column each and two, three behind | Q' | tried, rotation
             "barriers": 5 + 2 * -(-d // 14) + d + 2 * panels + 3 * (panels - 1) + 4 * panels + 3,
             "column_reads": 4 * d,
+            "accesses": significant(1e-3 * shared_accesses(d, one_block), 3),
             "waits": sum(waits.values()),
             "passes": 7,  # G twice, Q three times, rotation, Q'
         }
@@ -223,6 +245,7 @@ def latency(d: int, one_block: bool = False) -> Row:
         # e, places, P, a sum | a column each and two, two behind | Q' | tried
         "barriers": 4 + d + 2 * panels + 2 * (panels - 1) + 4 * panels + 2,
         "column_reads": d,
+        "accesses": significant(1e-3 * shared_accesses(d, one_block), 3),
         "waits": sum(waits.values()),
         "passes": 2,  # P, Q'
     }

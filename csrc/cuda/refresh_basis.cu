@@ -20,8 +20,8 @@ void check(cudaError_t error, const char* what) {
 }
 
 // More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel. The limit is the device's, so that asking
-// again costs a call and never an error. It also loads the kernels, which a CUDA graph's capture cannot: those for both sizes of
-// table are named together, whichever is launched first.
+// again costs a call and never an error. It also loads the kernels, which a CUDA graph's capture cannot: those for both sizes
+// of table are named together, whichever is launched first.
 template <typename... Kernels>
 void opt_in(int shared_limit, Kernels*... kernels) {
   for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})

@@ -203,7 +203,8 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
 // Four blocks on an SM: left alone, ptxas takes so many registers for sm_100 that two fit.
 template <int Rows>
 __global__ void __launch_bounds__(kWarpThreads, 4)
-    refresh_in_warps_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float tolerance, int32_t* outcomes) {
+    refresh_in_warps_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float tolerance,
+                            int32_t* outcomes) {
   DYNAMIC_SHARED(float, shared);
   const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
   if (position >= count) return;
@@ -407,13 +408,13 @@ __device__ float block_reduce(float x, float* partial) {
 
 // -------------------------------------------------------------------------------------- products in tiles, over all the GPU
 
-// G Q and Q^T Q' are 4 of a refresh's 6.7 d^3 multiplications and additions, and nothing in them has to wait: one block after the
-// other takes a tile of one product, and one launch is all tiles of all matrices. Every size above kWarpLimit comes this way.
-// At d = 64 the two launches cost about what they take from the block (5 us by counted shared memory reads), at 192 they
-// take 20 times what they cost; a second path for 33 .. 64 would be worth nothing.
+// G Q and Q^T Q' are 4 of a refresh's 6.7 d^3 multiplications and additions, and nothing in them has to wait, as the rest does:
+// a block makes one tile of a product, a launch all tiles of all matrices, over the whole GPU. So for every size above
+// kWarpLimit. Counted, not measured, in warps' reads of shared memory, one a clock: of a block the two products would take
+// 8,000 at d = 64, about what two launches cost, and 220,000 at d = 192. A path of its own for 33 .. 64 is not worth it.
 
-constexpr int kTile = 32;            // rows and columns of a tile; 32 rows, or columns, of a matrix are a strip
-constexpr int kTileThreads = 128;    // a warp makes 8 rows of a tile, a lane 2 x 4 entries, 4 and 8 apart
+constexpr int kTile = 32;         // rows and columns of a tile; 32 rows, or columns, of a matrix are a strip
+constexpr int kTileThreads = 128; // a warp makes 8 rows of a tile, a lane 2 x 4 entries, 4 and 8 apart
 constexpr int kTilePitch = kTile + 1;
 constexpr int kTileWarps = kTileThreads / kWarp;
 
@@ -423,18 +424,20 @@ __host__ __device__ inline int tiles_of(int d) { return strips_of(d) * strips_of
 // Floats of shared memory of a tile of a product of matrices [d, d]: a strip of each, [d, kTilePitch], partial results [32].
 __host__ __device__ inline int64_t tile_shared_floats(int64_t d) { return 2 * d * kTilePitch + kWarp; }
 
-// What the three kernels pass on of one matrix, besides P^T [d, d], which lies where the rotation will be.
+// What the three kernels pass on of one matrix, besides P^T [d, d], which lies where the rotation will be. Each tile of the
+// matrix brings so many floats to the launch's workspace that it has room.
+constexpr int kTileWorkspace = kTile * kTile + kTile + 1;
+
 struct Workspace {
   float* basis;     // [d, d] Q^T: the basis itself is Q' when the rotation is made
   float* estimates; // [strips, d] e, of the rows of each strip and in its scale
   float* largest;   // [strips] the largest |G| of each strip's rows, which decides its scale
 
-  __device__ Workspace(float* memory, int tiles_before, int d);
+  __device__ Workspace(float* memory, int tiles_before, int d)
+      : basis(memory + int64_t(tiles_before) * kTileWorkspace),
+        estimates(basis + d * d),
+        largest(estimates + strips_of(d) * d) {}
 };
-constexpr int kTileWorkspace = kTile * kTile + kTile + 1; // floats for each tile of a matrix: enough for the three
-
-__device__ inline Workspace::Workspace(float* memory, int tiles_before, int d)
-    : basis(memory + int64_t(tiles_before) * kTileWorkspace), estimates(basis + d * d), largest(estimates + strips_of(d) * d) {}
 
 // strip[k, r] = from[k, first + r] (k < d, r < kTile), 0 beyond the matrix
 __device__ inline void fetch_columns(const float* from, int d, int first, float* strip) {
@@ -459,11 +462,11 @@ __device__ inline float fetch_rows(const float* from, int d, int first, float* s
   return largest;
 }
 
-// The row and column, in its tile, of a thread's entry (s, t), s < 2, t < 4: a column's rows are a warp's.
+// The row and column, in its tile, of a thread's entry (s, t), s < 2, t < 4.
 __device__ inline int tile_row(int s) { return threadIdx.x / kWarp * 8 + threadIdx.x % kWarp / 8 + 4 * s; }
 __device__ inline int tile_column(int t) { return threadIdx.x % 8 + 8 * t; }
 
-// sums[s][t] = sum_k left[k, tile_row(s)] scale right[k, tile_column(t)]
+// sums[s][t] += sum_k left[k, tile_row(s)] scale right[k, tile_column(t)]
 __device__ inline void tile_product(const float* left, const float* right, int d, float scale, float (&sums)[2][4]) {
   const int row = tile_row(0), column = tile_column(0);
   add_products(
@@ -531,7 +534,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const Matrix& matrix = table.rows[place];
   if (outcomes[matrix.index] != kRefreshed) return;
   const int d = matrix.size, first_row = tile / strips_of(d) * kTile, first_column = tile % strips_of(d) * kTile;
-  float* before = shared;                // [d, kTilePitch] Q[k, first_row + r]
+  float* before = shared;                 // [d, kTilePitch] Q[k, first_row + r]
   float* after = before + d * kTilePitch; // [d, kTilePitch] Q'[k, first_column + r]
   fetch_rows(Workspace(workspace, table.tiles[place], d).basis, d, first_row, before);
   fetch_columns(matrix.basis, d, first_column, after);
@@ -555,23 +558,24 @@ __host__ __device__ inline int64_t block_shared_floats(int64_t d) {
   return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
 }
 
-// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted on its way in, factored, and Q' formed in
-// place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation: 16 d floats of shared
-// memory less, and d = 192 fits on sm_80.
+// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted on its way in, factored, and Q' formed
+// in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation: 16 d floats of
+// shared memory less, and d = 192 fits on sm_80.
 __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
                                         float* shared) {
   const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x, strips = strips_of(d);
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
-  float* a = shared;                      // [d columns, pitch]
-  float* w = a + d * pitch;               // [kPanel, d]; before that a row [d] of e, and of places
-  float* triangle = w + kPanel * d;       // [kPanel, kPanel]
+  float* a = shared;                        // [d columns, pitch]
+  float* w = a + d * pitch;                 // [kPanel, d]; before that a row [d] of e, and of places
+  float* triangle = w + kPanel * d;         // [kPanel, kPanel]
   float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
-  float* taus = dots + kPanel * kPanel;   // [kPanel]; before that, of each strip of P, what brings it to the scale of all
-  float* partial = taus + kPanel;         // [2, 32]
-  const float* product = matrix.rotation; // [d, d] P^T
-  float* triangles = matrix.rotation; // [panels, kPanel, kPanel], at most kPanel (d + kPanel - 1) <= d^2 floats for d > 32
+  float* taus = dots + kPanel * kPanel;     // [kPanel]; before that, of each strip of P, what brings it to the scale of all
+  float* partial = taus + kPanel;           // [2, 32]
+  const float* product = matrix.rotation;   // [d, d] P^T
+  float* triangles = matrix.rotation;       // [panels, kPanel, kPanel], at most kPanel (d + kPanel - 1) <= d^2 for d > 32
 
   // e, and by counting each column's place
+  static_assert(kBlockLimit <= kTile * kPanel, "a scale for each strip where the taus will be");
   float* scales = taus;                        // [strips]
   float* estimates = w;                        // [d]
   int* places = reinterpret_cast<int*>(w + d); // [d]

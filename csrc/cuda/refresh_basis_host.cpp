@@ -202,7 +202,8 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   }
   for (const Batch& batch : large) batch.finish(work[grams[batch.members[0]].scalar_type()]);
   if (!in_blocks.empty())
-    refresh_in_blocks(in_blocks.data(), in_blocks.size(), when, tolerance, outcome, workspace.mutable_data_ptr<float>(), stream);
+    refresh_in_blocks(in_blocks.data(), in_blocks.size(), when, tolerance, outcome, workspace.mutable_data_ptr<float>(),
+                      stream);
   if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
 }
 
