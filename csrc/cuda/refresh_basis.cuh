@@ -268,17 +268,16 @@ __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
   }
 }
 
-// A column [m] of shared or global memory, a warp's: lane l has entries l, l + 32, .. . Up to 32 Rows of them it keeps in
-// registers, zeros beyond m, until store(); Rows = 0: of any number, and where they are. Each step of a panel waits for the one
-// before it, and what it waits for most is memory: kept, a column is read once in a step and not four times.
+// A column [m] in shared or global memory, a warp's: lane l has entries l, l + 32, .. . Up to 32 Rows of them are read together
+// and kept in registers, zeros beyond m, until store(); Rows = 0: of any number, and where they are. Each step of a panel waits
+// for the one before it, and what it waits for most is memory: kept, a column is read once in a step and not four times.
 template <int Rows>
 struct Column {
-  float* at;
   int m;
   float kept[Rows];
 
-  __device__ Column(float* column, int length) : at(column), m(length) {
-    each([&](int i, float& entry) { entry = i < m ? at[i] : 0; });
+  __device__ Column(const float* from, int length) : m(length) {
+    each([&](int i, float& entry) { entry = i < m ? from[i] : 0; });
   }
   // visit(i, entry i), or visit(i, entry i, entry i of another)
   template <typename Visit>
@@ -291,9 +290,9 @@ struct Column {
 #pragma unroll
     for (int s = 0; s < Rows; ++s) visit(int(threadIdx.x % kWarp) + s * kWarp, kept[s], other.kept[s]);
   }
-  __device__ void store() {
-    each([&](int i, float& entry) {
-      if (i < m) at[i] = entry;
+  __device__ void store(float* to) {
+    each([&](int i, float entry) {
+      if (i < m) to[i] = entry;
     });
   }
 };
@@ -312,8 +311,11 @@ struct Column<0> {
   __device__ void each(const Column& other, const Visit& visit) {
     for (int i = threadIdx.x % kWarp; i < m; i += kWarp) visit(i, at[i], other.at[i]);
   }
-  __device__ void store() {}
+  __device__ void store(float*) {} // it is there
 };
+
+// Of every column that the block kernel and the tiles have
+using ShortColumn = Column<kBlockLimit / kWarp>;
 
 // Turns a column into the reflector that clears it below its entry c. By one warp; returns tau to every lane. Every lane reads
 // and writes its own entries alone, here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
@@ -352,30 +354,32 @@ __device__ void factor_columns(float* panel, int pitch, int m, int width, float*
   if (warp == 0) {
     Column<Rows> x(panel, m);
     const float tau = reflect_column(x, 0);
-    x.store();
+    x.store(panel);
     if (lane == 0) taus[0] = tau;
   }
   __syncthreads();
   for (int c = 0; c < width; ++c) {
     const Column<Rows> v(panel + c * pitch, m); // 0 before c
-    const float tau = taus[c];
-    for (int step = 1; step < width; ++step) {
-      const int j = c + step < width ? c + step : c + step - width; // c + 1 first
-      if (j % warps != warp) continue;
-      Column<Rows> x(panel + j * pitch, m);
+    const auto times_v = [&](Column<Rows>& x) {
       float dot = 0;
       x.each(v, [&](int, float entry, float of_v) { dot += of_v * entry; });
-      dot = warp_sum(dot);
-      if (j < c) {
-        if (lane == 0) dots[j * N + c] = dot; // for T
-        continue;
-      }
-      x.each(v, [&](int, float& entry, float of_v) { entry -= tau * dot * of_v; });
+      return warp_sum(dot);
+    };
+    // The warp's columns behind c, from the first on: c + 1 if that is one. (warps is a power of two: no division.)
+    for (int j = c + 1 + ((warp - c - 1) & (warps - 1)); j < width; j += warps) {
+      Column<Rows> x(panel + j * pitch, m);
+      const float factor = taus[c] * times_v(x);
+      x.each(v, [&](int, float& entry, float of_v) { entry -= factor * of_v; });
       if (j == c + 1) {
         const float next = reflect_column(x, j);
         if (lane == 0) taus[j] = next;
       }
-      x.store();
+      x.store(panel + j * pitch);
+    }
+    for (int j = warp; j < c; j += warps) { // V^T V, for T
+      Column<Rows> x(panel + j * pitch, m);
+      const float dot = times_v(x);
+      if (lane == 0) dots[j * N + c] = dot;
     }
     __syncthreads();
   }
@@ -439,25 +443,24 @@ struct Workspace {
         largest(estimates + strips_of(d) * d) {}
 };
 
-// strip[k, r] = from[k, first + r] (k < d, r < kTile), 0 beyond the matrix
+// strip[k, r] = from[k, first + r], k < d, r < kTile. Beyond the matrix, here as below, its edge: what comes of that is not
+// stored, and loads that depend on no condition are sent off together, where others wait for each other.
 __device__ inline void fetch_columns(const float* from, int d, int first, float* strip) {
-  const int lane = threadIdx.x % kWarp, column = first + lane;
+  const int lane = threadIdx.x % kWarp, column = min(first + lane, d - 1);
 #pragma unroll 16
-  for (int k = threadIdx.x / kWarp; k < d; k += kTileWarps)
-    strip[k * kTilePitch + lane] = column < d ? from[k * d + column] : 0;
+  for (int k = threadIdx.x / kWarp; k < d; k += kTileWarps) strip[k * kTilePitch + lane] = from[k * d + column];
 }
 
 // strip[k, r] = from[first + r, k]; returns the largest of what the thread saw
 __device__ inline float fetch_rows(const float* from, int d, int first, float* strip) {
   float largest = 0;
 #pragma unroll 2
-  for (int k = threadIdx.x % kWarp; k < d; k += kWarp) {
-#pragma unroll
-    for (int r = threadIdx.x / kWarp; r < kTile; r += kTileWarps) {
-      const float entry = first + r < d ? from[(first + r) * d + k] : 0;
-      strip[k * kTilePitch + r] = entry;
+  for (int r = threadIdx.x / kWarp; r < kTile; r += kTileWarps) {
+    ShortColumn row(from + min(first + r, d - 1) * d, d);
+    row.each([&](int k, float entry) {
+      if (k < d) strip[k * kTilePitch + r] = entry;
       largest = fmaxf(largest, fabsf(entry));
-    }
+    });
   }
   return largest;
 }
@@ -536,8 +539,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const int d = matrix.size, first_row = tile / strips_of(d) * kTile, first_column = tile % strips_of(d) * kTile;
   float* before = shared;                 // [d, kTilePitch] Q[k, first_row + r]
   float* after = before + d * kTilePitch; // [d, kTilePitch] Q'[k, first_column + r]
-  fetch_rows(Workspace(workspace, table.tiles[place], d).basis, d, first_row, before);
   fetch_columns(matrix.basis, d, first_column, after);
+  fetch_rows(Workspace(workspace, table.tiles[place], d).basis, d, first_row, before);
   __syncthreads();
   float sums[2][4] = {};
   tile_product(before, after, d, 1, sums);
@@ -571,18 +574,19 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
   float* taus = dots + kPanel * kPanel;     // [kPanel]; before that, of each strip of P, what brings it to the scale of all
   float* partial = taus + kPanel;           // [2, 32]
-  const float* product = matrix.rotation;   // [d, d] P^T
-  float* triangles = matrix.rotation;       // [panels, kPanel, kPanel], at most kPanel (d + kPanel - 1) <= d^2 for d > 32
+  // In the rotation's memory: P^T [d, d]; when that is read, T of every panel [panels, kPanel, kPanel], at most
+  // kPanel (d + kPanel - 1) <= d^2 numbers for d > 32
+  float* triangles = matrix.rotation;
 
   // e, and by counting each column's place
   static_assert(kBlockLimit <= kTile * kPanel, "a scale for each strip where the taus will be");
-  float* scales = taus;                        // [strips]
+  float* scales = taus;                        // [kPanel], 0 beyond the strips
   float* estimates = w;                        // [d]
   int* places = reinterpret_cast<int*>(w + d); // [d]
   float largest = 0;
   for (int s = 0; s < strips; ++s) largest = fmaxf(largest, work.largest[s]);
-  for (int s = thread; s < strips; s += threads)
-    scales[s] = power_of_two_scale(largest) / power_of_two_scale(work.largest[s]);
+  for (int s = thread; s < kPanel; s += threads)
+    scales[s] = s < strips ? power_of_two_scale(largest) / power_of_two_scale(work.largest[s]) : 0;
   __syncthreads();
   float square = 0, off = 0;
   for (int j = thread; j < d; j += threads) {
@@ -601,18 +605,20 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   __syncthreads();
 
   // P sorted, and whether it is finite and is to be refreshed
-  for (int i = lane; i < d; i += kWarp) {
-    const float scale = scales[i / kTile];
-#pragma unroll 8
-    for (int j = warp; j < d; j += warps) {
-      const float entry = scale * product[j * d + i];
-      a[i + places[j] * pitch] = entry;
+  for (int j = warp; j < d; j += warps) {
+    ShortColumn column(matrix.rotation + j * d, d);
+    column.each([&](int i, float& entry) {
+      entry *= scales[i / kTile];
       square += entry * entry;
-      if (tolerance >= 0) {
-        const float rest = entry - work.basis[j * d + i] * estimates[j];
+    });
+    if (tolerance >= 0) {
+      const ShortColumn old(work.basis + j * d, d);
+      column.each(old, [&](int, float entry, float of_old) {
+        const float rest = entry - of_old * estimates[j];
         off += rest * rest;
-      }
+      });
     }
+    column.store(a + places[j] * pitch);
   }
   const float norm = block_reduce<false>(square, partial);
   if (tolerance >= 0) off = block_reduce<false>(off, partial + kWarp);

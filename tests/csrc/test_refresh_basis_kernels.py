@@ -317,7 +317,7 @@ def test_a_missing_barrier_is_caught(line, text):
         ("below + alpha * alpha < kTinySquare", "false", "blocks_apart"),
         ("-taus[c] * sum", "taus[c] * sum", "gram"),
         ("int l = row; l <= column", "int l = row; l < column", "gram"),
-        ("scale = scales[i / kTile]", "scale = 1", "row_scaled"),
+        ("entry *= scales[i / kTile]", "entry *= 1", "row_scaled"),
         ("if (first_column == 0 && threadIdx.x == 0) work.largest", "if (false) work.largest", "gram"),
     ],
 )
