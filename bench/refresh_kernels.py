@@ -228,13 +228,13 @@ def latency(d: int, one_block: bool = False) -> Row:
             "passes": 7,  # G twice, Q three times, rotation, Q'
         }
     strips = -(-d // 32)
-    tile = -(-d // (4 * 16)) + -(-strips // 2)  # fetch_columns, fetch_rows
+    tile = -(-d // (4 * 16)) + 4  # fetch_columns, fetch_rows
     waits = {
         "due": 3,
         "tiles": 2 * tile,
         "largest": -(-strips // 4) + 1,
         "estimates": -(-strips // 4),
-        "P": strips * -(-d // (8 * warps)),
+        "P": -(-d // warps),
         "T": panels - 1,
     }
     return {

@@ -46,7 +46,6 @@ void for_each_table(const Matrix* matrices, int count, const Launch& launch) {
   }
 }
 
-
 } // namespace
 
 int shared_memory_limit() {
