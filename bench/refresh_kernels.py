@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from soap_opt.refresh_basis import block_shared_memory
+from soap_opt.refresh_basis import SMALL_TABLE_ROWS, WARP_LIMIT, block_shared_memory
 from soap_opt.refresh_basis import largest_in_shared_memory as largest_block
 
 from .results import Row, save, significant, table
@@ -27,9 +27,8 @@ SOURCE = ROOT / "csrc" / "cuda" / "refresh_basis.cu"
 # of it that a block may have. 65,536 registers everywhere; a block's shared memory costs 1 KiB more than it asks for.
 CHIPS = {"8.0": (2048, 32, 164, 163), "8.6": (1536, 16, 100, 99), "9.0": (2048, 32, 228, 227), "10.0": (2048, 32, 228, 227)}
 
-WARP_LIMIT, LARGE_PANEL = 32, 32
-TABLE_ROWS = 740  # matrices of a launch
-SMALL_TABLE_ROWS = 32  # and of one with few, which passes less
+LARGE_PANEL = 32
+TABLE_ROWS = 740  # matrices of a launch; one of up to SMALL_TABLE_ROWS passes less
 MATRIX_BYTES = 44  # of a row of its table (struct Table, csrc/cuda/reflector.cuh)
 
 

@@ -20,6 +20,10 @@ def unavailable(device_type: str) -> str | None:
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 
+WARP_LIMIT = 32  # CUDA: matrices up to this have a warp, larger ones that fit in shared memory a block (kWarpLimit)
+SMALL_TABLE_ROWS = 32  # launches of more matrices are other kernels than those of so many (kSmallTableRows)
+
+
 def block_shared_memory(d: int) -> int:
     """Bytes of shared memory of a block that refreshes one matrix [d, d] (block_shared_floats, csrc/cuda/refresh_basis.cuh)."""
     panel = 16

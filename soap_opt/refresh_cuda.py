@@ -346,9 +346,17 @@ class GraphRefresh:
             launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0)
             launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
         sizes = sorted(set(self.refresh.sizes))
-        none = torch.zeros(len(sizes), dtype=torch.bool, device=device)
-        matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in sizes]
-        refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
+        # Once more with so many that fit in shared memory as have kernels of their own
+        in_shared = refresh_basis.largest_in_shared_memory(shared_memory_limit(device))
+        kinds = (
+            [d for d in sizes if d <= refresh_basis.WARP_LIMIT],
+            [d for d in sizes if refresh_basis.WARP_LIMIT < d <= in_shared],
+        )
+        many = [kind[0] for kind in kinds if kind for _ in range(refresh_basis.SMALL_TABLE_ROWS + 1)]
+        for chosen in (sizes, many):
+            none = torch.zeros(len(chosen), dtype=torch.bool, device=device)
+            matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in chosen]
+            refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
         if self._small_places is not None:  # torch's own, too
             first = torch.zeros_like(self._small_places[:1])
             outcomes = self.refresh.outcomes.index_select(0, first)

@@ -19,9 +19,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("soap_opt: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel. The limit is the device's, so that asking
-// again costs a call and never an error. It also loads the kernels, which a CUDA graph's capture cannot: those for both sizes
-// of table are named together, whichever is launched first.
+// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel (those for both sizes of table together). The
+// limit is the device's, so that asking again costs a call and never an error.
 template <typename... Kernels>
 void opt_in(int shared_limit, Kernels*... kernels) {
   for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
@@ -59,7 +58,6 @@ int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * i
 
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
   constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
-  opt_in(shared_memory_limit(), refresh_in_warps_kernel<kSmallTableRows>, refresh_in_warps_kernel<kTableRows>);
   for_each_table(matrices, count, [&](const auto& table, int rows) {
     LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
            table, rows, due, tolerance, outcomes);
