@@ -444,7 +444,7 @@ struct Workspace {
 };
 
 // strip[k, r] = from[k, first + r], k < d, r < kTile. Beyond the matrix, here as below, its edge: what comes of that is not
-// stored, and loads that depend on no condition are sent off together, where others wait for each other.
+// stored, and nvcc sends off together loads that no branch divides (16 in both, by the machine code for sm_90).
 __device__ inline void fetch_columns(const float* from, int d, int first, float* strip) {
   const int lane = threadIdx.x % kWarp, column = min(first + lane, d - 1);
 #pragma unroll 16
