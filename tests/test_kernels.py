@@ -81,7 +81,7 @@ def test_what_is_aligned_is_read_and_written_in_vectors():
         by_program = 32 * int(row["warps"]) * 16  # bytes that one instruction of all threads moves
         if row["grad"] in ("", "float32"):
             operands = 2 * 64 * int(row["deep"]) * 4
-            assert int(row["copies_16"]) * by_program == 2 * int(row["stages"]) * operands, row
+            assert int(row["copies_16"]) * by_program >= 2 * int(row["stages"]) * operands, row
         product = 64 * 64 * 4
         if row["kernel"] == "project_adam_kernel":
             assert int(row["loads_16"]) * by_program >= 2 * 2 * product, row

@@ -103,9 +103,8 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     options = options_of(lr=0.1, weight_decay=0.5, sign=-1.0)
     launch.launch(
-            project_first_kernel, (len(tiles),),
-        tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters, torch.tensor([2.0]), torch.zeros(1), options,
-        GRAD=DTYPES[dtype], PRECISION="ieee",
+        project_first_kernel, (len(tiles),), tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters,
+        torch.tensor([2.0]), torch.zeros(1), options, GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
     assert not counters.any()
     for index, (x, q, y, step, skipped) in enumerate(checks):
@@ -227,22 +226,74 @@ def test_gram_ema(dtype, aligned):
         assert not sums[1].any()
 
 
+@pytest.fixture(params=["truncates", "rounds"])
+def tensor_core(request, monkeypatch):
+    """tl.dot with input_precision="tf32" reads 10 bits of mantissa, as a tensor core does. The interpreter ignores the option;
+    whether the hardware cuts the rest off or rounds, nothing here may depend on."""
+    from triton.runtime import interpreter
+
+    exact = interpreter.InterpreterBuilder.create_dot
+
+    def read(data):
+        bits = np.ascontiguousarray(data).view(np.int32)
+        return ((bits + (0x1000 if request.param == "rounds" else 0)) & ~0x1FFF).view(np.float32)
+
+    def dot(self, a, b, d, input_precision, *rest):
+        if str(input_precision).rpartition(".")[2] == "TF32":
+            a, b = (interpreter.TensorHandle(read(each.data), each.dtype) for each in (a, b))
+        return exact(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def gram_error(x, precision):
+    """Of gram_ema_kernel on x [1, D, B] in float32, relative to the contraction in float64."""
+    gram, table = torch.zeros(x.shape[1], x.shape[1]), Table()
+    problem = Problem(0, 1, x.shape[1], x.shape[2], (0,))
+    kind = kind_of(problem, True)
+    row = table.row(X=x, FACTORS=gram, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, COUNT=1, NUMEL=1)
+    table.tiles = [(row, kind, r, 0) for r in gram_tiles(problem, kind)[0]]
+    tiles, problems = table.tensors()
+    launch.launch(
+        gram_ema_kernel, (len(tiles),), tiles, problems, scalars_of(), torch.zeros(1), torch.zeros(1, dtype=torch.int32),
+        options_of(shampoo_beta=0.0), GRAD=DTYPES[x.dtype], PRECISION=precision,
+    )  # fmt: skip
+    want = 0.25 * torch.einsum("aib,ajb->ij", x.double(), x.double())
+    return float((gram - want).norm() / want.norm())
+
+
+def test_three_tf32_products_are_full_float32_and_one_is_not(tensor_core):
+    """A Gram's gate is 1e-6."""
+    x = random(1, 96, 400)
+    assert gram_error(x, "tf32x3") < 2e-7
+    assert gram_error(x, "tf32") > 5e-5
+    # of bfloat16 and float16 one product is enough
+    for dtype in (torch.bfloat16, torch.float16):
+        assert gram_error(x.to(dtype), "tf32x3") < 2e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_of_three_tf32_products(dtype, tensor_core):
+    x, q, y = random(3, 96, 20).to(dtype), random(96, 96), torch.empty(3, 96, 20)
+    want = torch.einsum("aib,ij->ajb", x.double(), q.double())
+    for precision, least, most in (("tf32x3", 0, 3e-7), ("tf32", 5e-5, 2e-3)):
+        table = Table()
+        columns = {"X": x, "MATRIX": q, "Y": y, "STEP": torch.zeros(()), "SKIPPED": torch.zeros(1, dtype=torch.int32)}
+        _, down = table.product(Problem(0, 3, 96, 20, (0,)), True, **columns, NUMEL=x.numel())
+        table.rows[-1][launch.COUNT] = down
+        tiles, problems = table.tensors()
+        launch.launch(
+            project_first_kernel, (len(tiles),), tiles, problems, scalars_of(), torch.empty(down),
+            torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1), options_of(), GRAD=DTYPES[dtype],
+            PRECISION=precision,
+        )  # fmt: skip
+        assert least <= float((y - want).norm() / want.norm()) < most, precision
+
+
 def split_tf32(x):
-    """High part that TF32 keeps (10 bits of mantissa, as the tensor core truncates) and the rest, likewise."""
+    """High part that TF32 keeps (10 bits of mantissa) and the rest."""
     high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-    low = x - high
-    return high, (low.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def test_three_tf32_products_are_full_float32_and_one_is_not():
-    """The interpreter ignores input_precision, so the split is emulated here: what "tf32x3" means for a Gram's gate of 1e-6."""
-    x = random(96, 400)
-    exact = x.double() @ x.double().T
-    (high, low) = (part.double() for part in split_tf32(x))
-    three = high @ high.T + high @ low.T + low @ high.T
-    one = high @ high.T
-    assert float((three - exact).norm() / exact.norm()) < 1e-6
-    assert float((one - exact).norm() / exact.norm()) > 1e-4
+    return high, x - high
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
