@@ -207,8 +207,7 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
         compiled, values = known
         compiled[(*grid, 1, 1)](*arguments, *values)
         return
-    target = _target()
-    config = config_of("hip" if target is None else architecture_of(target.backend, target.arch), name, constants)
+    config = config_of(_architecture(kernel), name, constants)
     if config.deep:
         constants["DEEP"] = config.deep
     compiled = kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
@@ -216,14 +215,14 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
 
 
-def _target() -> Any:
-    """What Triton compiles for; None under its interpreter."""
+def _architecture(kernel: Any) -> str:
+    """What Triton compiles the kernel for; under its interpreter, which compiles nothing, any."""
+    if not hasattr(kernel, "device_caches"):
+        return "sm_90"
     from triton.runtime.driver import driver  # late: importing soap_opt does not wait for Triton
 
-    try:
-        return driver.active.get_current_target()
-    except RuntimeError:  # no driver at all
-        return None
+    target = driver.active.get_current_target()
+    return architecture_of(target.backend, target.arch)
 
 
 class Problem(NamedTuple):
