@@ -1,6 +1,8 @@
 """Whole steps through Triton's real JIT for GPUs that are not there (bench/fake_driver.py): what neither the interpreter nor
 triton.compile sees. In a process of its own for each GPU, because Triton's driver is one for a process."""
 
+import csv
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "kernels.csv"
 
 # Launches of a steady step whose parameters have up to three products, one of them a Kronecker product
 BY_DTYPE = {"project_first_kernel": 1, "gram_ema_kernel": 1}  # of gradients
@@ -28,6 +31,21 @@ def run(*command: str) -> None:
 def test_triton_can_launch_every_kernel():
     """No kernel has an argument of a name that Triton's generated binder uses itself."""
     run("-c", "from bench.fake_driver import *\nwith fake_driver(90): assert broken_binders() == {}, broken_binders()")
+
+
+def compile_again(target: str, tmp_path: Path) -> None:
+    """Every variant of every kernel, through the same JIT and its cache, to the figures in bench/results/kernels.csv."""
+    with RESULTS.open() as file:
+        committed = [row for row in csv.DictReader(file) if row["target"] == target]
+    if committed[0]["triton"] == importlib.metadata.version("triton"):
+        run("-m", "bench.compile_kernels", "-o", str(tmp_path / "kernels.csv"), target)
+        with (tmp_path / "kernels.csv").open() as file:
+            assert list(csv.DictReader(file)) == committed
+
+
+@pytest.mark.slow
+def test_kernels_for_amd_compile_to_the_committed_figures(tmp_path):
+    compile_again("gfx942", tmp_path)
 
 
 @pytest.mark.slow  # minutes of compiling where Triton's cache is empty
@@ -58,3 +76,4 @@ def test_whole_steps_launch_what_the_plan_says_and_compile_it_once(capability, t
     assert cases["recorded"][-1]["launches"]["due_kernel"] == 1
     # options are numbers in a table: they compile nothing
     assert {case for case, steps in cases.items() if steps[1]["compiled"]} <= set(names) - {"clipped, normalised", "adaptive"}
+    compile_again(f"sm_{capability}", tmp_path)  # here, because most of it is compiled
