@@ -87,12 +87,32 @@ def contestants(device: str, given: list[Contestant]) -> list[Contestant]:
     return [*ours, STRAIGHTFORWARD, *INSTALLED, *given, ADAM]
 
 
+def stepper_of(contestant: Contestant, problem: Problem) -> TimedStepper:
+    kind = GraphStepper if contestant.name == GRAPH else TimedStepper
+    return kind(problem.params, problem.grads, contestant.target, contestant.options)
+
+
+def row_of(problem: Problem, contestant: Contestant, times: list[float], host: list[float]) -> Row:
+    """What the times (ms) of a contestant's steps come to; those before WARMUP count as ``first_ms`` alone.
+
+    (Of fewer steps, as of a slow one that was alone, the second half counts.)
+    """
+    warm = min(WARMUP, len(times) // 2)
+    steady = times[warm:]
+    phases = phase_medians(steady)
+    median = statistics.median(steady)
+    return {
+        "model": problem.name, "parameters": problem.numel, "optimizer": contestant.name, "kind": contestant.kind,
+        "median_ms": significant(median), "mean_ms": significant(statistics.mean(steady)),
+        "slowest_ms": significant(max(steady)), "host_ms": significant(statistics.median(host[warm:])),
+        "first_ms": significant(times[0]), "over_first": None,
+        "slowest_phase_over_median": significant(max(phases) / median, 3) if phases else None, "steps": len(steady),
+    }  # fmt: skip
+
+
 def contest(problem: Problem, everybody: list[Contestant], rounds: int) -> list[Row]:
     """One row for each contestant; ``over_first`` is its median over that of the first."""
-    steppers = {}
-    for contestant in everybody:
-        kind = GraphStepper if contestant.name == GRAPH else TimedStepper
-        steppers[contestant.name] = kind(problem.params, problem.grads, contestant.target, contestant.options)
+    steppers = {contestant.name: stepper_of(contestant, problem) for contestant in everybody}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     host: dict[str, list[float]] = {name: [] for name in steppers}
     for k in range(WARMUP + rounds):
@@ -100,19 +120,27 @@ def contest(problem: Problem, everybody: list[Contestant], rounds: int) -> list[
         for name in names[k % len(names) :] + names[: k % len(names)]:
             times[name].append(steppers[name].step(k))
             host[name].append(steppers[name].host_ms)
-    base = statistics.median(times[everybody[0].name][WARMUP:])
-    rows = []
-    for contestant in everybody:
-        steady = times[contestant.name][WARMUP:]
-        phases = phase_medians(steady)
-        median = statistics.median(steady)
-        rows.append({
-            "model": problem.name, "parameters": problem.numel, "optimizer": contestant.name, "kind": contestant.kind,
-            "median_ms": significant(median), "mean_ms": significant(statistics.mean(steady)),
-            "slowest_ms": significant(max(steady)), "host_ms": significant(statistics.median(host[contestant.name][WARMUP:])),
-            "first_ms": significant(times[contestant.name][0]), "over_first": significant(median / base, 3),
-            "slowest_phase_over_median": significant(max(phases) / median, 3) if phases else None, "steps": len(steady),
-        })  # fmt: skip
+    return with_ratios([row_of(problem, each, times[each.name], host[each.name]) for each in everybody])
+
+
+def alone(problem: Problem, contestant: Contestant, rounds: int, seconds: float) -> Row:
+    """A contestant that nobody takes turns with: as many rounds as ``seconds`` allow, at least four steps."""
+    stepper, times, host = stepper_of(contestant, problem), [], []
+    end = time.perf_counter() + seconds
+    for k in range(WARMUP + rounds):
+        times.append(stepper.step(k))
+        host.append(stepper.host_ms)
+        if k >= 3 and time.perf_counter() > end:
+            break
+    return row_of(problem, contestant, times, host)
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows with ``over_first``: each median over that of the model's first row."""
+    first: dict[str, float] = {}
+    for row in rows:
+        base = first.setdefault(row["model"], row["median_ms"])
+        row["over_first"] = significant(row["median_ms"] / base, 3)
     return rows
 
 

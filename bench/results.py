@@ -28,7 +28,7 @@ def environment(**extra: str) -> dict[str, str]:
     except ImportError:
         device = platform.machine()
     found = {"device": device, "threads": str(torch.get_num_threads()), "python": platform.python_version()}
-    for package in ("soap_opt", "torch", "pytorch_optimizer", "compressai"):
+    for package in ("soap_opt", "torch", "triton", "pytorch_optimizer", "compressai"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -53,10 +53,10 @@ def table(rows: Sequence[Row], columns: Iterable[str] | None = None) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def save(name: str, rows: Sequence[Row], nested: Any = None, **extra: str) -> Path:
+def save(name: str, rows: Sequence[Row], nested: Any = None, directory: Path = RESULTS, **extra: str) -> Path:
     """Write results/NAME.csv, and what does not fit a table to NAME.json; ``extra`` goes to the environment."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.csv"
     about = environment(**extra)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="") as file:
