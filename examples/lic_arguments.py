@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from lic_data import InputError
 from lic_models import DEFAULT_M, DEFAULT_N, image_models, model_widths
-from lic_training import OPTIMIZERS, read_checkpoint
+from lic_training import IMPLEMENTATIONS, OPTIMIZERS, read_checkpoint
 
 CHECKPOINT = "checkpoint.pth.tar"
 LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "sgd": 1e-2}
@@ -79,6 +79,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default="soap",
         help="for the network's weights (default: %(default)s); the quantiles of the entropy bottlenecks are always Adam's",
     )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--fused",
+        action="store_true",
+        help="the optimizer's fused implementation: SOAP's own kernels (the default on a CPU; on CUDA, where they have not "
+        "been run yet, by this request only), torch's for adam and sgd. Without --fused and --foreach the optimizer chooses",
+    )
+    kind.add_argument("--foreach", action="store_true", help="its multi-tensor implementation, in PyTorch's own operators")
     add("-lr", "--learning-rate", type=positive(float), metavar="LR", help=f"(default: {rates})")
     add("--aux-learning-rate", type=positive(float), default=1e-3, metavar="LR", help="of the quantiles (default: %(default)s)")
     add(
@@ -200,7 +208,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
     state = None
     if options["resume"]:
         state = read_checkpoint(Path(options["resume"]))
-        stored = state["options"]
+        stored = dict.fromkeys(IMPLEMENTATIONS, False) | state["options"]  # (older checkpoints know of none)
         if state["optimizer_name"] != stored["optimizer"]:
             raise InputError(f"{options['resume']} is the comparison's; resume the {CHECKPOINT} beside it")
         for name, value in given.items():

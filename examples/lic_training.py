@@ -1,5 +1,6 @@
 """One training run of a CompressAI model: its step, its learning-rate schedule, its checkpoint."""
 
+import inspect
 import math
 import os
 import pickle
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from compressai.entropy_models import EntropyModel
 from compressai.losses import RateDistortionLoss
 from compressai.optimizers import net_aux_optimizer
+from compressai.registry import OPTIMIZERS as REGISTRY
 from lic_data import InputError, RandomCrops, batches
 from lic_evaluation import evaluate, to_float
 from lic_models import build_model
@@ -24,6 +26,18 @@ import soap_opt.integrations.compressai  # noqa: F401  registers "SOAP" beside t
 OPTIMIZERS = {"soap": "SOAP", "adam": "Adam", "sgd": "SGD"}  # ours -> CompressAI's registry
 LOG_EVERY = 10  # steps per training row of the metrics
 SAVE_EVERY = 60.0  # seconds of training between checkpoints, at most
+
+
+IMPLEMENTATIONS = ("fused", "foreach")
+
+
+def implementation(options: dict, optimizer: str) -> dict[str, bool]:
+    """What the optimizer is given for --fused or --foreach; nothing, its own choice, for neither."""
+    chosen = {name: True for name in IMPLEMENTATIONS if options[name]}
+    for name in chosen:
+        if name not in inspect.signature(REGISTRY[OPTIMIZERS[optimizer]]).parameters:
+            raise InputError(f"--{name}: {OPTIMIZERS[optimizer]} has no such implementation")
+    return chosen
 
 
 def schedule_factor(kind: str, warmup: int, total: int) -> Callable[[int], float]:
@@ -97,13 +111,19 @@ class Run:
         if options["amp"]:
             entropy_models_in_float32(self.model, self.device.type)
         self.criterion = RateDistortionLoss(lmbda=options["lmbda"], metric=options["metric"])
-        optimizers = net_aux_optimizer(  # splits the entropy bottlenecks' quantiles off to "aux"
-            self.model,
-            {
-                "net": {"type": OPTIMIZERS[optimizer], "lr": learning_rate},
-                "aux": {"type": "Adam", "lr": options["aux_learning_rate"]},
-            },
-        )
+        chosen = implementation(options, optimizer)
+        try:
+            optimizers = net_aux_optimizer(  # splits the entropy bottlenecks' quantiles off to "aux"
+                self.model,
+                {
+                    "net": {"type": OPTIMIZERS[optimizer], "lr": learning_rate, **chosen},
+                    "aux": {"type": "Adam", "lr": options["aux_learning_rate"]},
+                },
+            )
+        except RuntimeError as error:  # both SOAP's and torch's say why fused=True cannot be had here
+            if not chosen:
+                raise
+            raise InputError(f"--{next(iter(chosen))}: {error}") from error
         self.optimizer, self.aux_optimizer = optimizers["net"], optimizers["aux"]
         factor = schedule_factor(options["schedule"], options["warmup_steps"], options["steps"])
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

@@ -15,8 +15,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ..results import Row
+if TYPE_CHECKING:  # (which imports torch)
+    from ..results import Row
 
 READY, ROW = "ready", "row: "
 

@@ -2,10 +2,10 @@
 
     python -m bench.first_hour.training [--device cpu --quick]
 
-bmshj2018-hyperprior of quality 3 (N = 128, M = 192), random crops of 256 x 256 of the photographs, the same for everybody, as many
-steps as the time allows. Where CompressAI is missing, a network of the same convolutions stands for it. Two shares of the optimizer
-in a training step: by events around ``optimizer.step()`` on the GPU, in which a refresh that runs behind does not count, and by the
-same training without an optimizer, in which everything counts.
+bmshj2018-hyperprior of quality 3 (N = 128, M = 192), random crops of 256 x 256 of the photographs, the same for everybody, as
+many steps as the time allows. Where CompressAI is missing, a network of the same convolutions stands for it. Two shares of the
+optimizer in a training step: by events around ``optimizer.step()`` on the GPU, in which a refresh that runs behind does not
+count, and by the same training without an optimizer, in which everything counts.
 """
 
 from __future__ import annotations

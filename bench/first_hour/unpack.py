@@ -14,9 +14,10 @@ What makes a kernel miss Triton's cache. A kernel's key (triton.compiler.compile
 - ``ptxas --version`` and the compute capability: TRITON_PTXAS_PATH in the environment counts, first_hour.sh takes it away;
 - environment variables: DISABLE_LLVM_OPT, TRITON_DISABLE_LINE_INFO, TRITON_DEFAULT_FP_FUSION and the like.
 
-Where the checkout lies is not part of it (tried: 0 misses from another folder). Where the cache lies is: an entry names its files
-by absolute paths, so that the cache has to be unpacked where it was made. The launchers in C, which gcc compiles in a second
-each, are kept under the hash of their source and of the platform; there are none in what was made without a driver.
+Where the checkout lies is not part of it (tried: 0 misses from another folder). Where the cache lies is, in another way: an
+entry names its files by absolute paths, so that the cache has to be unpacked where it was made. The launchers in C, which gcc
+compiles in a second each, are kept under the hash of their source and of the platform; there are none in what was made without
+a driver.
 """
 
 from __future__ import annotations

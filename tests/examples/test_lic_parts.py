@@ -21,7 +21,7 @@ from soap_opt import SOAP
 OPTIONS = {
     "model": "bmshj2018-hyperprior", "widths": {"N": 8, "M": 12}, "seed": 0, "device": "cpu", "amp": False,
     "lmbda": 0.013, "metric": "mse", "aux_learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 5, "steps": 24,
-    "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0,
+    "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0, "fused": False, "foreach": False,
 }  # fmt: skip
 NAMED_MODELS = [
     "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn",

@@ -14,6 +14,8 @@ import torch
 import train_lic
 from PIL import Image
 
+import soap_opt
+
 TINY = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "128", "192"]
 CSV_COLUMNS = "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated"
 
@@ -169,6 +171,42 @@ def test_compare(tmp_path, photos, capsys):
     assert "resume the checkpoint.pth.tar beside it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("optimizer", "other"), [("soap", "adam"), ("sgd", None)])
+def test_the_implementation_belongs_to_the_run(tmp_path, photos, capsys, optimizer, other):
+    """Both optimizers get it, the checkpoint keeps it, and a resumed run goes on with it."""
+    folder = tmp_path / "run"
+    options = [*TINY, "--dataset", str(photos), "--steps", "2", "--optimizer", optimizer, "--save", str(folder), "--foreach"]
+    assert train_lic.main([*options, *(["--compare", other] if other else [])]) == 0
+    checkpoint = folder / "checkpoint.pth.tar"
+    assert train_lic.main(["--resume", str(checkpoint), "--steps", "4"]) == 0
+    for path in [checkpoint, *([folder / f"checkpoint-{other}.pth.tar"] if other else [])]:
+        saved = torch.load(path, weights_only=True)
+        assert saved["step"] == 4 and saved["options"]["foreach"] and not saved["options"]["fused"]
+        group = saved["optimizer"]["param_groups"][0]
+        assert group["foreach"] and not group["fused"]
+    capsys.readouterr()
+    message = error_line(capsys, ["--resume", str(checkpoint), "--fused", "--steps", "6"])
+    assert "--fused True differs from the checkpoint's False" in message
+
+
+def test_a_checkpoint_from_before_there_was_a_choice(tmp_path, photos):
+    folder = tmp_path / "run"
+    assert train_lic.main([*TINY, "--dataset", str(photos), "--steps", "2", "--save", str(folder)]) == 0
+    saved = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    del saved["options"]["fused"], saved["options"]["foreach"]
+    torch.save(saved, folder / "checkpoint.pth.tar")
+    assert train_lic.main(["--resume", str(folder / "checkpoint.pth.tar"), "--steps", "3"]) == 0
+
+
+def test_an_implementation_that_is_not_to_be_had(tmp_path, photos, capsys, monkeypatch):
+    arguments = [*TINY, "--dataset", str(photos), "--steps", "2", "--save", str(tmp_path / "run"), "--fused"]
+    monkeypatch.setattr(soap_opt._ext, "unavailable", lambda device_type: "there is no engine today")
+    assert "--fused: " in (message := error_line(capsys, arguments)) and "there is no engine today" in message
+    monkeypatch.undo()
+    monkeypatch.setitem(lic_training.REGISTRY, "SOAP", lambda params, lr: None)
+    assert "--fused: SOAP has no such implementation" in error_line(capsys, arguments)
+
+
 def history(optimizer: str, rows: list[tuple[int, float, float]]) -> lic_training.Run:
     run = lic_training.Run.__new__(lic_training.Run)
     run.optimizer_name = optimizer
@@ -230,6 +268,7 @@ def error_line(capsys, arguments: list[str]) -> str:
         (["--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
         (["--clip-max-norm", "nan"], "argument --clip-max-norm/--clip_max_norm: nan is below 0 or not finite"),
         (["--steps", "5", "--epochs", "5"], "not allowed with argument --steps"),
+        (["--fused", "--foreach"], "argument --foreach: not allowed with argument --fused"),
         (["--patch-size", "72"], "--patch-size 72 x 72: bmshj2018-hyperprior needs multiples of 64"),
         (["--patch-size", "64", "64", "3"], "--patch-size takes one or two numbers"),
         (["--patch-size", "448", "512"], " pixels, smaller than --patch-size 512 x 448"),

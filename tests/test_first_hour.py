@@ -1,0 +1,166 @@
+"""bench/first_hour.sh in its dry mode, and what of its stages can be judged without a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.first_hour import in_turn, run_tests  # noqa: E402
+from bench.first_hour.gradients import recorded  # noqa: E402
+from bench.first_hour.kernel_times import Event, by_launch, others  # noqa: E402
+from bench.first_hour.training import whole  # noqa: E402
+
+pytest.importorskip("triton")
+STAGES = ["unpack", "report", "smoke", "tests", "steps", "profile", "sweep", "sanitizer", "training"]
+
+
+def run(command, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in ("OUT", "TRITON_INTERPRET")}
+    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.mark.slow
+def test_the_dry_mode_runs_every_stage(tmp_path):
+    """Minutes where nothing stands in Triton's cache yet, one and a half where it does."""
+    done = run(["bash", "bench/first_hour.sh", "--dry"], OUT=str(tmp_path / "out"), FIRST_HOUR_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    verdicts = dict(
+        re.findall(r"^(\w+): (ok|FAILED|OUT OF TIME) \(exit \d+, [\d.]+ of \d+ s, -?\d+ kernels compiled\)", summary, re.M)
+    )
+    assert verdicts == dict.fromkeys(STAGES, "ok"), done.stdout
+    assert done.stdout.rstrip().endswith(summary.rstrip())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) <= 8 and {path.name for path in files} == {"summary.txt", "results.tar.gz"}
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        names = {name.removeprefix("./") for name in archive.getnames()}
+    assert {f"logs/{stage}.log" for stage in STAGES} <= names
+    assert {"cuda_steps.csv", "cuda_kernels.csv", "cuda_sweep.csv", "cuda_training.csv", "smoke_steps.csv"} <= names
+
+
+def test_a_stage_that_fails_or_hangs_stops_nothing(tmp_path):
+    """Without a Python at all, every stage fails, and says so."""
+    done = run(["bash", "bench/first_hour.sh", "--dry"], OUT=str(tmp_path), FIRST_HOUR_PYTHON="false")
+    assert done.returncode == 0
+    summary = (tmp_path / "summary.txt").read_text()
+    assert re.findall(r"^(\w+): FAILED \(exit 1,", summary, re.M) == STAGES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["stages", "steps"])
+def test_what_the_smoke_compares_agrees_under_the_interpreter(tmp_path, part):
+    """So that an error on a GPU is the GPU's."""
+    command = [sys.executable, "-m", "bench.first_hour.smoke", "--device", "cpu", "--quick", "--all", "--part", part]
+    done = run([*command, "--results", str(tmp_path)], TRITON_INTERPRET="1")
+    if "AttributeError" in done.stdout + done.stderr and "numpy" in done.stderr:
+        pytest.skip("this Triton's interpreter does not run with this numpy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    head, rows = rows[0], rows[2:]
+    for row in (dict(zip(head, row)) for row in rows):
+        if part == "stages":
+            # (the interpreter truncates to bfloat16 where a GPU rounds)
+            assert float(row["error"]) < (0.01 if row["what"] == "parameter" and "bfloat16" in row["case"] else 1e-5), row
+        elif row["case"] not in ("bfloat16", "float16"):
+            assert float(row["step"]) < 5e-5 and float(row["gram"]) < 1e-6 and float(row["t"]) == 0, row
+
+
+@pytest.mark.slow
+def test_every_test_that_needs_a_gpu_is_in_a_group():
+    """Of test_fused_cuda.py, and once each."""
+
+    def collected(*arguments):
+        out = run([sys.executable, "-m", "pytest", "-q", "--collect-only", *arguments]).stdout
+        return [line for line in out.splitlines() if "::" in line]
+
+    without_gpu = ("test_import_neither", "test_kernels_go_by_one_name")
+    expected = [name for name in collected(run_tests.FUSED) if not any(each in name for each in without_gpu)]
+    chosen = [line for args in run_tests.GROUPS.values() if run_tests.FUSED in args for line in collected(*args)]
+    assert sorted(line for line in chosen if run_tests.FUSED in line) == sorted(expected)
+    for arguments in run_tests.GROUPS.values():
+        assert all((ROOT / file).exists() for file in arguments if file.endswith(".py"))
+
+
+def test_junit_files_are_read(tmp_path):
+    group = run_tests.Group("a", [], tmp_path / "a.xml")
+    group.junit.write_text(
+        '<testsuites><testsuite><testcase name="x"/><testcase name="y"><failure message="off by 2&#10;more"/></testcase>'
+        '<testcase name="z"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
+    )
+    run_tests.read(group)
+    assert group.counts == {"passed": 1, "failed": 1, "skipped": 1}
+    assert list(run_tests.failures([group])) == ["a: y: off by 2"]
+
+
+def events(*named):
+    return [Event(name, float(place), us) for place, (name, us) in enumerate(named)]
+
+
+def test_kernels_are_matched_with_launches():
+    step = [("project_first_kernel", 1.0), ("project_kernel", 2.0), ("refresh", 9.0), ("project_kernel", 3.0)]
+    kernels = ["project_first_kernel", "project_kernel", "project_kernel"]
+    assert by_launch(events(*step, *step), kernels) == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    assert others(events(*step, *step), 2) == {"refresh": (1.0, 9.0)}
+    with pytest.raises(ValueError, match="multiple"):
+        by_launch(events(*step[:2]), kernels)
+    with pytest.raises(ValueError, match="is project_kernel, not"):
+        by_launch(events(*step[1:], ("project_kernel", 1.0)), kernels)
+
+
+def test_recorded_gradients(tmp_path):
+    """In float16, scaled by their root mean square: 1e-9 survives. Drawn ones have the sizes of those that were."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [scale * torch.randn(20, 30, generator=generator) for scale in (1e-9, 3.0)]
+    sizes = [float(g.square().mean().sqrt()) for g in grads]
+    kept = {"name": "m", "shapes": [(20, 30)] * 2, "param_rms": [0.5, 2.0], "grad_rms": [sizes]}
+    torch.save({**kept, "grads": [[(g / s).half() for g, s in zip(grads, sizes)]]}, tmp_path / "real.pt")
+    torch.save({**kept, "grads": []}, tmp_path / "drawn.pt")
+    real, drawn = recorded(tmp_path / "real.pt"), recorded(tmp_path / "drawn.pt")
+    for want, got in zip(grads, real.grads[0]):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().mean()))
+    for size, got in zip(sizes, drawn.grads[1]):
+        assert float(got.square().mean().sqrt()) == pytest.approx(size, rel=0.1)
+    for p in (real.params, drawn.params):
+        assert [float(x.square().mean().sqrt()) for x in p] == pytest.approx([0.5, 2.0], rel=0.1)
+
+
+CHILD = """
+import sys, time, json
+from bench.first_hour.in_turn import report, wait_for_turn
+name, ready_after, works_for = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+time.sleep(ready_after)
+wait_for_turn()
+start = time.monotonic()
+time.sleep(works_for)
+report({"name": name, "start": start, "end": time.monotonic()})
+"""
+
+
+def test_one_after_the_other_and_none_for_ever(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+
+    def entry(name, *seconds):
+        path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        return in_turn.Entry(name, [str(tmp_path / "child.py"), name, *map(str, seconds)], path)
+
+    began = time.monotonic()
+    rows, failed = in_turn.in_turn([entry("a", 0, 0.2), entry("late", 90, 0), entry("b", 0, 0.2)], seconds=8, get_ready=0.5)
+    assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["end"] <= rows[1]["start"]
+    assert failed == ["late (out of time)"]
+    assert time.monotonic() - began < 10
+
+
+def test_the_shares_of_a_training_step():
+    history = [{"step": 10 * k, "seconds": 0.1 * k, "loss": 1.0} for k in range(1, 11)]
+    row = whole(history, [9.0] * 50 + [1.0] * 50)
+    assert row["training_step_ms"] == pytest.approx(10) and row["optimizer_ms"] == 1.0 and row["share_by_events"] == 0.1
+    assert json.dumps(whole([], []))  # nothing was measured
