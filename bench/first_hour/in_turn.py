@@ -6,6 +6,7 @@ nobody else may run. A process calls :func:`wait_for_turn` when it is ready and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -46,15 +47,17 @@ class Entry:
 
 
 class Process:
-    """A running entry. Its lines arrive in a queue, None at the end, so that waiting has a limit."""
+    """An entry, running from start() on. Its lines arrive in a queue, None at the end, so that waiting has a limit."""
 
     def __init__(self, entry: Entry) -> None:
-        self.entry, self.rows, self.ready = entry, [], False
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **entry.environment}
-        self.process = subprocess.Popen(
-            [sys.executable, *entry.arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self.entry, self.rows, self.ready, self.ended = entry, [], False, False
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.entry.environment}
+        self.process = subprocess.Popen(
+            [sys.executable, *self.entry.arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -64,20 +67,20 @@ class Process:
 
     def follow(self, deadline: float, until_ready: bool = False) -> bool:
         """Take lines until the end (or until it is ready); False when that did not come in time."""
-        while not (until_ready and self.ready):
+        while not (self.ended or (until_ready and self.ready)):
             try:
                 line = self.lines.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
                 return False
             if line is None:
-                return not until_ready
-            if line == READY:
+                self.ended = True
+            elif line == READY:
                 self.ready = True
             elif line.startswith(ROW):
                 self.rows.append(json.loads(line.removeprefix(ROW)))
             else:
                 print(f"[{self.entry.name}] {line}", flush=True)
-        return True
+        return self.ready or not until_ready
 
     def give_turn(self, seconds: float) -> None:
         try:
@@ -98,15 +101,23 @@ class Process:
 def in_turn(entries: Sequence[Entry], seconds: float, get_ready: float = 0.6) -> tuple[list[Row], list[str]]:
     """Run them all within ``seconds``; what they reported, and a line for each that failed.
 
+    As many get ready at a time as there are cores.
+
     Args:
         get_ready: the share of the time after which measuring begins, whoever is ready by then. Who is not has the rest of
             its own turn for both.
     """
-    end = time.monotonic() + seconds
-    processes = [Process(entry) for entry in entries]
-    start_by = time.monotonic() + get_ready * seconds
+    end, at_once = time.monotonic() + seconds, len(os.sched_getaffinity(0))
+    begin_by = time.monotonic() + get_ready * seconds
+    waiting = iter([Process(entry) for entry in entries])
+    processes = list(itertools.islice(waiting, at_once))
     for process in processes:
-        process.follow(start_by, until_ready=True)
+        process.start()
+    for process in processes:  # the list grows on the way: who is ready leaves its core to another
+        process.follow(begin_by, until_ready=True)
+        for another in itertools.islice(waiting, 1):
+            another.start()
+            processes.append(another)
     print(f"{sum(process.ready for process in processes)} of {len(processes)} ready", flush=True)
     rows, failed = [], []
     for place, process in enumerate(processes):
