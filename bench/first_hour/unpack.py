@@ -16,8 +16,8 @@ What makes a kernel miss Triton's cache. A kernel's key (triton.compiler.compile
 
 Where the checkout lies is not part of it (tried: 0 misses from another folder). Where the cache lies is, in another way: an
 entry names its files by absolute paths, so that the cache has to be unpacked where it was made. The launchers in C, which gcc
-compiles in half a second each, are kept under the hash of their source and of the platform; there are none in what was made without
-a driver.
+compiles in half a second each, are kept under the hash of their source and of the platform; there are none in what was made
+without a driver.
 """
 
 from __future__ import annotations
