@@ -64,7 +64,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> int:
         rows = PARTS[name](arguments, pieces)
     write(arguments.results, f"smoke_{name}", rows, arguments.device)
     print(compilations)
-    say_key(pieces.summary())
+    say_key(f"{pieces.summary()}, {compilations.hits} cache hits, {compilations.misses} misses")
     return 1 if pieces.failed else 0
 
 
