@@ -51,13 +51,19 @@ class Expected(NamedTuple):
 
 
 class Launch:
-    """One launch of a step before it runs."""
+    """One launch of a step before it runs.
 
-    def __init__(self, each: launch.Launch, tables: tuple[Tensor, Tensor], scalars: Tensor, options: Tensor) -> None:
-        self.kernel, self.device = each.kernel, tables[0].device
+    Args:
+        plan: the step's.
+        each: of the plan's launches.
+    """
+
+    def __init__(self, plan: fused_cuda.Plan, each: launch.Launch) -> None:
+        self.kernel, self.device = each.kernel, plan.scalars.device
         self.grad_dtype = getattr(torch, each.grad_dtype)
-        self.tiles, self.problems = tables[0].cpu().numpy(), tables[1].cpu().numpy()
-        self.scalars, self.options = scalars.double().cpu(), options.double().cpu()
+        self.tiles = plan.tiles[each.first : each.first + each.count].cpu().numpy()
+        self.problems = plan.problems.tensor.cpu().numpy()
+        self.scalars, self.options = plan.scalars.double().cpu(), plan.options.tensor.double().cpu()
 
     def expected(self) -> Iterator[Expected]:
         """Of every row, with what lies in memory now."""
@@ -151,25 +157,36 @@ class Launch:
             yield Expected("gram", gram.flatten(), gram.double().lerp(trace, self.option(row, launch.SHAMPOO_REST)).flatten())
 
 
+class Watched:
+    """In place of a fused_cuda.Call: the launch, and a comparison of what it left with what it should have."""
+
+    def __init__(self, watch: Watch, plan: fused_cuda.Plan, each: launch.Launch, call: fused_cuda.Call) -> None:
+        self.watch, self.plan, self.each, self.call = watch, plan, each, call
+
+    def launch(self, scale: tuple[Tensor, Tensor]) -> None:
+        name, device = f"{self.each.kernel} {self.each.grad_dtype}", self.watch.device
+        synchronize(device)
+        expected = list(Launch(self.plan, self.each).expected())
+        self.call.launch(scale)
+        synchronize(device)
+        for what, where, want in expected:
+            error = float((where.double() - want).norm() / want.norm().clamp_min(1e-300))
+            self.watch.note(name, what, error)
+        if self.each.kernel == "project_first":
+            unusable = self.plan.scalars[:, launch.USABLE] != 1
+            self.watch.note(name, "unusable gradients", float(unusable.sum()))
+
+
 class Watch:
-    """In place of fused_cuda.run_launch: compares what each launch left with what it should have."""
+    """In place of fused_cuda.calls_of: the worst errors of all launches, by kernel and by what is written."""
 
     def __init__(self, device: str) -> None:
         self.device, self.errors = device, {}
-        self.run_launch = fused_cuda.run_launch
+        self.calls_of = fused_cuda.calls_of
 
-    def __call__(
-        self, each: launch.Launch, tables: tuple[Tensor, Tensor], scalars: Tensor, *arguments: Any, **named: Any
-    ) -> None:
-        synchronize(self.device)
-        expected = list(Launch(each, tables, scalars, named["options"]).expected())
-        self.run_launch(each, tables, scalars, *arguments, **named)
-        synchronize(self.device)
-        for what, where, want in expected:
-            error = float((where.double() - want).norm() / want.norm().clamp_min(1e-300))
-            self.note(f"{each.kernel} {each.grad_dtype}", what, error)
-        if each.kernel == "project_first":
-            self.note(f"{each.kernel} {each.grad_dtype}", "unusable gradients", float((scalars[:, launch.USABLE] != 1).sum()))
+    def __call__(self, plan: fused_cuda.Plan, precision: str) -> list[Watched]:
+        calls = self.calls_of(plan, precision)
+        return [Watched(self, plan, each, call) for each, call in zip(plan.tables.launches, calls)]
 
     def note(self, kernel: str, what: str, error: float) -> None:
         worst = self.errors.get((kernel, what), 0.0)
@@ -183,9 +200,11 @@ def check(device: str, quick: bool, options: dict[str, Any], dtype: torch.dtype 
     params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device, dtype)) for s in shapes]
     optimizer = soap_opt.SOAP(params, fused=True, **options)
     watch = Watch(device)
-    with mock.patch.object(fused_cuda, "run_launch", watch):
+    with mock.patch.object(fused_cuda, "calls_of", watch):
         for _ in range(4):  # the first makes the bases alone
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
             optimizer.step()
+    if not watch.errors:
+        raise RuntimeError("no launch went through fused_cuda.calls_of: was it renamed?")
     return [{"kernel": kernel, "what": what, "error": significant(e, 2)} for (kernel, what), e in watch.errors.items()]
