@@ -106,24 +106,17 @@ report() {
 print("key: CPU engine:", _ext._load_error or "loads", "- CUDA refresh:", _ext._cuda_load_error or "loads")'
 }
 
-# Only where the prepared ones do not load: for the GPU that is there
-build() {
-  "$PYTHON" -c 'import torch, soap_opt._C, soap_opt._C_cuda' && echo "key: not needed" && return
-  rm -f soap_opt/_C*.so
-  MAX_JOBS=$(nproc) TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
-    SOAP_OPT_BUILD_CUDA=1 "$PYTHON" setup.py build_ext --inplace && echo "key: built"
-}
-export -f report build
+export -f report
 export PYTHON
 
 BEGAN=$(date +%s.%N)
 stage unpack 20 "$PYTHON" bench/first_hour/unpack.py "$PREPARED" "$SITE"
-[ -n "$DRY" ] || stage build 120 bash -c build
+python_stage build 120 build  # 10 where all was prepared
 stage report 15 bash -c report
-CUDA_LAUNCH_BLOCKING=1 python_stage smoke 40 smoke
+CUDA_LAUNCH_BLOCKING=1 python_stage smoke 35 smoke
 python_stage tests 110 run_tests
 python_stage steps 80 steps
-python_stage profile 25 kernel_times
+python_stage profile 22 kernel_times
 python_stage sweep 60 sweep
 python_stage sanitizer 60 sanitize
 python_stage training 60 training

@@ -10,7 +10,8 @@
 #   gradients    of the LIC models, made here (bench/first_hour/gradients.py)
 #   cache        Triton's, warm: bench/first_hour.sh --dry steps here as its stages step there, with a driver that only pretends, so
 #                that exactly those kernels are compiled which are launched. To be made anew after every change of kernels/ or of
-#                soap_opt/launch.py; bench/first_hour/unpack.py says what else makes it miss.
+#                soap_opt/launch.py; bench/first_hour/unpack.py says what else makes it miss. FIRST_HOUR_SWEEP=0 leaves out the 96
+#                kernels of the sweep, which take most of the time here and half a minute of 16 cores there.
 #
 # Environment:
 #   FIRST_HOUR_PYTHON    a Python of that machine's version (3.12) with its torch (2.11.0), numpy, ninja, setuptools, pytest and
@@ -73,8 +74,10 @@ cache() {
   mkdir -p "$COPY/.first_hour"  # (not the cache that was)
   ln -sfn "$FOLDER/extensions" "$FOLDER/wheels" "$COPY/.first_hour/"
   # the cubins alone: what a launch needs
+  local stages='build report smoke tests steps profile sanitizer training'
+  [ "${FIRST_HOUR_SWEEP:-1}" = 0 ] || stages="$stages sweep"
   (cd "$COPY" && OUT=$COPY/out FIRST_HOUR_ALL=1 FIRST_HOUR_PYTHON=$FIRST_HOUR_PYTHON TRITON_CACHE_DIR=$CACHE \
-    TRITON_STORE_BINARY_ONLY=1 bash bench/first_hour.sh --dry >"$COPY/dry.log" 2>&1) || true
+    TRITON_STORE_BINARY_ONLY=1 bash bench/first_hour.sh --dry $stages >"$COPY/dry.log" 2>&1) || true
   sed -n '/^== summary/,$p' "$COPY/dry.log"
   echo "$CACHE" >"$CACHE/made-at"
   find "$CACHE" -name '*.source' -delete

@@ -21,7 +21,7 @@ from bench.first_hour.kernel_times import Event, by_launch, others  # noqa: E402
 from bench.first_hour.training import whole  # noqa: E402
 
 pytest.importorskip("triton")
-STAGES = ["unpack", "report", "smoke", "tests", "steps", "profile", "sweep", "sanitizer", "training"]
+STAGES = ["unpack", "build", "report", "smoke", "tests", "steps", "profile", "sweep", "sanitizer", "training"]
 
 
 def run(command, **environment):
