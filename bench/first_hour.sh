@@ -79,7 +79,7 @@ stage() {
   esac
   key=$(grep '^key: ' "$log" | tail -n 1 | cut -c6-)
   [ -n "$key" ] || key="says last: $(tail -n 1 "$log" | cut -c1-200)"
-  printf '%s: %s (exit %d, %s of %d s, %d kernels compiled) %s\n' "$name" "$verdict" "$code" "$(seconds_since "$began")" \
+  printf '%s: %s (exit %d, %s of %d s, %d kernels new in the cache) %s\n' "$name" "$verdict" "$code" "$(seconds_since "$began")" \
     "$limit" "$(($(kernels) - before))" "$key" | tee -a "$SUMMARY"
   mv "$log" "$WORK/packed/logs/"
   cp "$SUMMARY" "$WORK/packed/"
