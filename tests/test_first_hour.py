@@ -42,6 +42,8 @@ def test_the_dry_mode_runs_every_stage(tmp_path):
     )
     assert verdicts == dict.fromkeys(STAGES, "ok"), done.stdout
     assert done.stdout.rstrip().endswith(summary.rstrip())
+    smoke = next(line for line in summary.splitlines() if line.startswith("smoke: "))
+    assert set(re.findall(r"(\d+) misses", smoke)) == {"0"}, "what the stage build compiled is not what steps launch"
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) <= 8 and {path.name for path in files} == {"summary.txt", "results.tar.gz"}
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:

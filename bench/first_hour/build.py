@@ -21,7 +21,7 @@ from soap_opt import _ext
 from soap_opt.launch import HIGH_PRECISION
 
 from .. import compile_kernels
-from .common import Compilations, make_parser, say_key
+from .common import Compilations, make_parser, same_hashes, say_key
 
 TARGET = "sm_90"
 
@@ -50,6 +50,7 @@ def chosen(arguments: argparse.Namespace) -> list[int]:
 def compile_variant(number: int) -> tuple[str, int, int]:
     """Its name; how often it was found in the cache and how often not. (In a process of its own.)"""
     compilations = Compilations()
+    same_hashes()
     kernel, constants = list(compile_kernels.variants("cuda"))[number]
     compile_kernels.compiled(kernel, constants, TARGET)
     return f"{kernel.__name__} {constants}", compilations.hits, compilations.misses
