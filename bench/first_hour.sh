@@ -43,7 +43,7 @@ SUMMARY=$OUT/summary.txt
 echo "results in $OUT"
 : >"$SUMMARY"
 
-# Where the prepared cache was made: its index holds absolute paths (bench/first_hour/unpack.py)
+# In dry mode Triton's own
 [ -n "$DRY" ] || export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/soap_opt_triton_cache}
 : "${TRITON_CACHE_DIR:=${HOME:-/root}/.triton/cache}"
 # Another ptxas than Triton's own would miss that cache, and has never compiled these kernels

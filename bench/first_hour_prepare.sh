@@ -23,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH='torch==2.11.0'
 WHEELS=(compressai==1.2.8 pytorch_optimizer==4.1.0 pytorch-msssim==1.0.0 tomli==2.5.0)
 PLATFORMS=(manylinux_2_34_x86_64 manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)
-CACHE=/tmp/soap_opt_triton_cache  # as in first_hour.sh
+CACHE=/tmp/soap_opt_triton_cache  # (any folder: unpack.py rewrites the paths in its index)
 LIMIT_MIB=60
 
 FOLDER=$PWD/.first_hour

@@ -16,10 +16,10 @@ What makes a kernel miss Triton's cache. A kernel's key (triton.compiler.compile
 - ``ptxas --version`` and the compute capability: TRITON_PTXAS_PATH in the environment counts, first_hour.sh takes it away;
 - environment variables: DISABLE_LLVM_OPT, TRITON_DISABLE_LINE_INFO, TRITON_DEFAULT_FP_FUSION and the like.
 
-Where the checkout lies is not part of it (tried: 0 misses from another folder). Where the cache lies is, in another way: an
-entry names its files by absolute paths, so that the cache has to be unpacked where it was made. The launchers in C, which gcc
-compiles in half a second each, are kept under the hash of their source and of the platform; there are none in what was made
-without a driver.
+Where the checkout lies is not part of it (tried: 0 misses from another folder), nor where the cache does; but an entry names
+its files by absolute paths, which are rewritten here where the cache was made elsewhere. The launchers in C, which gcc compiles
+in half a second each, are kept under the hash of their source and of the platform; there are none in what was made without a
+driver.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ def cache(archive: Path) -> None:
         if made_at is None or not made_at.name.startswith("made-at"):
             raise ValueError(f"{archive} does not say where it was made")
         was = entries.extractfile(made_at).read().decode().strip()
-        if was != str(place):
-            print(f"WARNING: Triton's cache was made at {was}, and is of no use at {place}")
         for member in entries:
             if not (place / member.name).exists():
                 entries.extract(member, place, filter="data")
+    if was != str(place):
+        for index in place.glob("*/__grp__*"):
+            index.write_text(index.read_text().replace(f'"{was}/', f'"{place}/'))
     print(f"Triton's cache: {len(list(place.glob('*/*.cubin')))} kernels at {place}")
 
 
