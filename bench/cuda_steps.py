@@ -97,7 +97,7 @@ def row_of(problem: Problem, contestant: Contestant, times: list[float], host: l
 
     (Of fewer steps, as of a slow one that was alone, the second half counts.)
     """
-    warm = min(WARMUP, len(times) // 2)
+    warm = WARMUP if len(times) > WARMUP else len(times) // 2
     steady = times[warm:]
     phases = phase_medians(steady)
     median = statistics.median(steady)
