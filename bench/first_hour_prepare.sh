@@ -10,8 +10,8 @@
 #   gradients    of the LIC models, made here (bench/first_hour/gradients.py)
 #   cache        Triton's, warm: bench/first_hour.sh --dry steps here as its stages step there, with a driver that only pretends, so
 #                that exactly those kernels are compiled which are launched. To be made anew after every change of kernels/ or of
-#                soap_opt/launch.py; bench/first_hour/unpack.py says what else makes it miss. FIRST_HOUR_SWEEP=0 leaves out the 96
-#                kernels of the sweep, which take most of the time here and half a minute of 16 cores there.
+#                soap_opt/launch.py; bench/first_hour/unpack.py says what else makes it miss. FIRST_HOUR_SWEEP=0 leaves out the
+#                hundred kernels of the sweep: most of the time here, half a minute of 16 cores there.
 #
 # Environment:
 #   FIRST_HOUR_PYTHON    a Python of that machine's version (3.12) with its torch (2.11.0), numpy, ninja, setuptools, pytest and
