@@ -170,8 +170,10 @@ class ParameterList:
 
 
 def _values(steps: list[Tensor]) -> list[int]:
-    """Of 0-d tensors on one device, in one transfer."""
-    return [int(t) for t in torch.stack([step.detach() for step in steps]).tolist()] if steps else []
+    """Of 0-d tensors, in one transfer where they are on one device (a loaded state may have some of them on the CPU)."""
+    if len({step.device for step in steps}) != 1:
+        return [int(step) for step in steps]
+    return [int(t) for t in torch.stack([step.detach() for step in steps]).tolist()]
 
 
 def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
