@@ -1,6 +1,7 @@
 """Compile every variant of the Triton kernels that a plan can choose, without a GPU, and write down what ptxas made of it.
 
-``python -m bench.compile_kernels [-o bench/results/kernels.csv] [TARGET ...]``. NVIDIA's figures are read from the cubin by
+``python -m bench.compile_kernels [-o bench/results/kernels.csv] [TARGET ...]``, with the installed Triton; the file keeps the
+rows of other versions. NVIDIA's figures are read from the cubin by
 the cuobjdump of Triton's wheel and counted in the PTX, AMD's registers are in the assembly's own notes. Kernels go through
 Triton's JIT with a driver that only pretends (bench/fake_driver.py), so that what is compiled here is what a launch compiles,
 and stands in Triton's cache for both.
@@ -188,6 +189,10 @@ def main() -> None:
         print(*row.values(), flush=True)
         result.append(row)
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.exists():  # rows of other versions of Triton stay
+        with options.output.open() as file:
+            result = [row for row in csv.DictReader(file) if row["triton"] != triton.__version__] + result
+    result.sort(key=lambda row: [int(part) for part in row["triton"].split(".")], reverse=True)  # the latest first
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(result[0]), lineterminator="\n")
         writer.writeheader()

@@ -115,21 +115,14 @@ def gram_tile(
     for iteration in range(c * share, min((c + 1) * share, iterations)):
         n = iteration * DEEP + tl.arange(0, DEEP)
         if ROWS:
-            column = n * depth
-            left = tl.load(x + column[:, None] + i[None, :], mask=(n < columns)[:, None] & (i < depth)[None, :], other=0.0)
-            right = tl.load(x + column[:, None] + j[None, :], mask=(n < columns)[:, None] & (j < depth)[None, :], other=0.0)
-            left = tl.trans(left)
+            column, left_row, right_row = n * depth, i, j
         else:
-            column = (n // inner) * (depth * inner) + n % inner
+            column, left_row, right_row = (n // inner) * (depth * inner) + n % inner, i * inner, j * inner
             if ALIGNED:
                 column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
-            left = tl.load(
-                x + i[:, None] * inner + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0
-            )
-            right = tl.load(
-                x + j[:, None] * inner + column[None, :], mask=(j < depth)[:, None] & (n < columns)[None, :], other=0.0
-            )
-            right = tl.trans(right)
+        # As the product takes them: through tl.trans, Triton 3.6 loads 4 bytes at a time
+        left = tl.load(x + left_row[:, None] + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0)
+        right = tl.load(x + column[:, None] + right_row[None, :], mask=(n < columns)[:, None] & (j < depth)[None, :], other=0.0)
         outer = dot(left.to(tl.float32), right.to(tl.float32), outer, PRECISION, FITS, FITS)
 
     factors = size(row, NUMEL, False)

@@ -107,14 +107,15 @@ def _configs(architecture: str) -> dict[str, Config]:
     # fit, halve the barriers. Nothing may spill, so that others take eight warps (Adam's epilogue everywhere) or 16 i.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
     kernels = "project_first gram_ema project project_adam project_apply reexpress".split()
-    configs = dict.fromkeys(kernels, Config(4, 2, 32) if architecture == "sm_90" else Config(4, 3, 16))
+    configs = dict.fromkeys(kernels, Config(4, 3, 16))
     if architecture != "hip":
-        configs["project_adam"] = Config(8, *configs["project_adam"][1:])
+        configs["project_adam"] = Config(8, 3, 16)
     if architecture == "sm_80":
         configs["project_first"] = Config(8, 3, 16)
         configs["project_first_16"] = Config(8, 2, 32)
     elif architecture == "sm_90":
-        configs["project_first"] = Config(4, 3, 16)
+        configs["gram_ema"] = Config(4, 2, 32)
+        configs["project_adam"] = Config(8, 2, 32)
     elif architecture == "sm_100":
         configs["gram_ema"] = Config(8, 3, 16)
     return {**configs, "due": Config(4, 1)}

@@ -64,7 +64,11 @@ def test_the_table_of_compiled_kernels_is_complete_and_nothing_spills():
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
     expected = [{"target": name, **row} for name in compile_kernels.TARGETS for row in compile_kernels.named_variants(name)]
-    assert [{key: row[key] for key in expected[0]} for row in rows] == expected
+    # with the oldest Triton that is supported, and with a later one
+    versions = list(dict.fromkeys(row["triton"] for row in rows))
+    assert len(versions) == 2 and versions[-1].startswith("3.6.")
+    for version in versions:
+        assert [{key: row[key] for key in expected[0]} for row in rows if row["triton"] == version] == expected
     for row in rows:
         registers, shared = compile_kernels.LIMITS[row["target"]]
         assert int(row["stack_bytes"]) == 0, row
@@ -76,7 +80,7 @@ def test_what_is_aligned_is_read_and_written_in_vectors():
     bytes, and in Adam's epilogue m, v and U'. (The hint that says so was once lost when a call was inlined.)"""
     with RESULTS.open() as file:
         rows = [row for row in csv.DictReader(file) if row["target"].startswith("sm_") and row["precision"] == "tf32x3"]
-    assert len(rows) == 3 * 11
+    assert len(rows) == 2 * 3 * 11
     for row in rows:
         by_program = 32 * int(row["warps"]) * 16  # bytes that one instruction of all threads moves
         if row["grad"] in ("", "float32"):
