@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from soap_opt import launch
+from soap_opt import kernel_configs, launch
 from soap_opt.launch import TILES, Tables, make_tables
 from soap_opt.plan import Layout, layout_of
 
 from .reference import ReferenceSOAP
+from .results import environment
 
 # H100 SXM: memory, TF32 tensor cores without sparsity (a float32 product takes three), time to launch a kernel
 H100 = {"bytes_per_second": 3.35e12, "float32_flops_per_second": 494e12 / 3, "seconds_per_launch": 3e-6}
@@ -111,7 +111,7 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
             elif kind < launch.NORM:
                 tile = TILES[kind // 4]
                 depth = int(columns[launch.DEPTH])
-                deep = launch.CONFIGS["sm_90"][kernel_of(each.kernel)].deep
+                deep = kernel_configs.CONFIGS["sm_90"][kernel_of(each.kernel)].deep
                 row["iterations"].append((programs, math.ceil(depth / deep)))
                 row["flops"] += 2 * programs * tile.wide * tile.long * math.ceil(depth / deep) * deep
                 read = SIZES[grad] if each.kernel == "project_first" else 4
@@ -142,7 +142,8 @@ def compiled_kernels() -> dict[str, dict[str, int]]:
     with KERNELS.open() as file:
         rows = [row for row in csv.DictReader(file) if row["target"] == "sm_90"]
     # of the installed Triton, or of the latest that there are figures of
-    version = triton.__version__ if any(row["triton"] == triton.__version__ for row in rows) else rows[0]["triton"]
+    installed = environment()["triton"]
+    version = installed if any(row["triton"] == installed for row in rows) else rows[0]["triton"]
     for row in rows:
         if row["triton"] == version and row["precision"] != "tf32" and row["grad"] in ("", "float32"):
             numbers = {key: int(value) for key, value in row.items() if value.isdecimal()}

@@ -18,13 +18,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ext, refresh_basis
 from .host_side import ParameterList, parameter_list
+from .kernel_configs import ACCELERATOR, HIGH_PRECISION, PRECISION
 from .launch import (
-    ACCELERATOR,
-    HIGH_PRECISION,
     LR,
     OPTIONS,
     PER_PARAMETER,
-    PRECISION,
     SCALARS,
     USABLE,
     is_too_large,

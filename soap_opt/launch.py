@@ -9,15 +9,14 @@ Everything here is derived from layouts, dtypes and pointers, and disposable. Ne
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
+from .kernel_configs import CONFIGS, architecture_of, config_of
 from .plan import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH, Layout
 
 # Columns of a row of problems
@@ -87,106 +86,14 @@ class Tile(NamedTuple):
 # A group of width D takes the smallest tile that holds it, so that 3 x 3 and 5 x 5 kernels (9 and 25 wide) are padded to 16
 # and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256.
 TILES = (Tile(64, 64), Tile(32, 128), Tile(16, 128))
-ACCELERATOR = "hip" if torch.version.hip else "cuda"
-
-
-class Config(NamedTuple):
-    """How a kernel is compiled."""
-
-    warps: int
-    stages: int
-    deep: int = 0  # i of one iteration of a product, columns of one of a Gram's widest tile; 0: the kernel has no such loop
-
-
-def _configs(architecture: str) -> dict[str, Config]:
-    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"; NAME_16 where it is another for
-    gradients of 16 bits."""
-    # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
-    # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
-    # 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps. 32 i at a time, where they
-    # fit, halve the barriers. Nothing may spill, so that others take eight warps (Adam's epilogue everywhere) or 16 i.
-    # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
-    kernels = "project_first gram_ema project project_adam project_apply reexpress".split()
-    configs = dict.fromkeys(kernels, Config(4, 3, 16))
-    if architecture != "hip":
-        configs["project_adam"] = Config(8, 3, 16)
-    if architecture == "sm_80":
-        configs["project_first"] = Config(8, 3, 16)
-        configs["project_first_16"] = Config(8, 2, 32)
-    elif architecture == "sm_90":
-        configs["gram_ema"] = Config(4, 2, 32)
-        configs["project_adam"] = Config(8, 2, 32)
-    elif architecture == "sm_100":
-        configs["gram_ema"] = Config(8, 3, 16)
-    return {**configs, "due": Config(4, 1)}
-
-
-def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
-    """The configurations with what ``text`` (SOAP_OPT_KERNELS) sets: "deep=32 gram_ema.warps=4", kernel by kernel or for all.
-
-    For sweeps: every choice computes the same, if not to the last bit. (precision_of reads "precision=ieee".)
-    """
-    configs = dict(configs)
-    for setting in text.split():
-        if setting.startswith("precision="):
-            continue
-        name, _, value = setting.partition("=")
-        kernel, _, field_name = name.rpartition(".")
-        if field_name not in Config._fields or (kernel and kernel not in configs) or not value.isdecimal():
-            raise ValueError(
-                f"Invalid SOAP_OPT_KERNELS: {setting!r} is neither precision=NAME nor [KERNEL.]FIELD=NUMBER with a kernel of "
-                f"{', '.join(configs)} and a field of {', '.join(Config._fields)}"
-            )
-        for each in [kernel] if kernel else list(configs):
-            if field_name != "deep" or configs[each].deep:
-                configs[each] = configs[each]._replace(**{field_name: int(value)})
-    return configs
-
-
-def precision_of(default: str, text: str) -> str:
-    """How "highest" multiplies: ``default`` unless ``text`` (SOAP_OPT_KERNELS) says "precision=ieee" or "precision=tf32x3"."""
-    chosen = default
-    for setting in text.split():
-        name, _, value = setting.partition("=")
-        if name == "precision":
-            if value not in ("tf32x3", "ieee"):
-                raise ValueError(f"Invalid SOAP_OPT_KERNELS: {setting!r}; precision is tf32x3 or ieee")
-            chosen = value
-    return chosen
-
-
-OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
-CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "sm_100", "hip")}
 # What the tables count in; the same for every architecture, so that a table is made without asking for a device.
 GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
 
-
-def config_of(architecture: str, kernel: str, constants: dict[str, Any]) -> Config:
-    """The configuration of a kernel, by its function's name, with these constants."""
-    configs, name = CONFIGS[architecture], kernel.removesuffix("_kernel")
-    low = str(constants.get("GRAD", "fp32")) not in ("fp32", "float32")
-    return configs.get(f"{name}_16", configs[name]) if low else configs[name]
-
-
-def architecture_of(backend: str, arch: int | str) -> str:
-    """The key of CONFIGS, from what Triton says of its target."""
-    if backend == "hip":
-        return "hip"
-    return "sm_100" if int(arch) >= 100 else "sm_90" if int(arch) >= 90 else "sm_80"
-
-
 # A Gram is cut along its columns where a launch would otherwise have too few programs, or one that outlasts all the others:
 # into pieces of at least so many iterations, and no more pieces than four times what an H100 runs at a time (132
-# multiprocessors, two programs each). The number is the same on every GPU, and so are the bits.
+# multiprocessors, two programs each). The number is the same on every GPU.
 GRAM_MIN_ITERATIONS = 16
 GRAM_PROGRAMS = 4 * 2 * 132
-
-# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
-# tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
-PRECISION = {"cuda": precision_of("tf32x3", OVERRIDES), "hip": "ieee"}
-# With precision="high" the projections may be less exact; never the Grams.
-HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
-
 
 # (kernel, device, its constants) -> (what Triton compiled, the constants in the signature's order). Triton's own launch
 # compares every global constant of the kernel each time: 60 us, and a step of 10 launches would be longer on the host than on

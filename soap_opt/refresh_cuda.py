@@ -16,12 +16,11 @@ from torch import Tensor
 from . import refresh_basis
 from .eigenbasis import Refresh, reexpress_
 from .host_side import followed
+from .kernel_configs import ACCELERATOR, PRECISION
 from .launch import (
-    ACCELERATOR,
     BLOCK,
     FAILED,
     KEPT,
-    PRECISION,
     SCALARS,
     WIDTH,
     can_reexpress,

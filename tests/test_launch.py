@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soap_opt import launch
+from soap_opt import kernel_configs, launch
 from soap_opt.launch import TILES, kind_of, make_tables, problems_of
 from soap_opt.plan import layout_of
 
@@ -109,16 +109,18 @@ def test_alignment_needs_the_pointers_and_the_shape():
 
 
 def test_a_sweep_overrides_how_kernels_are_compiled():
-    configs = launch.overridden(launch.CONFIGS["sm_90"], "stages=2 gram_ema.warps=16 deep=64 precision=ieee")
+    configs = kernel_configs.overridden(kernel_configs.CONFIGS["sm_90"], "stages=2 gram_ema.warps=16 deep=64 precision=ieee")
     assert {config.stages for config in configs.values()} == {2}
-    assert configs["gram_ema"].warps == 16 and configs["project"].warps == launch.CONFIGS["sm_90"]["project"].warps
+    assert configs["gram_ema"].warps == 16 and configs["project"].warps == kernel_configs.CONFIGS["sm_90"]["project"].warps
     assert configs["project_adam"].deep == 64 and configs["due"].deep == 0
-    assert launch.precision_of("tf32x3", "stages=2 precision=ieee") == "ieee"
-    for wrong in ("warps", "warps=x", "gram.warps=4", "gram_ema.depth=4"):
+    assert kernel_configs.precision_of("tf32x3", "stages=2 precision=ieee") == "ieee"
+    low = kernel_configs.overridden(kernel_configs.CONFIGS["sm_80"], "project_first.warps=16")
+    assert low["project_first"].warps == low["project_first_16"].warps == 16  # gradients of any width
+    for wrong in ("warps", "warps=x", "warps=3", "deep=0", "deep=8", "stages=0", "gram.warps=4", "gram_ema.depth=4"):
         with pytest.raises(ValueError, match="SOAP_OPT_KERNELS"):
-            launch.overridden(configs, wrong)
+            kernel_configs.overridden(configs, wrong)
     with pytest.raises(ValueError, match="precision=bf16"):
-        launch.precision_of("tf32x3", "precision=bf16")
+        kernel_configs.precision_of("tf32x3", "precision=bf16")
 
 
 def test_long_contractions_are_cut_where_a_launch_has_too_few_programs():

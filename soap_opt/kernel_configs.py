@@ -1,0 +1,111 @@
+"""How each Triton kernel is compiled, and for what: warps, pipeline stages, depth of an iteration, how products are multiplied.
+
+Needs neither Triton nor a GPU. ``SOAP_OPT_KERNELS`` in the environment overrides the choices, for sweeps on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+ACCELERATOR = "hip" if torch.version.hip else "cuda"
+KERNELS = ("project_first", "gram_ema", "project", "project_adam", "project_apply", "reexpress", "due")
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled."""
+
+    warps: int
+    stages: int
+    deep: int = 0  # i of one iteration of a product, columns of one of a Gram's widest tile; 0: the kernel has no such loop
+
+
+def _configs(architecture: str) -> dict[str, Config]:
+    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"; NAME_16 where it is another for
+    gradients of 16 bits."""
+    # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
+    # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
+    # 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps. 32 i at a time, where they
+    # fit, halve the barriers. Nothing may spill, so that others take eight warps (Adam's epilogue everywhere) or 16 i.
+    # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
+    configs = {**dict.fromkeys(KERNELS, Config(4, 3, 16)), "due": Config(4, 1)}
+    if architecture != "hip":
+        configs["project_adam"] = Config(8, 3, 16)
+    if architecture == "sm_80":
+        configs["project_first"] = Config(8, 3, 16)
+        configs["project_first_16"] = Config(8, 2, 32)
+    elif architecture == "sm_90":
+        configs["gram_ema"] = Config(4, 2, 32)
+        configs["project_adam"] = Config(8, 2, 32)
+    elif architecture == "sm_100":
+        configs["gram_ema"] = Config(8, 3, 16)
+    return configs
+
+
+def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
+    """The configurations with what ``text`` (SOAP_OPT_KERNELS) sets: "deep=32 gram_ema.warps=4", kernel by kernel or for all.
+
+    Every choice computes the same, if not to the last bit. (precision_of reads "precision=ieee".)
+    """
+    configs = dict(configs)
+    for setting in text.split():
+        name, _, value = setting.partition("=")
+        if name == "precision":
+            continue
+        kernel, _, field = name.rpartition(".")
+        if not _is_valid(kernel, field, value):
+            raise ValueError(
+                f"Invalid SOAP_OPT_KERNELS: {setting!r} is neither precision=NAME nor [KERNEL.]FIELD=NUMBER with a kernel of "
+                f"{', '.join(KERNELS)} and a field of {', '.join(Config._fields)} (warps and deep: powers of two, deep from 16)"
+            )
+        for each in configs if not kernel else {kernel, f"{kernel}_16"} & set(configs):
+            if field != "deep" or configs[each].deep:
+                configs[each] = configs[each]._replace(**{field: int(value)})
+    return configs
+
+
+def _is_valid(kernel: str, field: str, value: str) -> bool:
+    if field not in Config._fields or (kernel and kernel not in KERNELS) or not value.isdecimal():
+        return False
+    number = int(value)
+    is_power = number > 0 and number & (number - 1) == 0
+    return number > 0 if field == "stages" else is_power and (field == "warps" or number >= 16)
+
+
+def precision_of(default: str, text: str) -> str:
+    """How "highest" multiplies: ``default`` unless ``text`` (SOAP_OPT_KERNELS) says "precision=ieee" or "precision=tf32x3"."""
+    chosen = default
+    for setting in text.split():
+        name, _, value = setting.partition("=")
+        if name == "precision":
+            if value not in ("tf32x3", "ieee"):
+                raise ValueError(f"Invalid SOAP_OPT_KERNELS: {setting!r}; precision is tf32x3 or ieee")
+            chosen = value
+    return chosen
+
+
+OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
+CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "sm_100", "hip")}
+
+
+def config_of(architecture: str, kernel: str, constants: dict[str, Any]) -> Config:
+    """The configuration of a kernel, by its function's name, with these constants."""
+    configs, name = CONFIGS[architecture], kernel.removesuffix("_kernel")
+    low = str(constants.get("GRAD", "fp32")) not in ("fp32", "float32")
+    return configs.get(f"{name}_16", configs[name]) if low else configs[name]
+
+
+def architecture_of(backend: str, arch: int | str) -> str:
+    """The key of CONFIGS, from what Triton says of its target."""
+    if backend == "hip":
+        return "hip"
+    return "sm_100" if int(arch) >= 100 else "sm_90" if int(arch) >= 90 else "sm_80"
+
+
+# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
+# tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
+PRECISION = {"cuda": precision_of("tf32x3", OVERRIDES), "hip": "ieee"}
+# With precision="high" the projections may be less exact; never the Grams.
+HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}
