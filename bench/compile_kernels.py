@@ -61,14 +61,14 @@ def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield project_apply_kernel, {"PRECISION": precision}
 
 
-def config_of(kernel: Any, constants: dict[str, Any], target: str) -> kernel_configs.Config:
+def config_of(kernel: Any, target: str) -> kernel_configs.Config:
     backend, arch, _ = TARGETS[target]
-    return kernel_configs.config_of(kernel_configs.architecture_of(backend, arch), kernel.__name__, constants)
+    return kernel_configs.config_of(kernel_configs.architecture_of(backend, arch), kernel.__name__)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: str, config: kernel_configs.Config | None = None) -> Any:
     """What the JIT makes of a kernel. config: that of the target unless given."""
-    config = config or config_of(kernel, constants, target)
+    config = config or config_of(kernel, target)
     values = {name: getattr(tl, value) if name == "GRAD" else value for name, value in constants.items()}
     if config.deep:
         values["DEEP"] = config.deep
@@ -171,7 +171,7 @@ def rows(targets: list[str]) -> Iterator[dict[str, Any]]:
             yield {
                 "target": name,
                 **named(kernel, constants),
-                **config_of(kernel, constants, name)._asdict(),
+                **config_of(kernel, name)._asdict(),
                 **figures(binary),
                 **in_ptx(binary),
                 **in_sass(binary),

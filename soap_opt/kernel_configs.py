@@ -6,7 +6,7 @@ Needs neither Triton nor a GPU. ``SOAP_OPT_KERNELS`` in the environment override
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,22 +23,18 @@ class Config(NamedTuple):
 
 
 def _configs(architecture: str) -> dict[str, Config]:
-    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"; NAME_16 where it is another for
-    gradients of 16 bits."""
-    # From the compilers' figures (bench/compile_kernels.py), not from measurements on a GPU. With four warps two programs share
-    # a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is one warpgroup's on sm_90: 6 wgmma and
-    # 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps. 32 i at a time, where they
-    # fit, halve the barriers. Nothing may spill, so that others take eight warps (Adam's epilogue everywhere) or 16 i.
+    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
+    # From the compilers' figures (bench/compile_kernels.py; of Triton 3.6 and 3.8), not from measurements on a GPU. With four
+    # warps two programs share a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is that of one
+    # warpgroup on sm_90: 6 wgmma and 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps.
+    # Nothing may spill, so that Adam's epilogue takes eight, and so does what else would. 32 i at a time would halve the
+    # barriers; one of the two Tritons spills then, whatever the kernel.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
     configs = {**dict.fromkeys(KERNELS, Config(4, 3, 16)), "due": Config(4, 1)}
     if architecture != "hip":
         configs["project_adam"] = Config(8, 3, 16)
     if architecture == "sm_80":
-        configs["project_first"] = Config(8, 3, 16)
-        configs["project_first_16"] = Config(8, 2, 32)
-    elif architecture == "sm_90":
-        configs["gram_ema"] = Config(4, 2, 32)
-        configs["project_adam"] = Config(8, 2, 32)
+        configs["project_first"] = Config(16, 3, 16)
     elif architecture == "sm_100":
         configs["gram_ema"] = Config(8, 3, 16)
     return configs
@@ -60,7 +56,7 @@ def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
                 f"Invalid SOAP_OPT_KERNELS: {setting!r} is neither precision=NAME nor [KERNEL.]FIELD=NUMBER with a kernel of "
                 f"{', '.join(KERNELS)} and a field of {', '.join(Config._fields)} (warps and deep: powers of two, deep from 16)"
             )
-        for each in configs if not kernel else {kernel, f"{kernel}_16"} & set(configs):
+        for each in [kernel] if kernel else configs:
             if field != "deep" or configs[each].deep:
                 configs[each] = configs[each]._replace(**{field: int(value)})
     return configs
@@ -90,11 +86,9 @@ OVERRIDES = os.environ.get("SOAP_OPT_KERNELS", "")
 CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for architecture in ("sm_80", "sm_90", "sm_100", "hip")}
 
 
-def config_of(architecture: str, kernel: str, constants: dict[str, Any]) -> Config:
-    """The configuration of a kernel, by its function's name, with these constants."""
-    configs, name = CONFIGS[architecture], kernel.removesuffix("_kernel")
-    low = str(constants.get("GRAD", "fp32")) not in ("fp32", "float32")
-    return configs.get(f"{name}_16", configs[name]) if low else configs[name]
+def config_of(architecture: str, kernel: str) -> Config:
+    """The configuration of a kernel, by its function's name."""
+    return CONFIGS[architecture][kernel.removesuffix("_kernel")]
 
 
 def architecture_of(backend: str, arch: int | str) -> str:

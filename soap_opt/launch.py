@@ -92,7 +92,7 @@ GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
 # A Gram is cut along its columns where a launch would otherwise have too few programs, or one that outlasts all the others:
 # into pieces of at least so many iterations, and no more pieces than four times what an H100 runs at a time (132
 # multiprocessors, two programs each). The number is the same on every GPU.
-GRAM_MIN_ITERATIONS = 16
+GRAM_MIN_ITERATIONS = 32
 GRAM_PROGRAMS = 4 * 2 * 132
 
 # (kernel, device, its constants) -> (what Triton compiled, the constants in the signature's order). Triton's own launch
@@ -115,7 +115,7 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
         compiled, values = known
         compiled[(*grid, 1, 1)](*arguments, *values)
         return
-    config = config_of(_architecture(kernel), name, constants)
+    config = config_of(_architecture(kernel), name)
     if config.deep:
         constants["DEEP"] = config.deep
     compiled = kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
