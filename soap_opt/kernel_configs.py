@@ -26,9 +26,9 @@ def _configs(architecture: str) -> dict[str, Config]:
     """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
     # From the compilers' figures (bench/compile_kernels.py; of Triton 3.6 and 3.8), not from measurements on a GPU. With four
     # warps two programs share a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is that of one
-    # warpgroup on sm_90: 6 wgmma and 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the warps.
-    # Nothing may spill, so that Adam's epilogue takes eight, and so does what else would. 32 i at a time would halve the
-    # barriers; one of the two Tritons spills then, whatever the kernel.
+    # warpgroup on sm_90: 6 wgmma and 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the
+    # warps. Nothing may spill, so that Adam's epilogue takes eight, and so does what else would. 32 i at a time would halve
+    # the barriers; one of the two Tritons spills then, or both.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
     configs = {**dict.fromkeys(KERNELS, Config(4, 3, 16)), "due": Config(4, 1)}
     if architecture != "hip":
