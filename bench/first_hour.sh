@@ -1,25 +1,32 @@
 #!/usr/bin/env bash
-# Everything that a first hour on a GPU is to teach, in one command: at most 460 s on 16 cores, without a network.
+# Everything that a first hour on a GPU is to teach, in one command: at most 460 s, meant for 16 cores, without a network.
 #
 #     bash bench/first_hour.sh                  all stages
 #     bash bench/first_hour.sh smoke sweep      these stages alone (after unpack and build)
 #     bash bench/first_hour.sh --dry            on a machine without a GPU: every stage's code with pretended launches, tiny
 #
-# On a borrowed machine that gets this tree and no network: run bench/first_hour_prepare.sh before, at home, and take the ignored
-# folder .first_hour along. The call is then
+# For a machine with a GPU and no network: run bench/first_hour_prepare.sh before, elsewhere, copy this tree and the ignored folder
+# .first_hour to it, and run the first command above there.
 #
-#     carry .first_hour, timeout 500 s:   bash bench/first_hour.sh
+# Time: every stage is a process of its own under `timeout`; none that fails or hangs keeps the next from running. Its limit is the
+# smaller of its own, below, and what is left of FIRST_HOUR_SECONDS, counted from the start of this script, so that the whole ends
+# in time whatever is slow: the limits add up to more, but where all was prepared unpack, build and report take 20 s of their 155.
+# A stage that would have less than 8 s is "skipped: no time left". Stages with parts stop these 10 s before their limit (a third
+# of it below 30 s), all together, and still say what became of each.
 #
-# Every stage is a process of its own under `timeout`; none that fails or hangs keeps the next from running. What it says goes to
-# $OUT/NAME.log while it runs, then into $OUT/results.tar.gz with the CSV files, packed anew after each stage: whenever the machine
-# is lost, at most 3 files lie in $OUT, and what was learned until then is in them. $OUT/summary.txt has a line for each stage;
-# it is printed at the end. (Without OUT a temporary folder is made, and named.)
+# What remains: a stage's output goes to $OUT/NAME.log while it runs. That of its parts (of smoke, tests and sanitizer) goes to
+# files of their own, which with the CSV files and the logs of the stages before are packed into $OUT/results.tar.gz, anew after
+# each stage and every 10 s while one runs. So whenever the machine is lost, at most 3 files lie in $OUT, with all that was said
+# until then but for the last 10 s of such parts. $OUT/summary.txt has a line for each stage that has ended; it is printed at the
+# end. (Without OUT a temporary folder is made, and named.)
 #
-# Environment: OUT, FIRST_HOUR_PYTHON (default: python3), TRITON_CACHE_DIR. FIRST_HOUR_ALL=1 with --dry: all kernels that the stages
-# take on a GPU, as first_hour_prepare.sh wants them.
+# Environment: OUT, FIRST_HOUR_PYTHON (default: python3), TRITON_CACHE_DIR, FIRST_HOUR_SECONDS (default: 460; with --dry ten hours,
+# and 600 s for each stage). FIRST_HOUR_ALL=1 with --dry: all kernels that the stages take on a GPU, as first_hour_prepare.sh wants
+# them, and an hour for each stage.
 #
 # It has not been run on a GPU yet.
 set -u
+BEGAN=$(date +%s.%N)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 DRY='' ONLY=''
@@ -36,7 +43,8 @@ PREPARED=$PWD/.first_hour
 : "${OUT:=$(mktemp -d "${TMPDIR:-/tmp}/first-hour-XXXXXX")}"
 mkdir -p "$OUT"
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/first-hour-work-XXXXXX")
-trap 'rm -rf "$WORK"' EXIT
+PACKER=''
+trap 'stop_packing; rm -rf "$WORK"' EXIT
 mkdir -p "$WORK/packed/logs"
 SITE=$WORK/site
 SUMMARY=$OUT/summary.txt
@@ -52,6 +60,10 @@ export TRITON_CACHE_DIR PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:
 
 # Two cores may have to compile there what 16 find compiled here
 DRY_LIMIT=$([ -n "${FIRST_HOUR_ALL:-}" ] && echo 3600 || echo 600)
+: "${FIRST_HOUR_SECONDS:=$([ -n "$DRY" ] && echo 36000 || echo 460)}"
+KILL_AFTER=3                 # seconds between the signals of `timeout`
+RESERVE=$((KILL_AFTER + 4))  # what the end of a stage may take beyond its limit: that, packing and the summary
+LEAST=8                      # what a stage needs to begin at all
 COMMON=(--device cuda --results "$WORK/packed" --gradients "$PREPARED/gradients")
 [ -z "$DRY" ] || COMMON=(--device cpu --quick "${COMMON[@]:2}" ${FIRST_HOUR_ALL:+--all})
 
@@ -59,18 +71,45 @@ kernels() { find "$TRITON_CACHE_DIR" -name '*.cubin' 2>/dev/null | wc -l; }
 
 seconds_since() { awk -v began="$1" -v now="$(date +%s.%N)" 'BEGIN { printf "%.1f", now - began }'; }
 
+# (a file of its own for each process that packs; tar's exit status 1: a file grew meanwhile)
 pack() {
-  tar -C "$WORK/packed" -czf "$WORK/results.tar.gz" . && mv "$WORK/results.tar.gz" "$OUT/results.tar.gz"
+  local archive=$WORK/results.$BASHPID.tar.gz
+  tar -C "$WORK/packed" -czf "$archive" . 2>/dev/null
+  [ $? -le 1 ] && mv "$archive" "$OUT/results.tar.gz"
 }
+
+pack_often() {
+  while sleep 10 && kill -0 $$; do pack; done
+}
+
+stop_packing() {
+  [ -z "$PACKER" ] || { kill "$PACKER" && wait "$PACKER"; } 2>/dev/null
+  PACKER=''
+}
+
+# allowed SECONDS: what a stage with that limit may take, now
+allowed() {
+  local limit=$1
+  [ -z "$DRY" ] || limit=$DRY_LIMIT
+  awk -v limit="$limit" -v whole="$FIRST_HOUR_SECONDS" -v gone="$(seconds_since "$BEGAN")" -v reserve="$RESERVE" \
+    'BEGIN { left = int(whole - gone - reserve); print(left < limit ? left : limit) }'
+}
+
+# until_of SECONDS: when a stage with that limit that begins now is to end by itself, a little before it would be killed
+until_of() { awk -v now="$(date +%s.%N)" -v limit="$1" 'BEGIN { printf "%.1f", now + limit - (limit < 30 ? limit / 3 : 10) }'; }
 
 # stage NAME SECONDS COMMAND ...: a line in the summary, whatever becomes of it
 stage() {
-  local name=$1 limit=$2 log=$OUT/$1.log began before code verdict key
+  local name=$1 limit log=$OUT/$1.log began before code verdict key
+  limit=$(allowed "$2")
   shift 2
   [ -z "$ONLY" ] || [[ $name == unpack || $name == build ]] || [[ $ONLY == *" $name "* ]] || return 0
-  [ -z "$DRY" ] || limit=$DRY_LIMIT
+  if [ "$limit" -lt "$LEAST" ]; then
+    echo "$name: skipped: no time left" | tee -a "$SUMMARY"
+    return 0
+  fi
   began=$(date +%s.%N) before=$(kernels)
-  timeout -k 5 "$limit" "$@" >"$log" 2>&1 </dev/null
+  FIRST_HOUR_UNTIL=$(until_of "$limit") timeout -k "$KILL_AFTER" "$limit" "$@" >"$log" 2>&1 </dev/null
   code=$?
   case $code in
     0) verdict=ok ;;
@@ -86,12 +125,11 @@ stage() {
   pack
 }
 
-# python_stage NAME SECONDS MODULE [ARGUMENT ...]: of bench/first_hour, which is told to end by itself a little before
+# python_stage NAME SECONDS MODULE [ARGUMENT ...]: of bench/first_hour
 python_stage() {
-  local name=$1 limit=$2 module=$3 own=$(($2 - 5))
+  local name=$1 limit=$2 module=$3
   shift 3
-  [ -z "$DRY" ] || own=$((DRY_LIMIT - 20))
-  stage "$name" "$limit" "$PYTHON" -m "bench.first_hour.$module" "${COMMON[@]}" --seconds "$own" "$@"
+  stage "$name" "$limit" "$PYTHON" -m "bench.first_hour.$module" "${COMMON[@]}" "$@"
 }
 
 report() {
@@ -109,11 +147,12 @@ print("key: CPU engine:", _ext._load_error or "loads", "- CUDA refresh:", _ext._
 export -f report
 export PYTHON
 
-BEGAN=$(date +%s.%N)
+pack_often >/dev/null 2>&1 </dev/null &
+PACKER=$!
 stage unpack 20 "$PYTHON" bench/first_hour/unpack.py "$PREPARED" "$SITE"
 python_stage build 120 build  # 10 where all was prepared
 stage report 15 bash -c report
-CUDA_LAUNCH_BLOCKING=1 python_stage smoke 35 smoke
+CUDA_LAUNCH_BLOCKING=1 python_stage smoke 40 smoke
 python_stage tests 110 run_tests
 python_stage steps 80 steps
 python_stage profile 22 kernel_times
@@ -121,6 +160,7 @@ python_stage sweep 60 sweep
 python_stage sanitizer 60 sanitize
 python_stage training 60 training
 
+stop_packing  # (before the last time: an older archive must not come after it)
 for log in steps profile sweep training; do
   [ -f "$WORK/packed/logs/$log.log" ] && echo "== $log" && grep '^|' "$WORK/packed/logs/$log.log" | cut -c1-170 | tail -n 25
 done

@@ -18,6 +18,7 @@ from ..results import Row, save, table
 
 Result = TypeVar("Result")
 KEY = "key: "  # the line of a log that first_hour.sh puts into the summary
+UNTIL = "FIRST_HOUR_UNTIL"  # in the environment: when the stage is to end by itself, in seconds since 1970
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -31,8 +32,25 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     parser.add_argument(
         "--gradients", type=Path, default=Path(".first_hour/gradients"), metavar="FOLDER", help="recorded ones (gradients.py)"
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="what ends by itself ends by then (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help=f"what ends by itself ends by then, or at {UNTIL} (default: %(default)s)"
+    )
     return parser
+
+
+def seconds_left(arguments: argparse.Namespace) -> float:
+    """Until the stage is to end by itself.
+
+    first_hour.sh says when that is by the clock: it counts from the start of the process, of which importing torch has taken
+    seconds by now.
+    """
+    until = os.environ.get(UNTIL)
+    return float(until) - time.time() if until else arguments.seconds
+
+
+def deadline(arguments: argparse.Namespace) -> float:
+    """When that is, on time.monotonic()'s clock."""
+    return time.monotonic() + seconds_left(arguments)
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:

@@ -2,22 +2,20 @@
 
     python -m bench.first_hour.sanitize [--device cpu --quick]
 
-Side by side, since each takes many times as long as without. Where the tool is missing the key line says so; on a CPU the parts
-run as they are.
+Side by side, since each takes many times as long as without; one that is out of time counts as a failure. What they say lies in
+results/sanitize/*.log while they run. Where the tool is missing the key line says so; on a CPU the parts run as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-from .common import make_parser, passed_on, say_key
+from .common import deadline, make_parser, passed_on, say_key
+from .side_by_side import Part, run
 
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 # tool, part of the smoke
@@ -30,6 +28,15 @@ def tool() -> str | None:
     return found or next((place for place in PLACES if Path(place).exists()), None)
 
 
+def part_of(sanitizer: str | None, name: str, part: str, arguments: argparse.Namespace) -> Part:
+    """A part of the smoke under one of the tools, or as it is without any."""
+    wrapper = [sanitizer, "--tool", name, "--error-exitcode", str(ERRORS), "--print-limit", "20"] if sanitizer else []
+    command = [*wrapper, sys.executable, "-m", "bench.first_hour.smoke", *passed_on(arguments), "--part", part]
+    # Without PyTorch's cache every tensor is an allocation of its own, so that reading behind its end is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(f"{name} {part}", command, arguments.results / f"{name}_{part}.log", environment)
+
+
 def main() -> int:
     arguments = make_parser("sanitize", __doc__).parse_args()
     sanitizer = tool()
@@ -37,49 +44,22 @@ def main() -> int:
         say_key("compute-sanitizer is missing here: nothing was checked")
         return 0
     arguments.quick, arguments.results = True, arguments.results / "sanitize"
-    # Without PyTorch's cache every tensor is an allocation of its own, so that reading behind its end is seen.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
-    started = {}
-    for name, part in RUNS[:1] if arguments.device == "cpu" else RUNS:
-        wrapper = [sanitizer, "--tool", name, "--error-exitcode", str(ERRORS), "--print-limit", "20"] if sanitizer else []
-        command = [*wrapper, sys.executable, "-m", "bench.first_hour.smoke", *passed_on(arguments), "--part", part]
-        started[f"{name} {part}"] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    try:
-        said, failed = verdicts(started, time.monotonic() + arguments.seconds)
-    finally:  # the tool's end is not that of the Python under it, which would keep the GPU busy
-        for process in started.values():
-            stop(process)
+    chosen = RUNS[:1] if arguments.device == "cpu" else RUNS
+    parts = [part_of(sanitizer, name, part, arguments) for name, part in chosen]
+    run(parts, deadline(arguments))
+    for part in parts:
+        print(f"\n== {part.name}\n{part.output[-20_000:]}")
+    said = [f"{part.name}: {verdict(part)}" for part in parts]
     say_key("; ".join([*said, *([] if sanitizer else ["without compute-sanitizer, which is missing here"])]))
-    return 1 if failed else 0
+    return 1 if any(part.code != 0 for part in parts) else 0
 
 
-def stop(process: subprocess.Popen) -> None:
-    """It and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def verdicts(started: dict[str, subprocess.Popen], end: float) -> tuple[list[str], bool]:
-    """What the tool said of each, and whether it found anything."""
-    said, failed = [], False
-    for name, process in started.items():
-        try:
-            output, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
-            verdict = next(
-                (line.strip("= ") for line in output.splitlines() if "SUMMARY" in line), f"exit {process.returncode}"
-            )
-            failed |= process.returncode != 0
-        except subprocess.TimeoutExpired:
-            stop(process)
-            output = process.communicate()[0]
-            errors = sum("Invalid" in line or "hazard" in line for line in output.splitlines())
-            verdict, failed = f"out of time, {errors} errors so far", failed or errors > 0
-        print(f"\n== {name}\n{output[-20_000:]}")
-        said.append(f"{name}: {verdict}")
-    return said, failed
+def verdict(part: Part) -> str:
+    """What the tool said of it."""
+    lines = part.output.splitlines()
+    if part.stopped:
+        return f"OUT OF TIME, {sum('Invalid' in line or 'hazard' in line for line in lines)} errors so far"
+    return next((line.strip("= ") for line in lines if "SUMMARY" in line), f"exit {part.code}")
 
 
 if __name__ == "__main__":

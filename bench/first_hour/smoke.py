@@ -2,24 +2,24 @@
 
     python -m bench.first_hour.smoke [--device cpu] [--part NAME ...]
 
-An illegal access ends a process's use of the GPU, so that the parts do not share one; they run side by side. Errors are
-relative to the norm unless the column says otherwise; float32 rounds at 6e-8, and what the tests allow is 5e-5 for a step and
-1e-6 for a Gram. On a CPU without TRITON_INTERPRET=1 launches are pretended: then the numbers say nothing.
+An illegal access ends a process's use of the GPU, so that the parts do not share one; they run side by side, and what each
+says lies in results/smoke/PART.log while it runs. Errors are relative to the norm unless the column says otherwise; float32
+rounds at 6e-8, and what the tests allow is 5e-5 for a step and 1e-6 for a Gram. On a CPU without TRITON_INTERPRET=1 launches
+are pretended: then the numbers say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-import time
 
 import torch
 
 from ..results import Row
 from . import refresh_checks, stage_checks, step_checks
-from .common import KEY, Compilations, Pieces, make_parser, passed_on, say_key, triton_path, write
+from .common import KEY, Compilations, Pieces, deadline, make_parser, passed_on, say_key, triton_path, write
+from .side_by_side import Part, run
 
 
 def refresh(arguments: argparse.Namespace, pieces: Pieces) -> list[Row]:
@@ -74,28 +74,26 @@ def environment(part: str) -> dict[str, str]:
 
 
 def run_parts(arguments: argparse.Namespace) -> int:
-    """Every part in a process; their outputs one after the other."""
+    """Every part in a process, all until the deadline at most; then their outputs one after the other."""
     command = [sys.executable, "-m", "bench.first_hour.smoke", *passed_on(arguments)]
-    deadline = time.monotonic() + arguments.seconds
-    started = {
-        name: subprocess.Popen(
-            [*command, "--part", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(name)
-        )
-        for name in arguments.parts
-    }
-    said, failed = [], False
-    for name, process in started.items():
-        try:
-            output, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-        print(f"\n== {name}: exit status {process.returncode}\n{output}", flush=True)
-        failed |= process.returncode != 0
-        keys = [line.removeprefix(KEY) for line in output.splitlines() if line.startswith(KEY)]
-        said.append(f"{name}: {keys[-1] if keys else f'ended with {process.returncode}'}")
-    say_key("; ".join(said))
-    return 1 if failed else 0
+    folder = arguments.results / "smoke"
+    parts = [Part(name, [*command, "--part", name], folder / f"{name}.log", environment(name)) for name in arguments.parts]
+    run(parts, deadline(arguments))
+    for part in parts:
+        print(f"\n== {part.name}: {how(part)}\n{part.output}", flush=True)
+    say_key("; ".join(f"{part.name}: {verdict(part)}" for part in parts))
+    return 1 if any(part.code != 0 for part in parts) else 0
+
+
+def how(part: Part) -> str:
+    return "OUT OF TIME" if part.stopped else f"exit status {part.code}"
+
+
+def verdict(part: Part) -> str:
+    """Its key line, or what it got to."""
+    lines = part.output.splitlines()
+    keys = [line.removeprefix(KEY) for line in lines if line.startswith(KEY)]
+    return keys[-1] if keys else f"{how(part)} after {lines[-1][:150] if lines else 'nothing was said'}"
 
 
 def main() -> int:

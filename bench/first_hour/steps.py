@@ -14,7 +14,7 @@ from ..cuda_steps import ADAM, GRAPH, alone, contestants, to, with_ratios
 from ..models import Problem, drawn
 from ..peers import STRAIGHTFORWARD, Contestant
 from ..results import Row
-from .common import Pieces, make_parser, passed_on, say_key, triton_path, write
+from .common import Pieces, make_parser, passed_on, say_key, seconds_left, triton_path, write
 from .gradients import problem_of
 from .in_turn import Entry, in_turn, report, wait_for_turn
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = ["-m", "bench.first_hour.steps", *passed_on(arguments)]
     known = entries(arguments)
     waiting = [Entry(name, [*command, "--optimizer", name]) for name in NAMES if name in known]
-    rows, failed = in_turn(waiting, arguments.seconds, get_ready=0.3)
+    rows, failed = in_turn(waiting, seconds_left(arguments), get_ready=0.3)
     rows = with_ratios(sorted(rows, key=lambda row: row["model"]))
     write(arguments.results, "cuda_steps", rows, arguments.device)
     medians = {(row["model"], row["optimizer"]): row["median_ms"] for row in rows}

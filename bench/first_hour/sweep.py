@@ -18,7 +18,7 @@ from soap_opt import kernel_configs
 from ..cuda_steps import TimedStepper
 from ..models import Problem, drawn
 from ..results import Row, significant
-from .common import make_parser, passed_on, say_key, triton_path, write
+from .common import make_parser, passed_on, say_key, seconds_left, triton_path, write
 from .gradients import problem_of
 from .in_turn import Entry, in_turn, report, wait_for_turn
 from .kernel_times import OURS, profiled, stepper_of
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = ["-m", "bench.first_hour.sweep", "--setting", *passed_on(arguments)]
     settings = SETTINGS if arguments.all or not arguments.quick else QUICK_SETTINGS
     waiting = [Entry(each or "default", command, {"SOAP_OPT_KERNELS": each}) for each in settings]
-    rows, failed = in_turn(waiting, arguments.seconds, get_ready=0.7)
+    rows, failed = in_turn(waiting, seconds_left(arguments), get_ready=0.7)
     rows.sort(key=lambda row: row["kernels_us"] or 1e3 * row["median_ms"])  # (no profiler: the step, in us too)
     write(arguments.results, "cuda_sweep", rows, arguments.device)
     for line in failed:

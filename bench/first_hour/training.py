@@ -23,7 +23,7 @@ from ..models import LAMBDA, PHOTOS, lic_network, main_parameters
 from ..peers import SOAP_OPTIONS
 from ..results import Row, significant
 from ..worker import load
-from .common import make_parser, passed_on, say_key, synchronize, triton_path, write
+from .common import make_parser, passed_on, say_key, seconds_left, synchronize, triton_path, write
 from .in_turn import Entry, in_turn, report, wait_for_turn
 
 MODEL, BATCH_SIZE, PATCH = "bmshj2018-hyperprior", 16, 256
@@ -196,7 +196,9 @@ def whole(history: list[Row], times: list[float]) -> Row:
 def run(arguments: argparse.Namespace) -> int:
     command = ["-m", "bench.first_hour.training", *passed_on(arguments)]
     names = ["SOAP fused", "Adam fused"] if arguments.quick else list(OPTIMIZERS)
-    rows, failed = in_turn([Entry(each, [*command, "--optimizer", each]) for each in names], arguments.seconds, get_ready=0.25)
+    rows, failed = in_turn(
+        [Entry(each, [*command, "--optimizer", each]) for each in names], seconds_left(arguments), get_ready=0.25
+    )
     curves = [row for row in rows if "step" in row]
     wholes = [row for row in rows if "steps" in row]
     without = next((row["training_step_ms"] for row in wholes if row["optimizer"] == NOBODY), None)
