@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.first_hour import in_turn, run_tests  # noqa: E402
+from bench.first_hour import common, in_turn, pytest_plugin, run_tests, sanitize, smoke  # noqa: E402
 from bench.first_hour.gradients import recorded  # noqa: E402
 from bench.first_hour.kernel_times import Event, by_launch, others  # noqa: E402
 from bench.first_hour.training import whole  # noqa: E402
@@ -60,6 +61,151 @@ def test_a_stage_that_fails_or_hangs_stops_nothing(tmp_path):
     assert re.findall(r"^(\w+): FAILED \(exit 1,", summary, re.M) == STAGES
 
 
+def script(path, text):
+    path.write_text(f"#!/usr/bin/env bash\n{text}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_stage_is_told_when_to_end(tmp_path):
+    """Ten seconds before its limit, which is what is left of the whole."""
+    python = script(tmp_path / "python", 'echo "key: $((${FIRST_HOUR_UNTIL%.*} - $(date +%s))) s"')
+    command = ["bash", "bench/first_hour.sh", "--dry", "smoke"]
+    run(command, OUT=str(tmp_path / "out"), FIRST_HOUR_PYTHON=python, FIRST_HOUR_SECONDS="60")
+    said = re.search(r"^smoke: ok .* of (\d+) s, .* (\d+) s$", (tmp_path / "out" / "summary.txt").read_text(), re.M)
+    limit, own = map(int, said.groups())
+    assert 40 <= limit <= 53 and limit - 12 <= own <= limit - 10
+
+
+@pytest.mark.slow
+def test_the_whole_ends_in_time(tmp_path):
+    """The first stage hangs until nothing is left; what it said is kept, and the others are named."""
+    python = script(tmp_path / "python", "echo begun\nsleep 60")
+    began = time.monotonic()
+    command = ["bash", "bench/first_hour.sh", "--dry"]
+    done = run(command, OUT=str(tmp_path / "out"), FIRST_HOUR_PYTHON=python, FIRST_HOUR_SECONDS="16")
+    assert time.monotonic() - began < 16
+    lines = done.stdout.split("== summary\n")[1].splitlines()
+    assert re.match(r"unpack: OUT OF TIME \(exit \d+, \S+ of [89] s, .*says last: begun", lines[0])
+    assert lines[1:-1] == [f"{stage}: skipped: no time left" for stage in STAGES[1:]]
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        assert archive.extractfile("./logs/unpack.log").read() == b"begun\n"
+
+
+def test_what_is_left_is_counted_by_the_clock(monkeypatch):
+    arguments = common.make_parser("smoke", "").parse_args(["--seconds", "7"])
+    assert common.seconds_left(arguments) == 7
+    monkeypatch.setenv(common.UNTIL, str(time.time() + 3))
+    assert common.seconds_left(arguments) == pytest.approx(3, abs=0.5)
+    assert common.deadline(arguments) == pytest.approx(time.monotonic() + 3, abs=0.5)
+
+
+def stage_main(monkeypatch, module, *arguments):
+    """Its exit status and the seconds it took, as a process's are."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    began = time.monotonic()
+    return module.main(), time.monotonic() - began
+
+
+def no_longer_runs(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_part_of_the_smoke_that_hangs_is_named(tmp_path, monkeypatch, capsys):
+    """The others' results are printed, what it said so far too, and nothing that it started runs on."""
+    text = f"""
+case "$*" in
+  *"--part graph") echo "graph: nearly"; sleep 60 & echo $! >{tmp_path}/pid; wait ;;
+  *"--part steps") echo "no key here"; exit 3 ;;
+  *) echo "key: 5 of 5 pieces ran" ;;
+esac
+"""
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", text))
+    code, seconds = stage_main(monkeypatch, smoke, "--results", tmp_path, "--seconds", 1)
+    out = capsys.readouterr().out
+    assert code == 1 and seconds < 5
+    key = "refresh: 5 of 5 pieces ran; stages: 5 of 5 pieces ran; steps: exit status 3 after no key here"
+    assert out.splitlines()[-1] == f"key: {key}; graph: OUT OF TIME after graph: nearly"
+    assert "== graph: OUT OF TIME\ngraph: nearly" in out
+    assert (tmp_path / "smoke" / "graph.log").read_text() == "graph: nearly\n"
+    assert no_longer_runs(int((tmp_path / "pid").read_text()))
+
+
+def test_the_sanitizers_verdicts_survive_the_end_of_time(tmp_path, monkeypatch, capsys):
+    text = """
+case "$*" in
+  *memcheck*"--part refresh") echo "========= Invalid __global__ read of size 4"; sleep 60 ;;
+  *racecheck*) trap '' TERM; sleep 60 ;;
+  *"--part stages") echo "========= ERROR SUMMARY: 0 errors" ;;
+  *) echo "========= ERROR SUMMARY: 2 errors"; exit 99 ;;
+esac
+"""
+    script(tmp_path / "compute-sanitizer", text)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    code, seconds = stage_main(monkeypatch, sanitize, "--results", tmp_path, "--seconds", 1)
+    assert code == 1 and seconds < 5
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "key: memcheck refresh: OUT OF TIME, 1 errors so far; memcheck stages: ERROR SUMMARY: 0 errors; "
+        "racecheck refresh: OUT OF TIME, 0 errors so far; memcheck steps: ERROR SUMMARY: 2 errors"
+    )
+    assert "Invalid" in (tmp_path / "sanitize" / "memcheck_refresh.log").read_text()
+
+
+HANGING_TESTS = """
+import signal, time
+def test_hashes():
+    from bench.fake_driver import kernels
+    assert kernels()["due_kernel"].hash is not None
+def test_wrong(): assert 1 == 2, "off by one"
+def test_interrupted(): time.sleep(60)
+def test_deaf():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_groups_that_hang_are_unfinished(tmp_path, monkeypatch, capsys):
+    """One that Ctrl-C ends, one that it does not, and one that was not begun; what failed before is named of both."""
+    file = tmp_path / "test_hanging.py"
+    file.write_text(HANGING_TESTS)
+    groups = {
+        "slow": [str(file), "-k", "hashes or wrong or interrupted"],
+        "deaf": [str(file), "-k", "wrong or deaf"], "late": [str(file)],
+    }  # fmt: skip
+    monkeypatch.setattr(run_tests, "GROUPS", groups)
+    monkeypatch.setattr(run_tests, "AT_ONCE", 2)
+    monkeypatch.setattr(run_tests, "GRACE", 1.0)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        code, seconds = stage_main(monkeypatch, run_tests, "--results", tmp_path, "--seconds", 8)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 1 and seconds < 12
+    assert lines[-3:] == [
+        "FAILED slow: test_wrong: AssertionError: off by one",
+        "FAILED deaf: test_wrong: pytest ended before it said why",
+        "key: 1 passed, 2 failed, 0 skipped; UNFINISHED: slow (stopped in test_hanging.py::test_interrupted), "
+        "deaf (stopped in test_hanging.py::test_deaf), late (not begun)",
+    ]
+
+
+def test_the_plugin_does_nothing_without_compiled_kernels(monkeypatch):
+    called = []
+    monkeypatch.setattr(common, "same_hashes", lambda: called.append(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest_plugin.pytest_configure()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        pytest_plugin.pytest_configure()
+    assert not called
+    pytest_plugin.pytest_configure()
+    assert called
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["stages", "steps"])
 def test_what_the_smoke_compares_agrees_under_the_interpreter(tmp_path, part):
@@ -99,10 +245,10 @@ def test_every_test_that_needs_a_gpu_is_in_one_group():
 
 
 def test_junit_files_are_read(tmp_path):
-    group = run_tests.Group("a", [], tmp_path / "a.xml")
+    group = run_tests.Group("a", [], tmp_path / "a.log", junit=tmp_path / "a.xml")
     group.junit.write_text(
         '<testsuites><testsuite><testcase name="x"/><testcase name="y"><failure message="off by 2&#10;more"/></testcase>'
-        '<testcase name="z"><skipped message="no GPU"/></testcase></testsuite></testsuites>'
+        '<testcase name="z"><skipped message="no GPU"/></testcase><testcase time="0.0"/></testsuite></testsuites>'
     )
     run_tests.read(group)
     assert group.counts == {"passed": 1, "failed": 1, "skipped": 1}

@@ -2,14 +2,15 @@
 
     python -m bench.first_hour.run_tests [--device cpu --quick]
 
-What is listed holds tests that skip only for want of a GPU; the first are those that the others rest on. junit files lie in the
-results; what failed is printed with its first line.
+What is listed holds tests that skip only for want of a GPU; the first are those that the others rest on. junit files and logs
+lie in the results; what failed is printed with its first line. A group that was stopped, or not begun, is unfinished: the key
+line names it, with the test that it was in.
 """
 
 from __future__ import annotations
 
+import re
 import signal
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .common import make_parser, say_key
+from .common import deadline, make_parser, say_key
+from .side_by_side import Part, kill, none_left_behind, still_running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = 6
@@ -44,46 +46,58 @@ GROUPS: dict[str, list[str]] = {
 QUICK_GROUPS = ("refresh", "overlap")
 
 
+# With -v the log names the test that runs, and what became of those before it
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.first_hour.pytest_plugin"]
+VERDICT = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.M)
+BEGUN = re.compile(r"^(?:\S+/)?(\w+\.py::.+?)\s*$", re.M)
+COUNTED_AS = {"PASSED": "passed", "XPASS": "passed", "SKIPPED": "skipped", "XFAIL": "skipped"}
+GRACE = 4.0  # seconds for all groups that were interrupted to write their junit files
+
+
 @dataclass
-class Group:
+class Group(Part):
     """A pytest process, from its place in the queue to its end."""
 
-    name: str
-    arguments: list[str]
-    junit: Path
-    process: subprocess.Popen | None = None
+    junit: Path = Path()
+    began: float = 0.0
     seconds: float = 0.0
-    stopped: bool = False
     counts: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    at: str = ""  # the test during which it was stopped
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        log = self.junit.with_suffix(".log").open("w")
-        self.process = subprocess.Popen(
-            [*command, f"--junitxml={self.junit}", *self.arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-        )
-        self.seconds = time.monotonic()
-
-    def stop(self) -> None:
-        """As Ctrl-C does, upon which pytest writes its junit file; a process that the GPU keeps waiting is killed."""
-        self.stopped = True
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        super().start()
+        self.began = time.monotonic()
 
     def end(self) -> None:
-        self.seconds = time.monotonic() - self.seconds
-        if self.junit.exists():
+        self.seconds = time.monotonic() - self.began
+        try:
             read(self)
+        except (OSError, ElementTree.ParseError):  # it was killed, or ended otherwise before it wrote one
+            read_log(self)
+        if self.code not in (0, 1):
+            begun = BEGUN.findall(VERDICT.sub("", self.output))
+            self.at = begun[-1] if begun else ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its tests ran: pytest's other exit statuses are interruptions, errors of its own and no tests at all."""
+        return not self.stopped and self.code in (0, 1)
+
+    @property
+    def how(self) -> str:
+        how = "not begun" if self.process is None else "stopped" if self.stopped else f"exit status {self.code}"
+        return f"{how} in {self.at}" if self.at else how
 
     def __str__(self) -> str:
         said = ", ".join(f"{number} {what}" for what, number in self.counts.items() if number)
-        how = "stopped" if self.stopped else f"exit status {self.process.returncode}" if self.process else "not begun"
-        return f"{self.name}: {said or 'no results'} ({how}, {self.seconds:.0f} s)"
+        return f"{self.name}: {said or 'no results'} ({self.how}, {self.seconds:.0f} s)"
+
+
+def group_of(name: str, folder: Path) -> Group:
+    junit = (folder / f"{name}.xml").resolve()
+    command = [*PYTEST, f"--junitxml={junit}", *GROUPS[name]]
+    return Group(name, command, junit.with_suffix(".log"), directory=ROOT, junit=junit)
 
 
 def read(group: Group) -> None:
@@ -95,6 +109,8 @@ def read(group: Group) -> None:
             counts["failed"] += 1
             message = (problem.get("message") or "").strip().splitlines()
             group.failures.append(f"{case.get('name')}: {message[0][:200] if message else problem.tag}")
+        elif not case.get("name"):
+            pass  # what pytest writes of a test that it was interrupted in
         elif any(child.tag == "skipped" for child in case):
             counts["skipped"] += 1
         else:
@@ -102,24 +118,52 @@ def read(group: Group) -> None:
     group.counts = counts
 
 
+def read_log(group: Group) -> None:
+    """The same from what pytest printed, which does not say yet why a test failed."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for test, verdict in VERDICT.findall(group.output):
+        what = COUNTED_AS.get(verdict, "failed")
+        counts[what] += 1
+        if what == "failed":
+            group.failures.append(f"{test.split('::', 1)[1]}: pytest ended before it said why")
+    group.counts = counts
+
+
+def interrupt(groups: list[Group]) -> None:
+    """As Ctrl-C does, upon which pytest writes its junit file; processes that the GPU keeps waiting are killed."""
+    for group in groups:
+        group.stopped = True
+        group.process.send_signal(signal.SIGINT)
+    wait_for(groups, time.monotonic() + GRACE)
+    kill(groups)
+
+
+def ended(running: list[Group]) -> list[Group]:
+    """Say what came of those that have ended; the others."""
+    still = still_running(running)
+    for group in running:
+        if group not in still:
+            group.end()
+            print(group, flush=True)
+    return still
+
+
 def run(groups: list[Group], deadline: float) -> None:
-    """Six at a time until the deadline; then the rest is stopped."""
+    """Six at a time until the deadline; then those that run are stopped, all at once, and the rest is not begun."""
+    # Who was started in the background of a script ignores SIGINT, and so would all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     queue, running = list(groups), []
-    while queue or running:
+    with none_left_behind(groups):
+        while (queue or running) and time.monotonic() < deadline:
+            while queue and len(running) < AT_ONCE:
+                running.append(queue.pop(0))
+                running[-1].start()
+            time.sleep(0.1)
+            running = ended(running)
+        interrupt(running)
         for group in running:
-            late = time.monotonic() > deadline
-            if late and group.process.poll() is None:
-                group.stop()
-            if group.process.poll() is not None:
-                group.end()
-                print(group, flush=True)
-        running = [group for group in running if group.process.returncode is None]
-        if time.monotonic() > deadline:
-            queue = []
-        while queue and len(running) < AT_ONCE:
-            running.append(queue.pop(0))
-            running[-1].start()
-        time.sleep(0.1)
+            group.end()
+            print(group, flush=True)
 
 
 def failures(groups: list[Group]) -> Iterator[str]:
@@ -132,16 +176,15 @@ def main() -> int:
     parser = make_parser("run_tests", __doc__)
     arguments = parser.parse_args()
     folder = arguments.results / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
     names = QUICK_GROUPS if arguments.quick else GROUPS
-    groups = [Group(name, GROUPS[name], (folder / f"{name}.xml").resolve()) for name in names]
-    run(groups, time.monotonic() + arguments.seconds)
+    groups = [group_of(name, folder) for name in names]
+    run(groups, deadline(arguments))
     for line in failures(groups):
         print(f"FAILED {line}")
     total = {what: sum(group.counts.get(what, 0) for group in groups) for what in ("passed", "failed", "skipped")}
-    unfinished = [group.name for group in groups if not group.counts]
+    unfinished = [f"{group.name} ({group.how})" for group in groups if not group.finished]
     said = ", ".join(f"{number} {what}" for what, number in total.items())
-    say_key(said + (f"; without results: {', '.join(unfinished)}" if unfinished else ""))
+    say_key(said + (f"; UNFINISHED: {', '.join(unfinished)}" if unfinished else ""))
     return 1 if total["failed"] or unfinished else 0
 
 

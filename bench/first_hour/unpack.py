@@ -10,8 +10,8 @@ What makes a kernel miss Triton's cache. A kernel's key (triton.compiler.compile
 - Triton itself: every file of its compiler, language and backends, and libtriton.so, byte by byte: the same wheel;
 - the kernel's source with the line that it begins at, the same of every function that it calls, and the values of the
   tl.constexpr that these name (so that an edited comment above a kernel, or another launch.TILES, compiles everything again);
-- in Triton 3.6, which kernels the process hashed before it (common.same_hashes): tests whose first step is of another kind
-  compile for themselves;
+- in Triton 3.6, which kernels the process hashed before it: common.same_hashes hashes them all in one order, in the tests too
+  (pytest_plugin.py);
 - types, alignments and constants of its arguments; options (warps, stages; the bytes of libdevice);
 - ``ptxas --version`` and the compute capability: TRITON_PTXAS_PATH in the environment counts, first_hour.sh takes it away;
 - environment variables: DISABLE_LLVM_OPT, TRITON_DISABLE_LINE_INFO, TRITON_DEFAULT_FP_FUSION and the like.
