@@ -5,24 +5,24 @@
 #     bash bench/first_hour.sh smoke sweep      these stages alone (after unpack and build)
 #     bash bench/first_hour.sh --dry            on a machine without a GPU: every stage's code with pretended launches, tiny
 #
-# For a machine with a GPU and no network: run bench/first_hour_prepare.sh before, elsewhere, copy this tree and the ignored folder
-# .first_hour to it, and run the first command above there.
+# For a machine with a GPU and no network: run bench/first_hour_prepare.sh before, elsewhere, copy this tree and the ignored
+# folder .first_hour to it, and run the first command above there.
 #
-# Time: every stage is a process of its own under `timeout`; none that fails or hangs keeps the next from running. Its limit is the
-# smaller of its own, below, and what is left of FIRST_HOUR_SECONDS, counted from the start of this script, so that the whole ends
-# in time whatever is slow: the limits add up to more, but where all was prepared unpack, build and report take 20 s of their 155.
-# A stage that would have less than 8 s is "skipped: no time left". Stages with parts stop these 10 s before their limit (a third
-# of it below 30 s), all together, and still say what became of each.
+# Time: every stage is a process of its own under `timeout`; none that fails or hangs keeps the next from running. Its limit
+# is the smaller of its own, below, and what is left of FIRST_HOUR_SECONDS, counted from the start of this script, so that the
+# whole ends in time whatever is slow: the limits add up to more, but where all was prepared unpack, build and report take 20
+# s of their 155. A stage that would have less than 8 s is "skipped: no time left". Stages with parts stop these 10 s before
+# their limit (a third of it below 30 s), all together, and still say what became of each.
 #
-# What remains: a stage's output goes to $OUT/NAME.log while it runs. That of its parts (of smoke, tests and sanitizer) goes to
-# files of their own, which with the CSV files and the logs of the stages before are packed into $OUT/results.tar.gz, anew after
-# each stage and every 10 s while one runs. So whenever the machine is lost, at most 3 files lie in $OUT, with all that was said
-# until then but for the last 10 s of such parts. $OUT/summary.txt has a line for each stage that has ended; it is printed at the
-# end. (Without OUT a temporary folder is made, and named.)
+# What remains: a stage's output goes to $OUT/NAME.log while it runs. That of its parts (of smoke, tests and sanitizer) goes
+# to files of their own, which with the CSV files and the logs of the stages before are packed into $OUT/results.tar.gz, anew
+# after each stage and every 10 s while one runs. So whenever the machine is lost, at most 3 files lie in $OUT, with all that
+# was said until then but for the last 10 s of such parts. $OUT/summary.txt has a line for each stage that has ended; it is
+# printed at the end. (Without OUT a temporary folder is made, and named.)
 #
-# Environment: OUT, FIRST_HOUR_PYTHON (default: python3), TRITON_CACHE_DIR, FIRST_HOUR_SECONDS (default: 460; with --dry ten hours,
-# and 600 s for each stage). FIRST_HOUR_ALL=1 with --dry: all kernels that the stages take on a GPU, as first_hour_prepare.sh wants
-# them, and an hour for each stage.
+# Environment: OUT, FIRST_HOUR_PYTHON (default: python3), TRITON_CACHE_DIR, FIRST_HOUR_SECONDS (default: 460; with --dry ten
+# hours, and 600 s for each stage). FIRST_HOUR_ALL=1 with --dry: all kernels that the stages take on a GPU, as
+# first_hour_prepare.sh wants them, and an hour for each stage.
 #
 # It has not been run on a GPU yet.
 set -u
@@ -118,8 +118,8 @@ stage() {
   esac
   key=$(grep '^key: ' "$log" | tail -n 1 | cut -c6-)
   [ -n "$key" ] || key="says last: $(tail -n 1 "$log" | cut -c1-200)"
-  printf '%s: %s (exit %d, %s of %d s, %d kernels new in the cache) %s\n' "$name" "$verdict" "$code" "$(seconds_since "$began")" \
-    "$limit" "$(($(kernels) - before))" "$key" | tee -a "$SUMMARY"
+  printf '%s: %s (exit %d, %s of %d s, %d kernels new in the cache) %s\n' "$name" "$verdict" "$code" \
+    "$(seconds_since "$began")" "$limit" "$(($(kernels) - before))" "$key" | tee -a "$SUMMARY"
   mv "$log" "$WORK/packed/logs/"
   cp "$SUMMARY" "$WORK/packed/"
   pack
