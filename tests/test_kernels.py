@@ -83,7 +83,7 @@ def test_what_is_aligned_is_read_and_written_in_vectors():
     assert len(rows) == 2 * 3 * 11
     for row in rows:
         by_program = 32 * int(row["warps"]) * 16  # bytes that one instruction of all threads moves
-        if row["grad"] in ("", "float32"):
+        if row["grad"] in ("", "float32") and int(row["warps"]) < 16:  # (16 warps have 8 bytes of an operand for each thread)
             operands = 2 * 64 * int(row["deep"]) * 4
             assert int(row["copies_16"]) * by_program >= 2 * int(row["stages"]) * operands, row
         product = 64 * 64 * 4
