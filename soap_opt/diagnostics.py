@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from . import _ext
 from .checkpoint import state_dtype
 from .functional import use_fused
-from .fused_cuda import scratch_bytes
+from .fused_cuda import pieces_of, scratch_bytes
 from .options import LAYOUT_OPTIONS, REFUSED, check_options, step_kind
 from .plan import Layout, layout_of, memory_order, scratch_numel
 from .refresh import complete_offsets, unit_flops
@@ -193,6 +192,7 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
             kept += kept_bytes(layouts, none, 1, True)  # a graph's scratch is its own
     steps = [0]
     for (*_, limit), of_groups in together.items():
-        whole = scratch_bytes([layout for layouts in of_groups for layout in layouts], sys.maxsize)
-        steps += [whole] if whole <= limit else [scratch_bytes(layouts, limit) for layouts in of_groups]
+        whole = [layout for layouts in of_groups for layout in layouts]
+        one_call = len(pieces_of(tuple(whole), limit)) == 1
+        steps += [scratch_bytes(layouts, limit) for layouts in ([whole] if one_call else of_groups)]
     return max(steps) + kept

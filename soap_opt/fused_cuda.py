@@ -188,7 +188,7 @@ def is_recording(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _pieces(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
+def pieces_of(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
     """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
     more; one that is too large for int32 offsets alone."""
     pieces: list[list[int]] = [[]]
@@ -207,7 +207,7 @@ def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
     """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and of each piece
     its tables, the partial sums of split Grams and Kronecker products."""
     buffers, plans = 0, 0
-    for piece in _pieces(tuple(layouts), limit):
+    for piece in pieces_of(tuple(layouts), limit):
         if piece and not is_too_large(layouts[piece[0]]):
             of_piece, kinds, none = [layouts[i] for i in piece], ["float32"] * len(piece), [False] * len(piece)
             plans += make_tables(of_piece, kinds, kinds, none, none, [0] * len(piece)).nbytes
@@ -254,7 +254,7 @@ def fused_cuda_soap(
         "found_inf": found_inf, "precision": precision, "overlap": overlap, "capturable": capturable,
         "scratch_limit": scratch_limit,
     }  # fmt: skip
-    pieces = _pieces(tuple(layouts), scratch_limit)
+    pieces = pieces_of(tuple(layouts), scratch_limit)
     if len(pieces) > 1 or is_too_large(layouts[0]):
         columns = (params, grads, exp_avgs, exp_avg_sqs)
         matrices = [by_parameter(column, layouts) for column in (grams, bases, refresh_offsets)]

@@ -184,4 +184,4 @@ def test_matrices_beyond_int32_offsets_are_not_for_the_kernels():
 
     small, wide, long = layouts_of([(6, 5), (50000, 2), (1 << 16, 1 << 15)], max_precond_dim=60000)
     assert [launch.is_too_large(layout) for layout in (small, wide, long)] == [False, True, True]
-    assert fused_cuda._pieces((small, wide, small, small, long), sys.maxsize) == [[0], [1], [2, 3], [4]]
+    assert fused_cuda.pieces_of((small, wide, small, small, long), sys.maxsize) == [[0], [1], [2, 3], [4]]
