@@ -159,6 +159,7 @@ def test_a_closure_is_part_of_the_graph():
     assert counter.frame_count >= 1
 
 
+@pytest.mark.slow
 def test_what_a_grad_scaler_leaves_reaches_the_operator():
     plain, fast = (SoapRun(random_params(SHAPES), **OPTIONS) for _ in range(2))
     step, _ = compiled(fast.optimizer)

@@ -299,6 +299,7 @@ report({"name": name, "start": start, "end": time.monotonic()})
 """
 
 
+@pytest.mark.slow
 def test_one_after_the_other_and_none_for_ever(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
 

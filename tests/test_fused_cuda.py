@@ -36,6 +36,7 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_import_neither_needs_nor_waits_for_triton():
     code = "import sys; sys.modules['triton'] = None; import soap_opt; print(soap_opt._ext.unavailable('cuda'))"
     assert "Triton kernels do not load" in run_python(code)

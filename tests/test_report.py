@@ -65,6 +65,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_an_install_without_the_engine_works_and_says_so(tmp_path):
     text = without_engine(tmp_path, TRAIN)
     assert "cpu: active implementation: multi tensor" in text

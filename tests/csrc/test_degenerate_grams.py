@@ -138,7 +138,13 @@ def test_the_specification(dtype):
         assert eigenbasis.is_orthogonal(new.basis), name
 
 
-@pytest.mark.parametrize("limit", (SHARED_LIMITS["sm_90"], SMALL_DEVICE), ids=("sm_90", "small device"))
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(SHARED_LIMITS["sm_90"], id="sm_90"),
+        pytest.param(SMALL_DEVICE, id="small device", marks=pytest.mark.slow),
+    ],
+)
 def test_the_cuda_kernels(fibers, limit):
     fibers.configure(1, limit)
     check_operator(fibers.refresh_basis_, (1, 2, 7, 16, 31, 32, 33, 60), torch.float32, 25)

@@ -276,6 +276,7 @@ def test_small_images_have_no_ms_ssim(image):
 # ---- quickstart ----
 
 
+@pytest.mark.slow
 def test_quickstart(examples):
     source = (examples / "quickstart.py").read_text()
     code = [line for line in source.splitlines() if line.strip() and not line.startswith(('"""', "#"))]

@@ -145,6 +145,7 @@ def test_resume_with_more_steps(tmp_path, photos, schedule):
     assert [row["split"] for row in metrics(short)].count("bitstream") == 1
 
 
+@pytest.mark.slow
 def test_compare(tmp_path, photos, capsys):
     folder = tmp_path / "run"
     options = [*TINY, "--dataset", str(photos), "--steps", "20", "--eval-every", "10", "--save", str(folder)]
@@ -171,6 +172,7 @@ def test_compare(tmp_path, photos, capsys):
     assert "resume the checkpoint.pth.tar beside it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "other"), [("soap", "adam"), ("sgd", None)])
 def test_the_implementation_belongs_to_the_run(tmp_path, photos, capsys, optimizer, other):
     """Both optimizers get it, the checkpoint keeps it, and a resumed run goes on with it."""
@@ -189,6 +191,7 @@ def test_the_implementation_belongs_to_the_run(tmp_path, photos, capsys, optimiz
     assert "--fused True differs from the checkpoint's False" in message
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_there_was_a_choice(tmp_path, photos):
     folder = tmp_path / "run"
     assert train_lic.main([*TINY, "--dataset", str(photos), "--steps", "2", "--save", str(folder)]) == 0
