@@ -24,8 +24,8 @@ RUNS += [("slow", path.name) for path in FILES if path.name != LONG]
 RUNS += [("slow", f"{LONG}::{name}") for name in re.findall(r"^def (test_\w+)", FILES[0].with_name(LONG).read_text(), re.M)]
 
 
-# The quick loop runs the quick tests of whole steps alone, which are 40 seconds; the other files' are 60 more.
-QUICK = ("not slow", "test_whole_steps.py")
+# The quick loop runs each kernel alone, which takes 10 seconds; the other files' quick tests are minutes.
+QUICK = ("not slow", "test_stages.py")
 
 
 def interpreter_fails() -> bool:
