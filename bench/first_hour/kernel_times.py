@@ -92,7 +92,7 @@ def others(events: Sequence[Event], steps: int, named: Sequence[str] = OURS) -> 
 
 
 def kernel_of(launch: str) -> str:
-    return f"{'project' if launch == 'back' else launch}_kernel"
+    return f"{cuda_model.kernel_of(launch)}_kernel"
 
 
 def stepper_of(problem: Problem, device: str) -> TimedStepper:

@@ -4,23 +4,18 @@ tests/test_kernels.py starts one; by hand, ``TRITON_INTERPRET=1 python -m pytest
 import os
 
 import pytest
-import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 
 @pytest.fixture
-def fused_on_cpu(monkeypatch):
+def fused_on_cpu():
     """``fused=True`` on CPU tensors takes the Triton path."""
-    from soap_opt import _ext, functional, soap, work
+    from bench.fake_driver import triton_path_on_cpu
 
-    for module in (functional, soap, work):
-        monkeypatch.setattr(module, "runs_triton", lambda exp_avg: exp_avg.dtype == torch.float32)
-    monkeypatch.setattr(
-        functional, "all_on_cpu", lambda tensors: False
-    )  # first gradients as on CUDA, without the C++ operators
-    monkeypatch.setattr(_ext, "unavailable", lambda device_type: None)
+    with triton_path_on_cpu():
+        yield
 
 
 @pytest.fixture
