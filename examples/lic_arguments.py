@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from lic_checkpoint import read_checkpoint
 from lic_data import InputError
 from lic_models import DEFAULT_M, DEFAULT_N, image_models, model_widths
-from lic_training import IMPLEMENTATIONS, OPTIMIZERS, read_checkpoint
+from lic_training import IMPLEMENTATIONS, OPTIMIZERS
 
 CHECKPOINT = "checkpoint.pth.tar"
 LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "sgd": 1e-2}

@@ -3,7 +3,6 @@
 import inspect
 import math
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -249,14 +248,3 @@ class Run:
         model.load_state_dict({key: value.cpu() for key, value in self.model.state_dict().items()})
         model.update(force=True)
         return model.eval()
-
-
-def read_checkpoint(path: Path) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot read the checkpoint {path}: {reason}") from error
-    if not isinstance(state, dict) or not {"options", "optimizer_name", "history"} <= state.keys():
-        raise InputError(f"{path} is not a checkpoint of this script")
-    return state

@@ -19,11 +19,12 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 
 # ruff: noqa: E402
 from lic_arguments import CHECKPOINT, LEARNING_RATES, STEPS, make_parser, parse_options
+from lic_checkpoint import read_checkpoint
 from lic_data import InputError, RandomCrops, centre_crop, find_dataset, read_image
 from lic_evaluation import MS_SSIM_SIDE, code_image, jpeg_at, mean_results, psnr, to_float, write_eval_json
 from lic_models import build_model, downsampling_factor
 from lic_plots import plot_curves, plot_reconstructions
-from lic_training import OPTIMIZERS, Run, StopRequest, describe, read_checkpoint
+from lic_training import OPTIMIZERS, Run, StopRequest, describe
 from torch import Tensor
 from tqdm import tqdm
 

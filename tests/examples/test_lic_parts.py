@@ -13,6 +13,7 @@ import lic_training
 import pytest
 import torch
 from compressai.entropy_models import EntropyModel
+from lic_checkpoint import read_checkpoint
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -175,9 +176,9 @@ def test_resume_is_exact(tmp_path, files, image, optimizer):
     train(lic_training.Run(OPTIONS, optimizer, 1e-3), 12, tmp_path / "half")
     resumed = lic_training.Run(OPTIONS, optimizer, 1e-3)
     torch.rand(17)  # the noise goes on where the checkpoint says, not where this process stands
-    resumed.load(lic_training.read_checkpoint(tmp_path / "half"))
+    resumed.load(read_checkpoint(tmp_path / "half"))
     train(resumed, 24, tmp_path / "rest")
-    a, b = (lic_training.read_checkpoint(tmp_path / name) for name in ("whole", "rest"))
+    a, b = (read_checkpoint(tmp_path / name) for name in ("whole", "rest"))
     for key in ("state_dict", "lr_scheduler", "rng"):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
     for key in ("optimizer", "aux_optimizer"):
