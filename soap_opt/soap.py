@@ -31,6 +31,7 @@ from .options import (
 from .overlap import Overlap
 from .parameters import LARGE_MODE, LONG_FIRST_STEP, check_params, describe_place, first_step_seconds, is_dataless
 from .plan import Layout, layout_of, memory_order, outside_modes
+from .precondition import precondition
 from .refresh import complete_offsets, unit_flops
 from .skipped import Skipped, Skips, users_stacklevel
 from .work import Work, check_capture, keep_on_host, together
@@ -357,6 +358,41 @@ class SOAP(Optimizer):
         or written by hand; step, state_dict, load_state_dict, deepcopy and pickle do it themselves.
         """
         self._overlap.wait()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def precondition(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """What the present state makes of given gradients, without momentum: the direction that the step subtracts lr times.
+
+        ``U = c ((G x_1 Q_1 ... x_k Q_k) / (sqrt(v) + eps)) x_1 Q_1^T ... x_k Q_k^T`` with ``c = sqrt(1 - b2^t)`` (1 if not
+        correct_bias), with v, Q_i and t as they are. Linear in G, so that the parts of a loss can be looked at one by one and
+        add up. (A step with ``betas[0] = 0`` moves its parameters by ``-lr U``, with the v that has already taken G in.)
+        Nothing is changed: no parameter, no state, no count. As the step does, it changes G's sign with ``maximize`` and with
+        ``normalize_grads`` divides U by its root mean square (which is not linear any more). Left out are weight decay, the
+        clipping of ``max_grad_norm``, and the look at whether G is finite: the update of a NaN is NaN.
+
+        Args:
+            grads: for each parameter, in the order of ``param_groups``, a tensor of its shape and any real dtype, or None; what
+                ``torch.autograd.grad(loss, params, allow_unused=True)`` returns. Scaled ones (GradScaler) give scaled updates.
+
+        Returns:
+            For each parameter a new tensor of its shape in the state's dtype (float32, or float64 for float64 parameters), or
+            None where there is no gradient, and where there is no v to divide by yet: before a parameter's second usable
+            gradient.
+
+        Raises:
+            ValueError: another number of gradients than of parameters, or a gradient of another shape; options that shape the
+                state were changed under it.
+            TypeError: something else than a sequence of tensors and None.
+            RuntimeError: a sparse gradient.
+
+        .. code-block:: python
+
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            grads = torch.autograd.grad(rate, params, retain_graph=True, allow_unused=True)
+            updates = optimizer.precondition(grads)
+        """
+        return precondition(self, grads)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
 

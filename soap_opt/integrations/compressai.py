@@ -6,10 +6,37 @@
 >>> optimizers = net_aux_optimizer(net, conf)  # doctest: +SKIP
 
 ``net_aux_optimizer`` keeps the entropy bottlenecks' ``.quantiles`` apart; they stay with the auxiliary Adam.
+
+:func:`latents` says to :class:`soap_opt.diagnostics.OutlierMeter` where a model's y and z are.
 """
 
+from __future__ import annotations
+
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from compressai.registry import register_optimizer
+from torch import nn
 
 from soap_opt.soap import SOAP
 
 register_optimizer("SOAP")(SOAP)
+
+
+def latents(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Where the latents are, as :class:`~soap_opt.diagnostics.OutlierMeter` takes it: ``OutlierMeter(net, **latents(net))``.
+
+    y is the output of ``g_a`` where the model has one, as all of CompressAI's image models do, else the input of its only
+    Gaussian conditional (a model that codes y in slices has it seen slice by slice there). z is the input of the entropy
+    bottleneck, if y has a Gaussian conditional: in a factorized prior the bottleneck's input is y itself. Several are called
+    after their modules, "z (name)".
+    """
+    of_kind = [
+        [name for name, module in model.named_modules() if isinstance(module, kind)]
+        for kind in (GaussianConditional, EntropyBottleneck)
+    ]
+    conditionals, bottlenecks = of_kind
+    outputs = {"y": "g_a"} if isinstance(getattr(model, "g_a", None), nn.Module) else {}
+    inputs: dict[str, str] = {}
+    for label, names in (("y", [] if outputs else conditionals), ("z" if conditionals else "y", bottlenecks)):
+        if not (label == "y" and outputs):
+            inputs |= {label if len(names) == 1 else f"{label} ({name})": name for name in names}
+    return {"outputs": outputs, "inputs": inputs}

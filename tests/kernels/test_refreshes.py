@@ -10,7 +10,7 @@ from comparison import SoapRun, needs_engine, random_gradients, random_params, r
 from lockstep import OPTIONS, QUICK_AND_SLOW, lockstep
 
 from soap_opt import fused_cuda, refresh_cuda
-from soap_opt.diagnostics import _scratch_on_cuda
+from soap_opt.diagnostics.memory import _scratch_on_cuda
 from soap_opt.overlap import Overlap
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")

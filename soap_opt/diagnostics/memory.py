@@ -1,4 +1,4 @@
-"""Reads only: what an optimizer holds and what it will hold."""
+"""What an optimizer holds and what it will hold."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ext
-from .checkpoint import state_dtype
-from .functional import use_fused
-from .fused_cuda import pieces_of, scratch_bytes
-from .options import LAYOUT_OPTIONS, REFUSED, check_options, step_kind
-from .plan import Layout, layout_of, memory_order, scratch_numel
-from .refresh import complete_offsets, unit_flops
-from .refresh_cuda import kept_bytes
-from .soap import SOAP
+from .. import _ext
+from ..checkpoint import state_dtype
+from ..functional import use_fused
+from ..fused_cuda import pieces_of, scratch_bytes
+from ..options import LAYOUT_OPTIONS, REFUSED, check_options, step_kind
+from ..plan import Layout, layout_of, memory_order, scratch_numel
+from ..refresh import complete_offsets, unit_flops
+from ..refresh_cuda import kept_bytes
+from ..soap import SOAP
+from .table import named_parameters
 
 # Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
 THREADED_SIZE = 512
@@ -133,16 +134,12 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
 def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, list[int]] | None) -> MemoryReport:
     """offsets: of each parameter's modes; None balances them over the one group."""
     report = MemoryReport()
-    index = 0
+    names = (name for name, _, _ in named_parameters(groups))
     scratch: dict[torch.dtype, int] = {}
     on_cuda: list[tuple[dict[str, Any], list[Layout]]] = []
     for group in groups:
         layouts: dict[torch.dtype, list[Layout]] = {}
-        for place, param in enumerate(group["params"]):
-            name = group["param_names"][place] if "param_names" in group else str(index)
-            if name in report.shapes:  # groups may share names: an encoder's and a decoder's
-                name = f"{name} ({index})"
-            index += 1
+        for param, name in zip(group["params"], names):  # (in this order: the shorter one ends it)
             report.shapes[name] = tuple(param.shape)
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
             layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
