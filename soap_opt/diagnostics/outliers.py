@@ -66,7 +66,7 @@ class Moments:
             return
         if x.device.type == "mps":  # has no float64
             x = x.cpu()
-        squared = x.detach().double().square_()
+        squared = x.detach().double().square()  # (of a float64 x, double() is x itself)
         if not bool(squared.sum().isfinite()):
             finite = x.isfinite()
             self.not_finite += int((~finite).sum())
@@ -74,7 +74,7 @@ class Moments:
             self.count -= int((~finite).sum())
             self.bins[0] -= int((~finite).sum())
         self.count += x.numel()
-        channels = squared.movedim(dim, 0).flatten(1).sum(1) if x.dim() else squared.reshape(1)
+        channels = squared.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1) if x.dim() else squared.reshape(1)
         if self.channel_squares is None:
             self.channel_squares = torch.zeros(len(channels), dtype=torch.float64)
         if len(channels) == len(self.channel_squares):
