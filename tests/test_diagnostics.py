@@ -1,4 +1,7 @@
-"""memory_report counts what an optimizer holds, and foretells what it will hold."""
+"""memory_report counts what an optimizer holds, and foretells what it will hold. And the README's example runs."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +141,15 @@ def test_options_are_checked_as_soap_checks_them():
 
 def test_an_installed_version_is_known():
     assert soap_opt.__version__.count(".") == 2
+
+
+def test_the_readme_s_example_runs(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"### Diagnostics\n.*?```python\n(.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(example, names)
+    printed = capsys.readouterr().out
+    assert [row["step"] for row in names["meter"].records] == [5, 10, 15, 20]
+    assert all(-1 <= row[name] <= 1 for row in names["meter"].records for name in ("raw", "preconditioned", "between_steps"))
+    for column in ("between_steps", "max_over_median", "off_diagonal"):
+        assert column in printed

@@ -196,6 +196,16 @@ def test_order_and_cuts_make_no_difference():
         assert row == pytest.approx(rows[0], rel=1e-12)
 
 
+def test_inference_mode_before_and_after():
+    net, x = nn.Linear(4, 3), torch.randn(50, 4)
+    with OutlierMeter(net, [""]) as meter:
+        for mode in (True, False, True):
+            with torch.inference_mode(mode):
+                net(x)
+    assert_agrees(meter.table()[0], [net(x).detach()] * 3, -1)
+    assert meter.table()[0]["layer"] == "(model)"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_outputs_are_only_read(dtype):
     x = torch.randn(3, 4).to(dtype)

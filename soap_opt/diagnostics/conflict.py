@@ -121,6 +121,9 @@ class ConflictMeter:
     gradients while it lasts; and in that step and the one before it a copy of the parameters each. The column "seconds" says
     what it came to. Between measurements it costs and holds nothing.
 
+    A model under ``torch.compile`` gives its graph's memory away in the first backward pass: to keep graphs there, set
+    ``torch._functorch.config.donated_buffer = False`` before it is compiled.
+
     *Scales cancel*: it makes no difference what a loss is multiplied by, so rate and distortion need no lambda, and with
     GradScaler pass ``scaler.scale(rate)`` and so on, that float16's backward pass does not lose them. (A gradient may not be
     linear in its loss: CompressAI's LowerBound lets it through by its sign, so that parts need not add up to the whole there.)
@@ -188,6 +191,7 @@ class ConflictMeter:
         """Whether the coming step is to be measured and has not been yet."""
         return self._within is None and self._is_due(self.step + 1)
 
+    @torch._disable_dynamo
     def measure(self, *losses: Tensor) -> None:
         """Measure the conflict of these losses in the coming step; to be called before their graph is freed.
 
@@ -260,6 +264,7 @@ class ConflictMeter:
                 torch.accelerator.synchronize(device)
         return time.perf_counter()
 
+    @torch._disable_dynamo
     def _before_step(self) -> None:
         coming = self.step + 1
         if self._is_due(coming) or self._is_due(coming + 1):
@@ -271,6 +276,7 @@ class ConflictMeter:
             }
             self._seconds += time.perf_counter() - started
 
+    @torch._disable_dynamo
     def _after_step(self) -> None:
         self.step += 1
         before, last, within = self._before, self._last, self._within

@@ -76,13 +76,15 @@ class Moments:
         self.count += x.numel()
         channels = squared.movedim(dim, 0).reshape(x.shape[dim], -1).sum(1) if x.dim() else squared.reshape(1)
         if self.channel_squares is None:
-            self.channel_squares = torch.zeros(len(channels), dtype=torch.float64)
+            with torch.inference_mode(False):  # a tensor made under inference mode could not be added to afterwards
+                self.channel_squares = torch.zeros(len(channels), dtype=torch.float64)
         if len(channels) == len(self.channel_squares):
             self.channel_squares += channels.cpu()
         else:
             self.channels_differ = True
         self.squares += float(channels.sum())
         self.fourths += float(squared.square_().sum())
+        del squared
         magnitudes = x.detach().abs().to(torch.float32).flatten()
         self.largest = max(self.largest, float(magnitudes.max()))
         self.bins += torch.bincount(magnitudes.view(torch.int32) >> BIN_BITS, minlength=BINS).cpu()
@@ -153,9 +155,9 @@ class OutlierMeter:
     of 6 sigma. NaN where a layer saw nothing, or zeros alone; an image of another number of channels leaves
     ``kurtosis_channels`` NaN.
 
-    A measured forward pass takes longer (a float64 copy of one output at a time, a histogram); 256 KiB are held for each
-    layer. The model is not changed, nor put into eval mode. A model that torch.compile compiled before does not call the
-    hooks: measure the module that was compiled.
+    A measured forward pass takes longer, by about half on a CPU, and some 20 bytes for each value of one output at a time;
+    256 KiB are held for each layer. The model is not changed, nor put into eval mode. A model that torch.compile compiled
+    before does not call the hooks: measure the module that was compiled.
 
     Args:
         model: any module.
