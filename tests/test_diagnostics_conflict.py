@@ -354,6 +354,16 @@ def test_without_measure_steps_are_compared_all_the_same():
         assert math.isnan(record["raw"]) and -1 <= record["between_steps"] <= 1
 
 
+def test_parameters_are_copied_for_the_measured_step_and_the_one_before_it_alone():
+    net = Net()
+    optimizer = OPTIMIZERS["Adam"](net.parameters())
+    meter, copied = ConflictMeter(optimizer, every=4), []
+    optimizer.register_step_pre_hook(lambda *_: copied.append(meter._before is not None))  # after the meter's
+    for _ in range(8):
+        optimizer.step()
+    assert copied == [False, False, True, True] * 2
+
+
 def test_a_step_that_is_not_due_may_be_measured():
     meter = quadratic(lambda k: ([1.0, 0.0], [1.0, 1.0]), 1, every=10)
     param = meter.optimizer.param_groups[0]["params"][0]
