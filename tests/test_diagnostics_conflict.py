@@ -314,6 +314,16 @@ def test_groups_count_by_their_learning_rates():
     assert math.isnan(meter.records[1]["between_steps"])  # nothing moved
 
 
+def test_a_group_that_does_not_learn_has_no_part_in_the_model_s_updates():
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [params[0]], "lr": 1.0}, {"params": [params[1]], "lr": 0.0}])
+    meter = ConflictMeter(optimizer, every=1)
+    meter.measure(params[0][0] + params[1].sum(), params[0].sum() - params[1].sum())
+    optimizer.step()
+    assert meter.records[0]["preconditioned"] == pytest.approx(0.5**0.5)
+    assert meter.by_parameter.column("preconditioned") == pytest.approx([0.5**0.5, -1])
+
+
 def test_degenerate_losses_give_nan_and_no_error():
     for bad in (torch.tensor(1.0), math.nan, 0.0):
         net, optimizer, _ = run(OPTIMIZERS["SOAP"])

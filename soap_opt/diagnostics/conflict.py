@@ -228,14 +228,12 @@ class ConflictMeter:
             ("raw", raw, torch.ones(len(owners), dtype=torch.float64)),
             ("preconditioned", updates, _weights([group for _, group, _ in owners]) * torch.tensor(known)),
         ):
-            shared = (grams.diagonal(dim1=1, dim2=2) > 0).all(1)  # [P]
+            shared = (grams.diagonal(dim1=1, dim2=2) != 0).all(1)  # [P]; what is not finite is to be seen
             weighted = grams * weights.square()[:, None, None]
             self._within[name] = {
                 "": _of_gram(weighted[weights > 0].sum(0)),
                 "shared": _of_gram(weighted[shared & (weights > 0)].sum(0)),
-                **{
-                    key: _of_gram(gram) if weight > 0 else math.nan for (key, _, _), gram, weight in zip(owners, grams, weights)
-                },
+                **{key: _of_gram(gram) for (key, _, _), gram in zip(owners, grams)},
             }
         self._seconds += time.perf_counter() - started
 
