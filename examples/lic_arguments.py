@@ -7,13 +7,13 @@ import torch
 from lic_checkpoint import read_checkpoint
 from lic_data import InputError
 from lic_models import DEFAULT_M, DEFAULT_N, image_models, model_widths
-from lic_training import IMPLEMENTATIONS, OPTIMIZERS
+from lic_optimizers import COMBINATIONS, LEARNING_RATES, OPTIMIZERS, SCHEDULES, parse_argument
 
 CHECKPOINT = "checkpoint.pth.tar"
-LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "sgd": 1e-2}
 STEPS = 3500
 # What a resumed run may be given anew. Everything else comes from the checkpoint, or the result would be another's.
-MAY_CHANGE = {"resume", "save", "num_workers", "device", "steps", "epochs", "compare", "compare_learning_rate"}
+MAY_CHANGE = {"resume", "save", "save_every", "bitstreams", "num_workers", "test_batch_size", "device", "steps", "epochs",
+              "compare", "compare_learning_rate"}  # fmt: skip
 
 
 def positive(kind):
@@ -50,13 +50,52 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without thirty lines of usage in front of it
 
 
+def save_every(text: str) -> tuple[str, float]:
+    """500: steps; 10m: minutes."""
+    minutes = text.endswith("m")
+    value = positive(float if minutes else int)(text.removesuffix("m"))
+    return ("minutes" if minutes else "steps", value)
+
+
+save_every.__name__ = "number of steps, or of minutes as 10m"
+
+
+def bitstreams(text: str) -> int | None:
+    """all: None; none: 0; or how many."""
+    return {"all": None, "none": 0}[text] if text in ("all", "none") else positive(int)(text)
+
+
+bitstreams.__name__ = "number of images, all or none"
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def argument(text: str) -> tuple[str, object]:
+    try:
+        return parse_argument(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+class Arguments(argparse.Action):
+    """NAME=VALUE ... into a dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, dict(values))
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     parser = Parser(
         "train_lic.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
 
+    add = parser.add_argument_group("model and images").add_argument
     add(
         "-m",
         "--model",
@@ -68,6 +107,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--N", type=positive(int), help=f"channels of the transforms (default: {DEFAULT_N})")
     add("--M", type=positive(int), help=f"channels of the latent, where the model has them (default: {DEFAULT_M})")
     add(
+        "--init",
+        metavar="WEIGHTS",
+        help="start from these weights (a checkpoint of this script, of any optimizer, or of CompressAI's) instead of random "
+        "ones; the optimizer starts anew",
+    )
+    add(
         "-d",
         "--dataset",
         metavar="DIR",
@@ -75,21 +120,23 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "searched recursively, of which a tenth is held out (default: the photos beside this script)",
     )
     add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="soap",
-        help="for the network's weights (default: %(default)s); the quantiles of the entropy bottlenecks are always Adam's",
+        "--patch-size",
+        type=positive(int),
+        nargs="+",
+        default=[64],
+        metavar="PX",
+        help="side of the training crops, or height and width, in pixels (default: 64)",
     )
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--fused",
-        action="store_true",
-        help="the optimizer's fused implementation: SOAP's own kernels (the default on a CPU; on CUDA, where they have not "
-        "been run yet, by this request only), torch's for adam and sgd. Without --fused and --foreach the optimizer chooses",
+    add("--batch-size", type=positive(int), default=8, help="crops per step, over all processes (default: %(default)s)")
+    add(
+        "-n",
+        "--num-workers",
+        type=not_negative(int),
+        default=0,
+        help="processes that prepare batches; images that fit into memory need none (default: %(default)s)",
     )
-    kind.add_argument("--foreach", action="store_true", help="its multi-tensor implementation, in PyTorch's own operators")
-    add("-lr", "--learning-rate", type=positive(float), metavar="LR", help=f"(default: {rates})")
-    add("--aux-learning-rate", type=positive(float), default=1e-3, metavar="LR", help="of the quantiles (default: %(default)s)")
+
+    add = parser.add_argument_group("loss and length").add_argument
     add(
         "--lambda",
         dest="lmbda",
@@ -104,15 +151,61 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     length.add_argument(
         "-e", "--epochs", type=positive(int), help="instead of --steps: passes over the images, one crop of each"
     )
-    add("--batch-size", type=positive(int), default=8, help="crops per step (default: %(default)s)")
     add(
-        "--patch-size",
-        type=positive(int),
-        nargs="+",
-        default=[64],
-        metavar="PX",
-        help="side of the crops, or height and width, in pixels (default: 64)",
+        "--seed",
+        type=seed,
+        default=0,
+        help="of the weights, the crops and the quantisation noise (default: %(default)s)",
     )
+
+    optimizer = parser.add_argument_group("optimizer")
+    add = optimizer.add_argument
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="soap",
+        help="for the network's weights (default: %(default)s). sgd has a momentum of 0.9; muon, pytorch_optimizer's, steps "
+        "matrices and filters, and everything else with AdamW",
+    )
+    add("-lr", "--learning-rate", type=positive(float), metavar="LR", help=f"(default: {rates})")
+    add(
+        "--weight-decay",
+        type=not_negative(float),
+        metavar="W",
+        help="(default: the optimizer's own: 0.01, decoupled, for soap)",
+    )
+    add("--betas", type=fraction, nargs=2, metavar=("B1", "B2"), help="(default: the optimizer's own: 0.95 0.95 for soap)")
+    add(
+        "--precondition-frequency",
+        type=positive(int),
+        metavar="STEPS",
+        help="soap: between two refreshes of a basis (default: 10)",
+    )
+    add("--refresh", choices=("staggered", "together", "adaptive"), help="soap: when bases are refreshed (default: staggered)")
+    add(
+        "--no-precondition",
+        nargs="+",
+        metavar="PATTERN",
+        help="soap: parameters that get plain Adam, muon: that get AdamW, by name: '*.gamma' 'entropy_bottleneck.*'",
+    )
+    add("--no-weight-decay", nargs="+", metavar="PATTERN", help="parameters without weight decay, by name")
+    add(
+        "--optimizer-args",
+        type=argument,
+        nargs="+",
+        action=Arguments,
+        default={},
+        metavar="NAME=VALUE",
+        help="any other arguments of the optimizer's constructor: merge_dims=True max_grad_norm=1.0",
+    )
+    kind = optimizer.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--fused",
+        action="store_true",
+        help="the optimizer's fused implementation: SOAP's own kernels (the default on a CPU; on CUDA, where they have not "
+        "been run yet, by this request only), torch's for adam and sgd. Without --fused and --foreach the optimizer chooses",
+    )
+    kind.add_argument("--foreach", action="store_true", help="its multi-tensor implementation, in PyTorch's own operators")
     add(
         "--clip-max-norm",
         "--clip_max_norm",
@@ -122,11 +215,32 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="clip the gradient's norm, 0: never (default: %(default)s)",
     )
     add(
+        "--gradients",
+        choices=COMBINATIONS,
+        default="sum",
+        help="how those of rate and distortion become one: their sum; without what conflicts (pcgrad, upgrad); or weighted so "
+        "that both terms fall at one rate (famo) (default: %(default)s)",
+    )
+    add(
+        "--quantiles",
+        choices=("adam", "bisection"),
+        default="adam",
+        help="of the entropy bottlenecks: by Adam on the auxiliary loss at each step, as CompressAI's script does, or by "
+        "CompressAI's bisection before each evaluation and at the end (default: %(default)s)",
+    )
+    add("--aux-learning-rate", type=positive(float), default=1e-3, metavar="LR", help="of the quantiles (default: %(default)s)")
+    add(
+        "--ema", type=fraction, default=0.0, metavar="DECAY", help="evaluate and keep a moving average of the weights, as 0.999"
+    )
+
+    add = parser.add_argument_group("learning rate schedule").add_argument
+    add(
         "--schedule",
-        choices=("linear", "cosine", "constant"),
+        choices=SCHEDULES,
         default="linear",
-        help="of the learning rate after warm-up, over all steps; linear: constant, then down to 0 over the last 30 %% "
-        "(default: %(default)s)",
+        help="after warm-up. linear: constant, then down to 0 over the last 30 %% of the steps; cosine: down to 0 over all; "
+        "plateau: times --lr-decay when the evaluation loss has not fallen for --plateau-patience evaluations; multistep: "
+        "times --lr-decay at --milestones (default: %(default)s)",
     )
     add(
         "--warmup-steps",
@@ -135,6 +249,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         metavar="STEPS",
         help="the learning rate rises linearly for so long (default: %(default)s)",
     )
+    add("--lr-decay", type=fraction, default=0.5, metavar="FACTOR", help="of plateau and multistep (default: %(default)s)")
+    add("--plateau-patience", type=positive(int), default=10, metavar="EVALUATIONS", help="(default: %(default)s)")
+    add("--milestones", type=positive(int), nargs="+", metavar="STEP", help="(default: at 70, 85 and 95 %% of the steps)")
+
+    add = parser.add_argument_group("evaluation and results").add_argument
     add(
         "--eval-every",
         type=positive(int),
@@ -152,23 +271,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "bitstreams at the end are always of whole images",
     )
     add(
-        "-n",
-        "--num-workers",
-        type=not_negative(int),
-        default=0,
-        help="processes that prepare batches; images that fit into memory need none (default: %(default)s)",
+        "--test-batch-size", type=positive(int), default=1, help="images of one size evaluated at a time (default: %(default)s)"
     )
     add(
-        "--seed",
-        type=seed,
-        default=0,
-        help="of the weights, the crops and the quantisation noise (default: %(default)s)",
-    )
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, .. (default: %(default)s)")
-    add(
-        "--amp",
-        action="store_true",
-        help="mixed precision: bfloat16 on a CPU, float16 with loss scaling on CUDA; the entropy models stay in float32",
+        "--bitstreams",
+        type=bitstreams,
+        metavar="N|all|none",
+        help="how many of the whole evaluation images are coded into bitstreams and decoded at the end (default: all; models "
+        "that code pixel after pixel, as mbt2018, take a minute for one of 2040 x 1356)",
     )
     add(
         "--save",
@@ -176,6 +286,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         const="",
         metavar="DIR",
         help="folder for the results (default: the first of runs/MODEL-OPTIMIZER, .. -2, .. that is free)",
+    )
+    add(
+        "--save-every",
+        type=save_every,
+        default=("minutes", 5.0),
+        metavar="STEPS|MINUTESm",
+        help="between two checkpoints, whatever the evaluations: 500 (steps) or 10m (minutes); the one of the lowest "
+        "evaluation loss is kept besides, and the one before the last (default: 5m)",
     )
     add(
         "--resume",
@@ -187,20 +305,34 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--compare",
         choices=OPTIMIZERS,
         metavar="OPTIMIZER",
-        help="afterwards also train the same initial weights on the same batches with this optimizer (soap, adam or "
-        "sgd), and draw both in one curve",
+        help="afterwards also train the same initial weights on the same batches with this optimizer (soap, adam, ..), with "
+        "its defaults, and draw both in one curve",
     )
     add("--compare-learning-rate", type=positive(float), metavar="LR", help=f"its learning rate (default: {rates})")
+
+    add = parser.add_argument_group(
+        "machine", "torchrun --nproc-per-node N train_lic.py ... trains with N processes, each with its part of every batch."
+    ).add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, .. (default: %(default)s). Not run on a GPU yet")
+    add("--cuda", dest="device", action="store_const", const="cuda", help="CompressAI's name for --device cuda")
+    add(
+        "--amp",
+        action="store_true",
+        help="mixed precision: bfloat16 on a CPU, float16 with loss scaling on CUDA; the entropy models stay in float32",
+    )
     return parser
 
 
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dict, dict | None]:
+def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: int = 1) -> tuple[dict, dict | None]:
     """The run's options, complete, and the checkpoint's contents when it resumes one."""
     not_given = object()
     names = [action.dest for action in parser._actions if action.dest != "help"]
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given))))
     given = {name: value for name, value in parsed.items() if value is not not_given}
-    options = {name: parser.get_default(name) for name in names} | given
+    defaults = {name: parser.get_default(name) for name in names}
+    options = defaults | given
+    for name in {"init"} & given.keys():
+        options[name] = given[name] = str(Path(given[name]).resolve())
     if "dataset" in given:
         if not given["dataset"]:
             raise InputError("--dataset is empty; give a folder of images, or leave it out for the photos beside this script")
@@ -209,7 +341,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
     state = None
     if options["resume"]:
         state = read_checkpoint(Path(options["resume"]))
-        stored = dict.fromkeys(IMPLEMENTATIONS, False) | state["options"]  # (older checkpoints know of none)
+        stored = defaults | state["options"]  # (an older checkpoint does not know all)
         if state["optimizer_name"] != stored["optimizer"]:
             raise InputError(f"{options['resume']} is the comparison's; resume the {CHECKPOINT} beside it")
         for name, value in given.items():
@@ -239,6 +371,8 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[dic
     options["widths"] = model_widths(options["model"], options["quality"], options["N"], options["M"])
     if len(options["patch_size"]) > 2:
         raise InputError("--patch-size takes one or two numbers")
+    if options["batch_size"] % processes:
+        raise InputError(f"--batch-size {options['batch_size']} cannot be shared equally by {processes} processes")
     if options["compare"] == options["optimizer"]:
         raise InputError(f"--compare {options['compare']}: that is --optimizer itself")
     check_device(options["device"])
@@ -253,6 +387,8 @@ def in_force(name: str, value, stored: dict):
         return value or stored["widths"].get(name)
     if name == "patch_size":
         return (value * 2)[:2]
+    if name == "betas" and value is not None:
+        return list(value)
     if name == "dataset":
         return value or "the photos beside this script"
     return value

@@ -1,9 +1,13 @@
-"""Checkpoints on disk: reading train_lic.py's, and trained models from them or from CompressAI's own."""
+"""Checkpoints on disk: how train_lic.py keeps and reads its own, and trained models from them or from CompressAI's."""
 
-import pickle
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 from compressai.models import CompressionModel
 from lic_data import InputError
@@ -14,7 +18,7 @@ def load_file(path: Path) -> dict:
     """What torch.save wrote there: plain containers and tensors, on the CPU; never code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged data may raise anything: IndexError, KeyError, UnpicklingError ..
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot read the checkpoint {path}: {reason}") from error
     if not isinstance(state, dict):
@@ -32,6 +36,127 @@ def read_checkpoint(path: Path) -> dict:
     if not is_ours(state):
         raise InputError(f"{path} is not a checkpoint of this script")
     return state
+
+
+def write_file(path: Path, state: dict) -> None:
+    """torch.save so that at no time, not even when the power fails, there is half a checkpoint under this name; and nothing is
+    left beside it where writing fails.
+
+    Raises:
+        OSError: it cannot be written (torch's own writer says RuntimeError, of a full disk too).
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):
+            raise OSError(str(error).strip().splitlines()[0]) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name is on the disk only when its folder is. (Where folders cannot be opened there is nothing to do.)"""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def give_second_name(path: Path, name: Path) -> None:
+    """`name` becomes the file at `path` too, which keeps its own name; a hard link where the file system has them."""
+    unfinished = name.with_name(name.name + ".tmp")
+    try:
+        unfinished.unlink(missing_ok=True)
+        try:
+            os.link(path, unfinished)
+        except OSError:
+            shutil.copyfile(path, unfinished)
+        os.replace(unfinished, name)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+class Checkpoints:
+    """The checkpoints of one optimizer's run: the last, the one before it, and that of the lowest evaluation loss, as
+    checkpoint.pth.tar, checkpoint_previous.pth.tar and checkpoint_best_loss.pth.tar (CompressAI's name)."""
+
+    def __init__(self, last: Path):
+        stem = last.name.removesuffix(".pth.tar")
+        suffix = last.name[len(stem) :]
+        self.last = last
+        self.previous, self.best = (last.with_name(f"{stem}_{which}{suffix}") for which in ("previous", "best_loss"))
+
+    def save(self, state: dict, best: bool) -> None:
+        """Write the last one; best: it is that of the lowest evaluation loss, too.
+
+        Raises:
+            OSError: there is no room, for example; what was there before still is.
+        """
+        fresh = self.last.with_name(self.last.name + ".new")
+        write_file(fresh, state)
+        try:
+            if self.last.exists():
+                give_second_name(self.last, self.previous)
+            os.replace(fresh, self.last)
+        finally:
+            fresh.unlink(missing_ok=True)
+        if best:
+            give_second_name(self.last, self.best)
+        sync_folder(self.last.parent)
+
+    def save_best(self, state: dict) -> None:
+        """Write that of the lowest evaluation loss alone: it is not yet time for the last."""
+        write_file(self.best, state)
+
+    def make_room(self) -> bool:
+        """Give up the one before the last; whether there was one."""
+        if not self.previous.exists():
+            return False
+        self.previous.unlink()
+        return True
+
+    def newest(self) -> tuple[Path, int] | None:
+        """The one of the highest step that can be read, and that step."""
+        found = []
+        for path in (self.last, self.previous, self.best):
+            try:
+                found.append((load_file(path)["step"], path))
+            except (InputError, KeyError):
+                continue
+        return max(((path, step) for step, path in found), key=lambda item: item[1], default=None)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Within it the folder is this process's, or until the process ends, however it ends.
+
+    Raises:
+        InputError: another run has it, or nothing can be written there.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise InputError(f"--save {folder}: another run is writing there; choose another folder") from error
+    except OSError as error:
+        raise InputError(f"--save {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lic_stop import ignore_signals
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -96,14 +97,33 @@ class RandomCrops(Dataset):
         return image[:, top : top + h, left : left + w]
 
 
-def batches(crops: RandomCrops, first: int, last: int, batch_size: int, num_workers: int, pin_memory: bool):
-    """The batches of steps first .. last - 1, each uint8 [batch_size, 3, h, w]."""
+class PartsOfBatches(Sampler):
+    """The indices start .. start + part - 1 of every batch of `batch_size`, from batch `first` to before `last`."""
+
+    def __init__(self, first: int, last: int, batch_size: int, start: int, part: int):
+        self.starts, self.part = range(first * batch_size + start, last * batch_size, batch_size), part
+
+    def __len__(self) -> int:
+        return len(self.starts) * self.part
+
+    def __iter__(self):
+        for start in self.starts:
+            yield from range(start, start + self.part)
+
+
+def batches(
+    crops: RandomCrops, first: int, last: int, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, size: int = 1
+):
+    """The batches of steps first .. last - 1, each uint8 [batch_size / size, 3, h, w]: of every batch the part that is for
+    process `rank` of `size`."""
+    part = batch_size // size
     return DataLoader(
         crops,
-        batch_size=batch_size,
-        sampler=range(first * batch_size, last * batch_size),
+        batch_size=part,
+        sampler=PartsOfBatches(first, last, batch_size, rank * part, part),
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         # Its own generator: the default would draw from torch's global one, which the quantisation noise comes from,
         # once per start, and a resumed run would see other noise than an uninterrupted one.
         generator=torch.Generator(),

@@ -2,9 +2,11 @@
 
 import bisect
 import io
+import itertools
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,22 +40,42 @@ def forward_padded(model: CompressionModel, x: Tensor) -> dict:
     return {"x_hat": F.pad(output["x_hat"], unpad), "likelihoods": output["likelihoods"]}
 
 
+def batches_of_one_size(images: list[Tensor], batch_size: int) -> Iterator[list[Tensor]]:
+    """Neighbouring images of one shape, up to `batch_size` at a time."""
+    for _, alike in itertools.groupby(images, key=lambda image: image.shape):
+        alike = list(alike)
+        yield from (alike[i : i + batch_size] for i in range(0, len(alike), batch_size))
+
+
 @torch.no_grad()
-def evaluate(model: CompressionModel, criterion: nn.Module, images: list[Tensor]) -> dict[str, float]:
-    """Means over `images` (uint8 [3, H, W]) of the loss, the estimated bpp, the MSE (on [0, 1]) and the PSNR (dB)."""
+def evaluate(
+    model: CompressionModel,
+    criterion: nn.Module,
+    images: list[Tensor],
+    batch_size: int = 1,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Means over `images` (uint8 [3, H, W]) of the loss, the estimated bpp, the MSE (on [0, 1]) and the PSNR (dB).
+
+    Up to `batch_size` neighbours of one size go through the model together. None: `interrupted` said so between two batches.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     totals = {"loss": 0.0, "bpp": 0.0, "mse": 0.0, "psnr": 0.0}
-    for image in images:
-        x = to_float(image, device)[None]
-        output = forward_padded(model, x)
-        terms = criterion(output, x)
-        totals["loss"] += terms["loss"].item()
-        totals["bpp"] += terms["bpp_loss"].item()
-        totals["mse"] += F.mse_loss(output["x_hat"], x).item()
-        totals["psnr"] += psnr(output["x_hat"], x)
-    model.train(was_training)
+    try:
+        for batch in batches_of_one_size(images, batch_size):
+            if interrupted():
+                return None
+            x = to_float(torch.stack(batch), device)
+            output = forward_padded(model, x)
+            terms = criterion(output, x)
+            totals["loss"] += terms["loss"].item() * len(batch)
+            totals["bpp"] += terms["bpp_loss"].item() * len(batch)
+            totals["mse"] += F.mse_loss(output["x_hat"], x).item() * len(batch)
+            totals["psnr"] += sum(psnr(*pair) for pair in zip(output["x_hat"], x, strict=True))
+    finally:
+        model.train(was_training)
     return {key: total / len(images) for key, total in totals.items()}
 
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-COLOURS = {"soap": "#c1440e", "adam": "#2166ac", "sgd": "#4d7c32"}
+COLOURS = {"soap": "#c1440e", "adam": "#2166ac", "sgd": "#4d7c32", "adamw": "#6a51a3", "muon": "#8c6d1f"}
 QUANTITIES = {"loss": "rate-distortion loss", "bpp": "rate (bpp)", "psnr": "PSNR (dB)"}
 
 

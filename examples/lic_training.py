@@ -1,9 +1,6 @@
-"""One training run of a CompressAI model: its step, its learning-rate schedule, its checkpoint."""
+"""One training run of a CompressAI model: its step, its evaluations, what it checks and what it keeps."""
 
-import inspect
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,45 +9,20 @@ import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyModel
 from compressai.losses import RateDistortionLoss
-from compressai.optimizers import net_aux_optimizer
-from compressai.registry import OPTIMIZERS as REGISTRY
+from lic_checkpoint import Checkpoints, load_file
 from lic_data import InputError, RandomCrops, batches
+from lic_distributed import World
 from lic_evaluation import evaluate, to_float
 from lic_models import build_model
+from lic_optimizers import OPTIMIZERS, Gradients, Schedule, make_optimizers
+from lic_progress import Metrics, Progress
+from lic_stop import StopRequest, TrainingFailed
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import soap_opt.integrations.compressai  # noqa: F401  registers "SOAP" beside torch.optim's names
-
-OPTIMIZERS = {"soap": "SOAP", "adam": "Adam", "sgd": "SGD"}  # ours -> CompressAI's registry
 LOG_EVERY = 10  # steps per training row of the metrics
-SAVE_EVERY = 60.0  # seconds of training between checkpoints, at most
-
-
-IMPLEMENTATIONS = ("fused", "foreach")
-
-
-def implementation(options: dict, optimizer: str) -> dict[str, bool]:
-    """What the optimizer is given for --fused or --foreach; nothing, its own choice, for neither."""
-    chosen = {name: True for name in IMPLEMENTATIONS if options[name]}
-    for name in chosen:
-        if name not in inspect.signature(REGISTRY[OPTIMIZERS[optimizer]]).parameters:
-            raise InputError(f"--{name}: {OPTIMIZERS[optimizer]} has no such implementation")
-    return chosen
-
-
-def schedule_factor(kind: str, warmup: int, total: int) -> Callable[[int], float]:
-    """Factor on the learning rate of step 0, 1, .. total - 1."""
-
-    def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / max(1, warmup))
-        if kind == "linear":  # constant, then to nothing over the last 30 %
-            return min(rise, max(0.0, (total - step) / (0.3 * total)))
-        if kind == "cosine":
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-        return rise
-
-    return factor
+RUNAWAY = 100  # a loss so many times what a model that knows nothing has is not learning's noise
 
 
 def entropy_models_in_float32(model: nn.Module, device_type: str) -> None:
@@ -71,28 +43,18 @@ def entropy_models_in_float32(model: nn.Module, device_type: str) -> None:
             module.forward = in_float32(module.forward)
 
 
-class StopRequest:
-    """Within it, SIGINT and SIGTERM only set `signal`, which the loop reads between steps; a second one acts at once."""
-
-    def __init__(self):
-        self.signal: int = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 def describe(row: dict) -> str:
     return f"{row['loss']:.3f}, {row['bpp']:.3f} bpp, {row['psnr']:.2f} dB"
+
+
+def not_finite(named: list[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds a value that is not finite."""
+    named = [(name, t) for name, t in named if t.is_floating_point() and t.numel()]
+    if not named:
+        return None
+    largest = torch._foreach_norm([t.detach() for _, t in named], ord=math.inf)  # one pass over all, NaN comes through
+    finite = torch.stack([x.to(named[0][1].device, torch.float64) for x in largest]).isfinite().tolist()
+    return next((name for (name, _), fine in zip(named, finite, strict=True) if not fine), None)
 
 
 class Run:
@@ -102,55 +64,64 @@ class Run:
     the same quantisation noise: everything random starts at options["seed"].
     """
 
-    def __init__(self, options: dict, optimizer: str, learning_rate: float):
-        self.options, self.optimizer_name = options, optimizer
+    def __init__(self, options: dict, optimizer: str, learning_rate: float, world: World | None = None):
+        self.options, self.optimizer_name, self.world = options, optimizer, world or World()
         self.device = torch.device(options["device"])
         torch.manual_seed(options["seed"])
         self.model = build_model(options["model"], options["widths"]).to(self.device)
+        if options["init"]:
+            load_weights(self.model, Path(options["init"]), options["model"])
+        self.averaged = None
+        if options["ema"]:  # before forward methods are replaced: a copy's would be the original's
+            update = moving_average(options["ema"], lambda: self.step)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
         if options["amp"]:
             entropy_models_in_float32(self.model, self.device.type)
         self.criterion = RateDistortionLoss(lmbda=options["lmbda"], metric=options["metric"])
-        chosen = implementation(options, optimizer)
-        try:
-            optimizers = net_aux_optimizer(  # splits the entropy bottlenecks' quantiles off to "aux"
-                self.model,
-                {
-                    "net": {"type": OPTIMIZERS[optimizer], "lr": learning_rate, **chosen},
-                    "aux": {"type": "Adam", "lr": options["aux_learning_rate"]},
-                },
-            )
-        except RuntimeError as error:  # both SOAP's and torch's say why fused=True cannot be had here
-            if not chosen:
-                raise
-            raise InputError(f"--{next(iter(chosen))}: {error}") from error
-        self.optimizer, self.aux_optimizer = optimizers["net"], optimizers["aux"]
-        factor = schedule_factor(options["schedule"], options["warmup_steps"], options["steps"])
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.optimizer, self.aux_optimizer = make_optimizers(self.model, options, optimizer, learning_rate)
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.gradients = Gradients(options["gradients"], self.params, options["seed"])
+        self.schedule = Schedule(options, options["steps"])
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         on_cuda = self.device.type == "cuda"
         self.amp_dtype = torch.float16 if on_cuda else torch.bfloat16
         # bfloat16 has float32's range and needs no scaling.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options["amp"] and on_cuda)
+        if self.world.size > 1:
+            self.world.same_on_all(list(self.model.state_dict().values()))
+            torch.manual_seed(options["seed"] + 1_000_003 * self.world.rank)  # every part of a batch has noise of its own
         self.step = 0
         self.seconds = 0.0  # spent in training steps, evaluations and checkpoints not counted
         self.history: list[dict] = []
+        self.window: list[dict[str, Tensor]] = []  # of the steps since the last row for them
+
+    @property
+    def label(self) -> str:
+        return OPTIMIZERS[self.optimizer_name]
+
+    # ---- a step ----
 
     def train_step(self, x: Tensor) -> dict[str, Tensor]:
         """One step of both optimizers on x [B, 3, h, w] in [0, 1], in the order of CompressAI's training script."""
         self.optimizer.zero_grad()
-        self.aux_optimizer.zero_grad()
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options["amp"]):
-            output = self.model(x)
-        output["x_hat"] = output["x_hat"].float()
-        terms = self.criterion(output, x)
-        self.scaler.scale(terms["loss"]).backward()
+        if self.aux_optimizer is not None:
+            self.aux_optimizer.zero_grad()
+        output, terms, distortion = self.forward(x)
+        scale = self.scaler.scale
+        self.gradients.backward(scale(terms["loss"]), scale(terms["bpp_loss"]), scale(distortion), self.step)
+        self.world.average_gradients(self.params)
         if self.options["clip_max_norm"] > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.options["clip_max_norm"])
+            nn.utils.clip_grad_norm_(self.params, self.options["clip_max_norm"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         aux_loss = self.model.aux_loss()
-        aux_loss.backward()
-        self.aux_optimizer.step()
+        if self.aux_optimizer is not None:  # (the same on all processes: it sees no images)
+            aux_loss.backward()
+            self.aux_optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self.gradients.after_step(lambda: self.both_terms(x))
         self.scheduler.step()
         self.step += 1
         mse = F.mse_loss(output["x_hat"].detach(), x)
@@ -161,90 +132,334 @@ class Run:
             "aux_loss": aux_loss.detach(),
         }
 
-    def train(self, crops: RandomCrops, eval_images: list[Tensor], until: int, stop: StopRequest, save: Path) -> None:
-        """Train to step `until`, or to the end of the step during which `stop` was asked; the checkpoint goes to `save`."""
+    def forward(self, x: Tensor) -> tuple[dict, dict, Tensor]:
+        """The model's output, the loss and its terms, and the distortion's with its weight."""
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.options["amp"]):
+            output = self.model(x)
+        output["x_hat"] = output["x_hat"].float()
+        terms = self.criterion(output, x)
+        return output, terms, terms["loss"] - terms["bpp_loss"]
+
+    def both_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, terms, distortion = self.forward(x)
+        return terms["bpp_loss"], distortion
+
+    # ---- the loop ----
+
+    def train(
+        self,
+        crops: RandomCrops,
+        eval_images: list[Tensor],
+        until: int,
+        stop: StopRequest,
+        checkpoints: Checkpoints,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Train to step `until`, or to the end of the step during which `stop` was asked, and keep checkpoints.
+
+        Raises:
+            TrainingFailed: losses or weights are not finite any more, or the last checkpoint cannot be written.
+        """
+        self.metrics = metrics or Metrics(None)
+        if self.world.first:
+            self.metrics.begin(self.history)
         self.model.train()
-        first, batch_size = self.step, self.options["batch_size"]
-        loader = batches(crops, first, until, batch_size, self.options["num_workers"], pin_memory=self.device.type == "cuda")
-        label = OPTIMIZERS[self.optimizer_name]
-        window: list[dict[str, Tensor]] = []
-        saved_at = self.seconds
-        started = time.perf_counter() - self.seconds
-        with tqdm(total=self.options["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True) as progress:
+        first, is_best = self.step, False
+        on_cuda = self.device.type == "cuda"
+        loader = batches(
+            crops, first, until, self.options["batch_size"], self.options["num_workers"], on_cuda, *self.world.place
+        )
+        saved_at, saved_step = time.monotonic(), first
+        unsaved = False
+        with Progress(self.options["steps"], first, self.label, quiet=not self.world.first) as progress:
+            if first and first % self.options["eval_every"] == 0 and self.evaluated_at() != first:
+                # A signal came before this step's evaluation.
+                self.evaluate(self.history[-1]["learning_rate"], eval_images, stop, progress)
+            started = time.perf_counter() - self.seconds
             for batch in loader:
                 lr = self.optimizer.param_groups[0]["lr"]
-                window.append(self.train_step(to_float(batch, self.device)))
+                x = to_float(batch, self.device)
+                self.window.append(self.train_step(x))
                 progress.update()
                 last = self.step == until
-                if self.step % LOG_EVERY == 0 or last or stop.signal:
-                    means = {key: torch.stack([w[key] for w in window]).mean().item() for key in window[0]}
-                    window.clear()
+                stopping = self.world.largest(stop.signal)
+                if self.step % LOG_EVERY == 0 or last or stopping:
+                    values = self.means(self.window)
                     self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
-                    if not math.isfinite(means["loss"]):
-                        raise InputError(f"{label}'s loss is {means['loss']} at step {self.step}; try a smaller learning rate")
-                    row = self.record("train", lr, means | {"psnr": -10 * math.log10(means["mse"])})
-                    progress.set_postfix_str(f"loss {describe(row)}")
-                if self.step % self.options["eval_every"] == 0 or last:
+                    self.check_loss(values, self.window, x)
+                    self.window.clear()
+                    row = self.record("train", lr, values | {"psnr": -10 * math.log10(values["mse"])})
+                    progress.show(f"loss {describe(row)}")
+                is_best = False
+                if (self.step % self.options["eval_every"] == 0 or last) and not stopping:
                     self.seconds = time.perf_counter() - started
-                    row = self.record("eval", lr, evaluate(self.model, self.criterion, eval_images))
-                    progress.write(f"{label} step {self.step:>5}: evaluation loss {describe(row)}")
-                    if self.seconds - saved_at > SAVE_EVERY and not last:
-                        self.save(save)
-                        saved_at = self.seconds
+                    is_best = self.evaluate(lr, eval_images, stop, progress)
+                    stopping = self.world.largest(stop.signal)
                     started = time.perf_counter() - self.seconds
-                if stop.signal:
+                if self.metrics.complaint and not unsaved:
+                    progress.write(f"warning: cannot write {self.metrics.complaint}; the rows are kept for later")
+                unsaved = bool(self.metrics.complaint)
+                due = self.due(saved_at, saved_step) and not (last or stopping)
+                if due or is_best and not last:
+                    self.seconds = time.perf_counter() - started
+                    try:
+                        self.save(checkpoints, best=is_best, only_best=not due)
+                    except OSError as error:
+                        reason = error.strerror or error
+                        progress.write(f"warning: no checkpoint at step {self.step}: {reason}; training goes on")
+                    if due:
+                        saved_at, saved_step = time.monotonic(), self.step
+                    started = time.perf_counter() - self.seconds
+                if stopping:
                     break
-        self.save(save)
+        self.save_at_the_end(checkpoints, is_best)
+
+    def due(self, saved_at: float, saved_step: int) -> bool:
+        """Whether it is time for a checkpoint, by --save-every's steps or minutes; all processes agree with the first."""
+        kind, amount = self.options["save_every"]
+        if kind == "steps":
+            return self.step - saved_step >= amount
+        late = self.world.first and time.monotonic() - saved_at >= 60 * amount
+        return bool(self.world.largest(int(late)))
+
+    def means(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Over the steps of the window and all processes; of the steps whose loss is finite, where any is: what an optimizer
+        passes over is counted, and does not blot out the others."""
+        stacked = {key: torch.stack([step[key] for step in window]).double() for key in window[0]}
+        fine = torch.stack(list(stacked.values())).isfinite().all(0)
+        if fine.any():
+            stacked = {key: values[fine] for key, values in stacked.items()}
+        means = self.world.mean(torch.stack([values.mean() for values in stacked.values()])).tolist()
+        return dict(zip(stacked, means, strict=True))
+
+    def evaluate(self, lr: float, images: list[Tensor], stop: StopRequest, progress: Progress) -> bool:
+        """Evaluate the model (with --ema the averaged one), record it and say so; whether it is the best so far. Where `stop`
+        is asked meanwhile there is no evaluation: the resumed run makes it.
+
+        Raises:
+            TrainingFailed: what comes out is not finite.
+        """
+        model = self.trained_model()
+        if self.options["quantiles"] == "bisection":
+            if found := not_finite(list(model.named_parameters())):  # bisection would never end
+                raise TrainingFailed(f"{found} is not finite at step {self.step}")
+            update_quantiles(model)
+            if model is not self.model:
+                update_quantiles(self.model)
+        part = images[self.world.rank :: self.world.size]
+        batch_size = self.options["test_batch_size"]
+        means = self.world.gather(evaluate(model, self.criterion, part, batch_size, lambda: bool(stop.signal)) if part else {})
+        if None in means:
+            return False
+        parts = [(values, len(images[rank :: self.world.size])) for rank, values in enumerate(means) if values]
+        values = {key: sum(v[key] * n for v, n in parts) / len(images) for key in parts[0][0]}
+        if not all(math.isfinite(value) for value in values.values()):
+            found = self.what_is_not_finite()
+            where = f"; {found} is not finite" if found else ""
+            raise TrainingFailed(f"the evaluation's loss is {values['loss']} at step {self.step}{where}")
+        self.schedule.evaluated(values["loss"])
+        best = all(values["loss"] < row["loss"] for row in self.evaluations())
+        progress.write(f"{self.label} step {self.step:>5}: evaluation loss {describe(self.record('eval', lr, values))}")
+        return best
 
     def record(self, split: str, lr: float | None, values: dict[str, float]) -> dict:
         """A row of metrics.csv for where the run stands now."""
         head = {"optimizer": self.optimizer_name, "split": split, "step": self.step, "seconds": self.seconds}
-        self.history.append(head | {"learning_rate": lr} | values)
+        self.history.append(head | {"learning_rate": lr} | values | self.skipped())
+        if self.world.first and hasattr(self, "metrics"):
+            self.metrics.flush()
         return self.history[-1]
+
+    def skipped(self) -> dict[str, int]:
+        """How many gradients and refreshes SOAP passed over so far, of single parameters; nothing for others."""
+        if self.optimizer_name != "soap":
+            return {}
+        return {
+            "skipped_steps": self.optimizer.skipped_steps(),
+            "skipped_refreshes": self.optimizer.skipped_refreshes(),
+        }
+
+    def evaluated_at(self) -> int:
+        """The step of the last evaluation, 0 before it."""
+        return max((row["step"] for row in self.evaluations()), default=0)
 
     def evaluations(self) -> list[dict]:
         return [row for row in self.history if row["split"] == "eval"]
 
-    def save(self, path: Path) -> None:
-        """Write everything that the next step depends on; "state_dict" is where CompressAI's tools look for the model."""
-        state = {
-            "state_dict": self.model.state_dict(),
+    # ---- what must not be ----
+
+    def blank_loss(self) -> float:
+        """About the loss of a model that sends nothing and paints grey."""
+        return self.options["lmbda"] * (255**2 / 12 if self.options["metric"] == "mse" else 1)
+
+    def check_loss(self, values: dict[str, float], window: list[dict[str, Tensor]], x: Tensor) -> None:
+        """Stop where no loss since the last row is finite, or some are not and the weights are not either, or where they have
+        run away. values: their means.
+
+        Raises:
+            TrainingFailed
+        """
+        if not math.isfinite(values["loss"]):
+            found = self.what_is_not_finite() or self.gradient_not_finite(x)
+            where = f"; {found} is not finite" if found else ""
+            raise TrainingFailed(f"{self.label}'s loss is {values['loss']} at step {self.step}{where}")
+        losses = self.world.mean(torch.stack([step["loss"] for step in window]))  # (NaN where it is on any process)
+        if not losses.isfinite().all() and (found := self.what_is_not_finite()):
+            raise TrainingFailed(f"{found} is not finite at step {self.step}")
+        begun = next((row["loss"] for row in self.history if row["split"] == "train"), losses[0].item())
+        if values["loss"] > RUNAWAY * max(begun, self.blank_loss()):
+            raise TrainingFailed(
+                f"{self.label}'s loss has run away: {values['loss']:.3g} at step {self.step}, {begun:.3g} at the beginning"
+            )
+
+    def what_is_not_finite(self) -> str | None:
+        """The first of the model's parameters and buffers, of the averaged model's and of the optimizers' state that holds a
+        value that is not finite. The entropy coder's tables are not looked at: they are made anew."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        tensors = list(self.model.state_dict().items())
+        if self.averaged is not None:
+            tensors += [("the average of " + n.removeprefix("module."), t) for n, t in self.averaged.state_dict().items()]
+        for optimizer in filter(None, (self.optimizer, self.aux_optimizer)):
+            if hasattr(optimizer, "wait_for_refresh"):
+                optimizer.wait_for_refresh()
+            for p, state in optimizer.state.items():
+                tensors += [(f"{key} of {names[p]}", value) for key, value in state.items() if isinstance(value, Tensor)]
+        return not_finite(tensors)
+
+    def gradient_not_finite(self, x: Tensor) -> str | None:
+        """The parameter whose gradient, before clipping spreads it to all, is not finite for this batch. Only for a run that
+        ends: it draws noise."""
+        self.optimizer.zero_grad()
+        _, terms, _ = self.forward(x)
+        terms["loss"].backward()
+        named = [("the gradient of " + name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        return not_finite(named)
+
+    # ---- checkpoints ----
+
+    def save(self, checkpoints: Checkpoints, best: bool = False, only_best: bool = False) -> None:
+        """Write the checkpoint that `checkpoints` keeps as the last, or as the best alone, after looking at what goes into it.
+
+        Raises:
+            TrainingFailed: something in it is not finite.
+            OSError: it cannot be written.
+        """
+        if found := self.what_is_not_finite():
+            raise TrainingFailed(f"{found} is not finite at step {self.step}; no checkpoint was written of it")
+        state = self.state()  # (every process: it gathers)
+        if self.world.first:
+            if only_best:
+                checkpoints.save_best(state)
+            else:
+                checkpoints.save(state, best)
+
+    def save_at_the_end(self, checkpoints: Checkpoints, best: bool) -> None:
+        """As `save`, but what it takes is tried: the checkpoint before the last gives way where there is no room."""
+        try:
+            self.save(checkpoints, best)
+        except OSError as first:
+            error = first
+            if checkpoints.make_room():
+                try:
+                    return self.save(checkpoints, best)
+                except OSError as second:
+                    error = second
+            raise TrainingFailed(f"cannot save step {self.step}: {error.strerror or error}") from error
+
+    def state(self) -> dict:
+        """Everything that the next step depends on; "state_dict" is where CompressAI's tools look for the model to use, which
+        is the averaged one where there is one."""
+        return {
+            "state_dict": self.trained_model().state_dict(),
+            "unaveraged": self.model.state_dict() if self.averaged is not None else None,
+            "n_averaged": int(self.averaged.n_averaged) if self.averaged is not None else 0,
             "optimizer": self.optimizer.state_dict(),
-            "aux_optimizer": self.aux_optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
+            "aux_optimizer": self.aux_optimizer.state_dict() if self.aux_optimizer is not None else None,
+            "lr_scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "schedule": self.schedule.state_dict(),
+            "gradients": self.gradients.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),  # of the quantisation noise
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rngs": self.world.gather(torch.get_rng_state()) if self.world.size > 1 else None,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
+            "window": self.window,
             "options": self.options,
             "optimizer_name": self.optimizer_name,
         }
-        unfinished = path.with_name(path.name + ".tmp")
-        torch.save(state, unfinished)
-        os.replace(unfinished, path)  # at no time is there half a checkpoint under this name
 
     def load(self, state: dict) -> None:
-        self.model.load_state_dict(state["state_dict"])
+        self.model.load_state_dict(state["unaveraged"] if state.get("unaveraged") else state["state_dict"])
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(state["state_dict"])
+            self.averaged.n_averaged.fill_(state["n_averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
-        self.scheduler.load_state_dict(state["lr_scheduler"])
+        if self.aux_optimizer is not None:
+            self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        self.scheduler.load_state_dict({"lr_lambdas": [None] * len(self.optimizer.param_groups)} | state["lr_scheduler"])
+        if "schedule" in state:  # (not in a checkpoint from before there was one to keep)
+            self.schedule.load_state_dict(state["schedule"])
+            self.gradients.load_state_dict(state["gradients"])
         if state["scaler"]:  # empty from a device that needs no scaling
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"].cpu())
+        rngs = state.get("rngs")
+        torch.set_rng_state((rngs[self.world.rank] if rngs and len(rngs) == self.world.size else state["rng"]).cpu())
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.window = [{key: value.to(self.device) for key, value in step.items()} for step in state.get("window", [])]
         # --steps may have changed, and with it what the schedule says for the coming step.
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(self.step)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.schedule(self.step)
+
+    # ---- what was trained ----
+
+    def trained_model(self):
+        """The module to evaluate and to keep: the averaged one where there is one."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def entropy_coding_model(self):
         """A copy with the range coder's tables. On the CPU: encoder and decoder have to agree on every rounding."""
         model = build_model(self.options["model"], self.options["widths"])
-        model.load_state_dict({key: value.cpu() for key, value in self.model.state_dict().items()})
+        model.load_state_dict({key: value.cpu() for key, value in self.trained_model().state_dict().items()})
+        if self.options["quantiles"] == "bisection":
+            update_quantiles(model)
         model.update(force=True)
         return model.eval()
+
+
+def moving_average(decay: float, step: Callable[[], int]):
+    """The exponential moving average's update for AveragedModel, with a shorter memory at the beginning, min(decay, (1 + n) /
+    (10 + n)) at step n: otherwise the random start would be in it for thousands of steps. The step is the host's:
+    AveragedModel's own count comes on the device, and reading it would make the host wait."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
+        if averaged[0].is_floating_point():  # (they come by dtype)
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step()) / (10 + step())))
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
+
+
+@torch.no_grad()
+def update_quantiles(model: nn.Module) -> None:
+    """The entropy bottlenecks' quantiles to where the cumulative distributions say, by CompressAI's bisection. Their coder's
+    tables are left as they are."""
+    for module in model.modules():
+        if hasattr(module, "_update_quantiles"):
+            module._update_quantiles()
+
+
+def load_weights(model: nn.Module, path: Path, name: str) -> None:
+    """--init: weights alone, of a checkpoint of this script (with any optimizer) or of CompressAI's."""
+    state = load_file(path)
+    try:
+        model.load_state_dict(state.get("state_dict", state))
+    except (RuntimeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--init {path} does not fit {name} of these widths: {reason[:300]}") from error
+    tqdm.write(f"initial weights from {path}")

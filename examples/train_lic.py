@@ -6,27 +6,38 @@ Everything is written to runs/<name>/: a checkpoint that CompressAI's eval_model
 CompressAI's layout, curve.png and reconstructions.png.
 """
 
-import csv
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the seconds of imports ends the process, without tracebacks from the midst of them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # CompressAI imports torch_geometric, which still decorates with torch.jit.script: nothing that a user here can act on.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-from lic_arguments import CHECKPOINT, LEARNING_RATES, STEPS, make_parser, parse_options
-from lic_checkpoint import read_checkpoint
+from lic_arguments import CHECKPOINT, STEPS, make_parser, parse_options
+from lic_checkpoint import Checkpoints, lock_folder, read_checkpoint
 from lic_data import InputError, RandomCrops, centre_crop, find_dataset, read_image
+from lic_distributed import World
 from lic_evaluation import MS_SSIM_SIDE, code_image, jpeg_at, mean_results, psnr, to_float, write_eval_json
 from lic_models import build_model, downsampling_factor
+from lic_optimizers import LEARNING_RATES, OPTIMIZERS
 from lic_plots import plot_curves, plot_reconstructions
-from lic_training import OPTIMIZERS, Run, StopRequest, describe
+from lic_progress import Metrics, on_terminal
+from lic_stop import StopAtOnce, StopRequest, TrainingFailed
+from lic_training import Run, describe
 from torch import Tensor
 from tqdm import tqdm
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PHOTOS = Path(__file__).resolve().parent / "photos"
 PICTURES = 3  # rows of reconstructions.png
@@ -63,65 +74,64 @@ def choose_folder(options: dict) -> Path:
         resumes = options["resume"] and folder.resolve() == Path(options["resume"]).parent.resolve()
         if (folder / CHECKPOINT).exists() and not resumes:
             raise InputError(f"--save {folder} already holds a run; --resume {folder / CHECKPOINT}, or choose another")
-    else:
-        first = Path("runs") / f"{options['model']}-{options['optimizer']}"
-        folder, number = first, 1
-        while folder.exists():
+        make_folder(folder, exist_ok=True)
+        return folder
+    name = Path(options["model"].rpartition(":")[2]).name
+    first = Path("runs") / f"{name}-{options['optimizer']}"
+    folder, number = first, 1
+    while True:  # two that start at once do not get the same
+        try:
+            make_folder(folder, exist_ok=False)
+            return folder
+        except FileExistsError:
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
+
+
+def make_folder(folder: Path, exist_ok: bool) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         raise InputError(f"--save {folder}: {error.strerror}") from error
-    return folder
 
 
-def write_metrics(path: Path, runs: list[Run]) -> None:
-    """Every row of every run. Splits: train (means over the steps since the last row), eval (evaluation crops) and
-    bitstream (whole evaluation images, coded: bpp is actual, bpp_estimated the likelihoods' for the same images)."""
-    columns = ["optimizer", "split", "step", "seconds", "learning_rate", "loss", "bpp", "psnr", "mse", "aux_loss",
-               "bpp_estimated"]  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for run in runs:
-            writer.writerows(run.history)
-
-
-def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tensor]) -> None:
-    """Code the whole evaluation images with every run's model; write metrics.csv, eval-*.json and the pictures."""
-    pictured = range(0, len(whole), -(-len(whole) // PICTURES))
-    columns = []  # of the picture: per run {image index: (caption, decoded image)}
-    rates = {}  # image index -> bpp of the first run, which JPEG is to match
-    for run in runs:
-        label, model = OPTIMIZERS[run.optimizer_name], run.entropy_coding_model()
-        results, column = [], {}
-        for i, image in enumerate(tqdm(whole, desc=f"{label}: bitstreams", unit="image", leave=False)):
-            result, x_hat = code_image(model, image)
-            results.append(result)
-            if i in pictured:
-                rates.setdefault(i, result["bpp"])
-                column[i] = (f"{label}: {result['bpp']:.2f} bpp, {result['psnr-rgb']:.1f} dB", x_hat)
-        columns.append(column)
-        report_bitstreams(run, results)
-        name = f"{options['model']}-{options['metric']}-{run.optimizer_name}"
-        write_eval_json(folder / f"eval-{run.optimizer_name}.json", name, mean_results(results))
-    write_metrics(folder / "metrics.csv", runs)
-
-    rows = []
-    for i in pictured:
-        jpeg, bpp = jpeg_at(whole[i], rates[i])
-        original = to_float(whole[i])
-        caption = f"JPEG: {bpp:.2f} bpp, {psnr(original, jpeg):.1f} dB"
-        rows.append([("original", original), *(column[i] for column in columns), (caption, jpeg)])
-    plot_reconstructions(folder / "reconstructions.png", rows)
+def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tensor], metrics: Metrics) -> None:
+    """Code the whole evaluation images with every run's model; write eval-*.json and the pictures."""
     labels = {run.optimizer_name: OPTIMIZERS[run.optimizer_name] for run in runs}
+    coded = whole[: options["bitstreams"]]
+    if coded:
+        pictured = range(0, len(coded), -(-len(coded) // PICTURES))
+        columns = []  # of the picture: per run {image index: (caption, decoded image)}
+        rates = {}  # image index -> bpp of the first run, which JPEG is to match
+        for run in runs:
+            label, model = labels[run.optimizer_name], run.entropy_coding_model()
+            results, column = [], {}
+            progress = tqdm(coded, desc=f"{label}: bitstreams", unit="image", leave=False, disable=not on_terminal())
+            for i, image in enumerate(progress):
+                result, x_hat = code_image(model, image)
+                results.append(result)
+                if i in pictured:
+                    rates.setdefault(i, result["bpp"])
+                    column[i] = (f"{label}: {result['bpp']:.2f} bpp, {result['psnr-rgb']:.1f} dB", x_hat)
+            columns.append(column)
+            report_bitstreams(run, results, metrics)
+            name = f"{options['model']}-{options['metric']}-{run.optimizer_name}"
+            write_eval_json(folder / f"eval-{run.optimizer_name}.json", name, mean_results(results))
+        rows = []
+        for i in pictured:
+            jpeg, bpp = jpeg_at(coded[i], rates[i])
+            original = to_float(coded[i])
+            caption = f"JPEG: {bpp:.2f} bpp, {psnr(original, jpeg):.1f} dB"
+            rows.append([("original", original), *(column[i] for column in columns), (caption, jpeg)])
+        plot_reconstructions(folder / "reconstructions.png", rows)
     title = f"{options['model']} ({', '.join(f'{k} = {v}' for k, v in options['widths'].items())}), "
     title += f"$\\lambda$ = {options['lmbda']:g}, {options['metric']}, batches of {options['batch_size']}"
     plot_curves(folder / "curve.png", {run.optimizer_name: run.history for run in runs}, labels, title)
 
 
-def report_bitstreams(run: Run, results: list[dict[str, float]]) -> None:
+def report_bitstreams(run: Run, results: list[dict[str, float]], metrics: Metrics) -> None:
     """Say what the bitstreams came to, and keep it in the run's history."""
     label, mean = OPTIMIZERS[run.optimizer_name], mean_results(results)
     print(
@@ -132,6 +142,7 @@ def report_bitstreams(run: Run, results: list[dict[str, float]]) -> None:
     if worst > 0.5:
         print(f"{label}: warning: the decoder's PSNR is up to {worst:.2f} dB off the forward pass's", file=sys.stderr)
     run.record("bitstream", None, {"bpp": mean["bpp"], "bpp_estimated": mean["bpp-estimated"], "psnr": mean["psnr-rgb"]})
+    metrics.flush()
 
 
 def summarise(run: Run, other: Run) -> str:
@@ -159,17 +170,52 @@ def keep_checkpoint(options: dict, kept: Path) -> None:
         shutil.copyfile(Path(options["resume"]).with_name(kept.name), kept)
 
 
+def command(*arguments: str) -> str:
+    return "  " + shlex.join(["python", os.path.relpath(sys.argv[0]), *arguments])
+
+
 def how_to_resume(folder: Path) -> str:
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), "--resume", str(folder / CHECKPOINT)])
-    return f"checkpoint saved; to resume:\n  {command}"
+    return f"checkpoint saved; to resume:\n{command('--resume', str(folder / CHECKPOINT))}"
 
 
-def train(options: dict, state: dict | None) -> int:
+def how_to_go_on(checkpoints: Checkpoints, options: dict, learning_rate: float) -> str:
+    """What a run that failed leaves, and the commands that continue from it."""
+    found = checkpoints.newest()
+    if found is None:
+        return f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then."
+    path, step = found
+    resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
+    widths = [part for name, width in options["widths"].items() for part in (f"--{name}", str(width))]
+    anew = ["--model", options["model"], *widths, "--init", str(path), "--learning-rate", f"{learning_rate / 3:.2g}"]
+    return (
+        f"The last good checkpoint is of step {step}: {path}. To go on from it (a run on a CPU repeats itself to the bit):\n"
+        f"{command('--resume', resume)}\n"
+        "To start a new run from its weights, with other options, for example:\n"
+        f"{command(*anew)}"
+    )
+
+
+def train(options: dict, state: dict | None, world: World) -> int:
     """Train what the options ask for and write the results. Returns the exit status."""
     crops, eval_crops, whole = load_images(options)
-    folder = choose_folder(options)
+    folder = choose_folder(options) if world.first else None
+    with lock_folder(folder) if folder else contextlib.nullcontext():
+        return train_in(world.gather(folder)[0], options, state, world, crops, eval_crops, whole)
+
+
+def train_in(
+    folder: Path,
+    options: dict,
+    state: dict | None,
+    world: World,
+    crops: RandomCrops,
+    eval_crops: list[Tensor],
+    whole: list[Tensor],
+) -> int:
+    """`train`, in the run's folder, which is this run's alone."""
+    say = print if world.first else lambda *_, **__: None
     options["save"] = str(folder)
-    print(f"{len(crops.files)} images to train on, {len(whole)} to evaluate on, {options['steps']} steps; {folder}/")
+    say(f"{len(crops.files)} images to train on, {len(whole)} to evaluate on, {options['steps']} steps; {folder}/", flush=True)
 
     plan = [(options["optimizer"], options["learning_rate"], CHECKPOINT, state)]
     if other := options["compare"]:
@@ -177,34 +223,51 @@ def train(options: dict, state: dict | None) -> int:
         beside = Path(options["resume"]).with_name(name) if state else None
         other_state = read_checkpoint(beside) if beside and beside.exists() else None
         plan.append((other, options["compare_learning_rate"], name, other_state))
-    runs = []
+    runs: list[Run] = []
+    metrics = Metrics(folder / "metrics.csv" if world.first else None)
     for optimizer, learning_rate, name, start in plan:
-        run = Run(options, optimizer, learning_rate or LEARNING_RATES[optimizer])
+        learning_rate = learning_rate or LEARNING_RATES[optimizer]
+        run = Run(options, optimizer, learning_rate, world)
         runs.append(run)
         if start:
             run.load(start)
         if run.step > options["steps"]:
             raise InputError(f"{options['steps']} steps: the checkpoint is already at step {run.step}")
         if run.step == options["steps"]:
+            metrics.begin(run.history)
             keep_checkpoint(options, folder / name)
-        else:
+            continue
+        checkpoints = Checkpoints(folder / name)
+        try:
             with StopRequest() as stop:
-                run.train(crops, eval_crops, options["steps"], stop, folder / name)
-            if stop.signal:
-                write_metrics(folder / "metrics.csv", runs)
-                print(f"stopped at step {run.step} of {options['steps']} ({OPTIMIZERS[optimizer]})")
-                print(how_to_resume(folder))
-                return 128 + stop.signal
+                run.train(crops, eval_crops, options["steps"], stop, checkpoints, metrics)
+        except TrainingFailed as failure:
+            say(f"train_lic.py: stopped: {failure}", file=sys.stderr)
+            say(how_to_go_on(checkpoints, options, learning_rate), file=sys.stderr)
+            return 1
+        if stopped := world.largest(stop.signal):
+            say(f"stopped at step {run.step} of {options['steps']} ({OPTIMIZERS[optimizer]})")
+            say(how_to_resume(folder))
+            return 128 + stopped
+    if not world.first:
+        return 0
     try:
-        write_results(folder, options, runs, whole)
+        with StopAtOnce() as stop:
+            write_results(folder, options, runs, whole, metrics)
     except KeyboardInterrupt:
         print(f"stopped after training, before all results were written\n{how_to_resume(folder)}")
-        return 130
+        return 128 + (stop.signal or signal.SIGINT)
+    except OSError as error:
+        print(f"train_lic.py: cannot write the results: {error}\n{how_to_resume(folder)}", file=sys.stderr)
+        return 1
     for run in runs:
-        row = describe(run.evaluations()[-1])
         print(
-            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {row} after {run.step} steps, {run.seconds:.0f} s of training"
+            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {describe(run.evaluations()[-1])} after {run.step} steps, "
+            f"{run.seconds:.0f} s of training"
         )
+        if skipped := {what: n for what, n in run.skipped().items() if n}:
+            counts = " and ".join(f"{n} {what.replace('skipped_', '')}" for what, n in skipped.items())
+            print(f"{OPTIMIZERS[run.optimizer_name]} passed over {counts} of single parameters (see optimizer.skipped_steps)")
     if len(runs) == 2:
         print(summarise(*runs))
     print(f"Results are in {folder}/")
@@ -213,14 +276,19 @@ def train(options: dict, state: dict | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    world = World()
     try:
-        return train(*parse_options(parser, sys.argv[1:] if argv is None else argv))
+        options, state = parse_options(parser, sys.argv[1:] if argv is None else argv, world.size)
+        options["device"] = world.join(options["device"])
+        return train(options, state, world)
     except InputError as error:
         # One raised in a loader's worker arrives with that process's traceback in front of it.
         parser.error(str(error).strip().splitlines()[-1].removeprefix("lic_data.InputError: "))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        world.leave()
 
 
 if __name__ == "__main__":

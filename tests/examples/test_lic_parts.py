@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import lic_arguments
 import lic_data
 import lic_evaluation
 import lic_models
@@ -13,7 +14,9 @@ import lic_training
 import pytest
 import torch
 from compressai.entropy_models import EntropyModel
-from lic_checkpoint import read_checkpoint
+from lic_checkpoint import Checkpoints, read_checkpoint
+from lic_optimizers import schedule_factor
+from lic_stop import StopRequest
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -22,8 +25,9 @@ from soap_opt import SOAP
 OPTIONS = {
     "model": "bmshj2018-hyperprior", "widths": {"N": 8, "M": 12}, "seed": 0, "device": "cpu", "amp": False,
     "lmbda": 0.013, "metric": "mse", "aux_learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 5, "steps": 24,
-    "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0, "fused": False, "foreach": False,
+    "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0,
 }  # fmt: skip
+OPTIONS = {a.dest: a.default for a in lic_arguments.make_parser("")._actions if a.dest != "help"} | OPTIONS
 NAMED_MODELS = [
     "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn",
     "elic2022-official",
@@ -169,7 +173,7 @@ def test_resume_is_exact(tmp_path, files, image, optimizer):
     evaluation = [lic_data.centre_crop(image, (64, 64))]
 
     def train(run, until, path):
-        run.train(crops, evaluation, until, lic_training.StopRequest(), path)
+        run.train(crops, evaluation, until, StopRequest(), Checkpoints(path))
         return run
 
     whole = train(lic_training.Run(OPTIONS, optimizer, 1e-3), 24, tmp_path / "whole")
@@ -189,19 +193,19 @@ def test_resume_is_exact(tmp_path, files, image, optimizer):
 
 
 def test_schedules():
-    linear = lic_training.schedule_factor("linear", 50, 1000)
+    linear = schedule_factor("linear", 50, 1000)
     assert linear(0) == 1 / 50 and linear(49) == linear(699) == 1.0
     assert linear(850) == pytest.approx(0.5) and 0 < linear(999) < 0.004 and linear(1000) == 0.0
-    cosine = lic_training.schedule_factor("cosine", 0, 1000)
+    cosine = schedule_factor("cosine", 0, 1000)
     assert cosine(0) == 1.0 and cosine(500) == pytest.approx(0.5) and cosine(1000) == pytest.approx(0.0)
-    assert lic_training.schedule_factor("constant", 4, 10)(1) == 0.5
-    assert lic_training.schedule_factor("constant", 4, 10)(9) == 1.0
+    assert schedule_factor("constant", 4, 10)(1) == 0.5
+    assert schedule_factor("constant", 4, 10)(9) == 1.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_wait_for_the_step_and_twice_do_not(number):
     before = signal.getsignal(number)
-    with lic_training.StopRequest() as stop:
+    with StopRequest() as stop:
         signal.raise_signal(number)
         assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):

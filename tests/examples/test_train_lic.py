@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import lic_optimizers
 import lic_training
 import pytest
 import torch
@@ -17,7 +19,9 @@ from PIL import Image
 import soap_opt
 
 TINY = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "128", "192"]
-CSV_COLUMNS = "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated"
+CSV_COLUMNS = (
+    "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated,skipped_steps,skipped_refreshes"
+)
 
 
 def environment() -> dict[str, str]:
@@ -54,11 +58,11 @@ def test_no_arguments_but_the_length(tmp_path, examples):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "SOAP step    12: evaluation loss" in done.stdout + done.stderr
-    assert all(word in done.stderr for word in ("12/12", "loss", "bpp", "dB"))  # the progress bar
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == ""  # no progress bar where there is no terminal
 
     folder = tmp_path / "runs" / "bmshj2018-hyperprior-soap"
-    names = ["checkpoint.pth.tar", "curve.png", "eval-soap.json", "metrics.csv", "reconstructions.png"]
+    names = [".lock", "checkpoint.pth.tar", "checkpoint_best_loss.pth.tar", "curve.png", "eval-soap.json", "metrics.csv",
+             "reconstructions.png"]  # fmt: skip
     assert sorted(file.name for file in folder.iterdir()) == names
     assert (folder / "metrics.csv").read_text().splitlines()[0] == CSV_COLUMNS
     rows = metrics(folder)
@@ -101,10 +105,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, photos, examples, ca
         [sys.executable, examples / "train_lic.py", *options, "--steps", "100000", "--save", stopped],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    shown = ""
-    while "loss" not in shown:  # the first ten steps are done
-        shown += process.stderr.read(1)
-        assert process.poll() is None, shown
+    while not (stopped / "metrics.csv").exists() or len(metrics(stopped)) == 0:  # the first ten steps are done
+        time.sleep(0.1)
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -206,7 +209,7 @@ def test_an_implementation_that_is_not_to_be_had(tmp_path, photos, capsys, monke
     monkeypatch.setattr(soap_opt._ext, "unavailable", lambda device_type: "there is no engine today")
     assert "--fused: " in (message := error_line(capsys, arguments)) and "there is no engine today" in message
     monkeypatch.undo()
-    monkeypatch.setitem(lic_training.REGISTRY, "SOAP", lambda params, lr: None)
+    monkeypatch.setitem(lic_optimizers.REGISTRY, "SOAP", lambda params, lr: None)
     assert "--fused: SOAP has no such implementation" in error_line(capsys, arguments)
 
 
@@ -266,7 +269,7 @@ def error_line(capsys, arguments: list[str]) -> str:
     ("arguments", "message"),
     [
         (["--model", "jpeg"], "--model jpeg: choose from bmshj2018-factorized, "),
-        (["--optimizer", "muon"], "argument --optimizer: invalid choice: 'muon'"),
+        (["--optimizer", "lion"], "argument --optimizer: invalid choice: 'lion'"),
         (["--learning-rate", "-1"], "argument -lr/--learning-rate: -1 is not above 0"),
         (["--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
         (["--clip-max-norm", "nan"], "argument --clip-max-norm/--clip_max_norm: nan is below 0 or not finite"),
@@ -372,12 +375,3 @@ def test_a_finished_run_is_resumed_to_be_compared(tmp_path, photos, capsys):
     capsys.readouterr()
     for length in (["--steps", "2"], ["--epochs", "1", "--steps", "1"][2:]):
         assert "the checkpoint is already at step 3" in error_line(capsys, [*resumed, *length])
-
-
-def test_divergence_is_said_in_one_line(tmp_path, photos, capsys):
-    arguments = [*TINY, "--dataset", str(photos), "--steps", "40", "--optimizer", "sgd", "--learning-rate", "1e9"]
-    with pytest.raises(SystemExit) as caught:
-        train_lic.main([*arguments, "--warmup-steps", "0", "--clip-max-norm", "0", "--save", str(tmp_path / "run")])
-    assert caught.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("train_lic.py: error: SGD's loss is ") and "try a smaller learning rate" in last

@@ -1,0 +1,383 @@
+"""examples/train_lic.py when things go wrong: not finite numbers, signals, kills, full and read-only disks."""
+
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lic_checkpoint
+import lic_progress
+import lic_training
+import pytest
+import torch
+import train_lic
+from lic_checkpoint import Checkpoints
+from test_train_lic import TINY, environment, error_line, metrics, weights
+
+THREE = ["checkpoint.pth.tar", "checkpoint_previous.pth.tar", "checkpoint_best_loss.pth.tar"]
+
+
+def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
+    return [*TINY, "--dataset", str(photos), "--save", str(folder), "--bitstreams", "none", *more]
+
+
+def assert_finite(path: Path) -> None:
+    assert all(w.isfinite().all() for w in weights(path).values() if w.is_floating_point()), path
+
+
+def spoil(monkeypatch, *, from_step: int, until: int = 10**9, value: float = float("nan")) -> None:
+    """Every batch of these steps has a loss of `value`."""
+    forward = lic_training.Run.forward
+
+    def spoilt(self, x):
+        output, terms, distortion = forward(self, x)
+        if from_step <= self.step < until:
+            terms["loss"] = terms["loss"] * value
+        return output, terms, distortion
+
+    monkeypatch.setattr(lic_training.Run, "forward", spoilt)
+
+
+# ---- what is not finite ----
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, photos, capsys, monkeypatch, optimizer):
+    """Says when and where, and what is left: a good checkpoint, the metrics until then, and the command to go on."""
+    spoil(monkeypatch, from_step=12)
+    folder = tmp_path / "run"
+    options = arguments(photos, folder, "--optimizer", optimizer, "--steps", "40", "--eval-every", "5", "--save-every", "5")
+    assert train_lic.main(options) == 1
+    told = capsys.readouterr().err
+    label = {"adam": "Adam", "soap": "SOAP"}[optimizer]
+    step = 15 if optimizer == "adam" else 30  # Adam's weights are gone, SOAP's are not: that waits for a whole window
+    assert re.search(rf"stopped: .* at step {step}; .*(\w+\.)+\w+ is not finite|{label}'s loss is nan at step {step}", told), (
+        told
+    )
+    found = re.search(r"The last good checkpoint is of step (\d+): (\S+)\.", told)
+    assert int(found[1]) >= 10 and f"--resume {found[2]}" in told and "--init" in told and "--N 8 --M 12" in told
+    for name in THREE:
+        if (folder / name).exists():
+            assert_finite(folder / name)
+    assert (folder / "checkpoint.pth.tar").exists()
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if row["split"] == "eval"][:2] == ["5", "10"]
+    assert not any("nan" in row["loss"] for row in rows)
+
+    monkeypatch.undo()
+    assert train_lic.main(["--resume", found[2], "--steps", str(step + 5)]) == 0
+    assert metrics(folder)[-1]["step"] == str(step + 5)
+
+
+def test_the_parameter_is_named_before_clipping_spreads_it(tmp_path, photos, capsys, monkeypatch):
+    """Clipping by a norm that is not finite makes every gradient NaN."""
+    build = lic_training.build_model
+
+    def with_a_hole(*args):
+        model = build(*args)
+        model.h_s[2].weight.register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    monkeypatch.setattr(lic_training, "build_model", with_a_hole)
+    monkeypatch.setattr(lic_training.Run, "what_is_not_finite", lambda self: None)
+    run = lic_training.Run.means
+    monkeypatch.setattr(lic_training.Run, "means", lambda self, window: run(self, window) | {"loss": float("nan")})
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "10")) == 1
+    assert "SOAP's loss is nan at step 10; the gradient of h_s.2.weight is not finite" in capsys.readouterr().err
+
+
+def test_what_soap_passes_over_is_counted(tmp_path, photos, capsys, monkeypatch):
+    spoil(monkeypatch, from_step=12, until=14)
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "20")) == 0
+    rows = [row for row in metrics(tmp_path / "run") if row["split"] == "train"]
+    assert rows[0]["skipped_steps"] == "0" and int(rows[1]["skipped_steps"]) > 20  # of single parameters
+    assert all(float(row["loss"]) < float("inf") for row in rows)
+    assert re.search(r"SOAP passed over \d+ steps of single parameters", capsys.readouterr().out)
+    assert_finite(tmp_path / "run" / "checkpoint.pth.tar")
+
+
+def test_an_evaluation_that_is_not_finite(tmp_path, photos, capsys, monkeypatch):
+    nothing = {"loss": float("nan"), "bpp": float("nan"), "mse": 1.0, "psnr": 1.0}
+    monkeypatch.setattr(lic_training, "evaluate", lambda *args: nothing)
+    folder = tmp_path / "run"
+    assert train_lic.main(arguments(photos, folder, "--steps", "3")) == 1
+    assert "the evaluation's loss is nan at step 3" in capsys.readouterr().err
+    assert not list(folder.glob("*.json")) and not list(folder.glob("*.pth.tar"))
+    assert metrics(folder)[-1]["split"] == "train"
+
+
+@pytest.mark.parametrize("where", ["weight", "state"])
+def test_nothing_that_is_not_finite_replaces_a_checkpoint(tmp_path, photos, capsys, monkeypatch, where):
+    folder = tmp_path / "run"
+    assert train_lic.main(arguments(photos, folder, "--steps", "5")) == 0
+    before = (folder / "checkpoint.pth.tar").read_bytes()
+    step = lic_training.Run.train_step
+
+    def spoilt(self, x):
+        values = step(self, x)
+        p = dict(self.model.named_parameters())["g_a.0.weight"]
+        with torch.no_grad():
+            (p if where == "weight" else self.optimizer.state[p]["basis_1"])[0, 0] = float("inf")
+        return values
+
+    monkeypatch.setattr(lic_training.Run, "train_step", spoilt)
+    monkeypatch.setattr(lic_training.Run, "evaluate", lambda *args: False)
+    assert train_lic.main(["--resume", str(folder / "checkpoint.pth.tar"), "--steps", "6"]) == 1
+    name = "g_a.0.weight" if where == "weight" else "basis_1 of g_a.0.weight"
+    assert f"stopped: {name} is not finite at step 6" in capsys.readouterr().err
+    assert (folder / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_a_loss_that_runs_away(tmp_path, photos, capsys, monkeypatch):
+    """Finite, and of no use."""
+    spoil(monkeypatch, from_step=12, value=1e25)
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "40", "--optimizer", "adam")) == 1
+    assert re.search(r"stopped: Adam's loss has run away: .*e\+\d\d at step 20, 2\d\d at the beg", capsys.readouterr().err)
+
+
+def test_a_learning_rate_that_is_far_too_large(tmp_path, photos, capsys):
+    options = ["--steps", "40", "--optimizer", "sgd", "--learning-rate", "1e9", "--warmup-steps", "0", "--clip-max-norm", "0"]
+    assert train_lic.main(arguments(photos, tmp_path / "run", *options)) == 1
+    assert re.search(r"stopped: (\S+ is not finite|SGD's loss \D*) at step 10", capsys.readouterr().err)
+
+
+def test_bisection_does_not_hang_on_what_is_not_finite(tmp_path, photos, capsys, monkeypatch):
+    step = lic_training.Run.train_step
+
+    def spoilt(self, x):
+        values = step(self, x)
+        with torch.no_grad():
+            self.model.entropy_bottleneck.matrices[0].fill_(float("nan"))
+        return values
+
+    monkeypatch.setattr(lic_training.Run, "train_step", spoilt)
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "2", "--quantiles", "bisection")) == 1
+    assert "entropy_bottleneck.matrices.0 is not finite at step 2" in capsys.readouterr().err
+
+
+# ---- checkpoints ----
+
+
+def test_three_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoint-adam.pth.tar")
+    checkpoints.save({"step": 1}, best=True)
+    checkpoints.save({"step": 2}, best=False)
+    checkpoints.save_best({"step": 3})
+    checkpoints.save({"step": 4}, best=False)
+    steps = {path.name: torch.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {
+        "checkpoint-adam.pth.tar": 4, "checkpoint-adam_previous.pth.tar": 2, "checkpoint-adam_best_loss.pth.tar": 3
+    }  # fmt: skip
+    checkpoints.last.write_bytes(b"the power failed")
+    assert checkpoints.newest() == (checkpoints.best, 3)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, links):
+    if not links:  # a file system without hard links
+        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "not here")))
+    checkpoints = Checkpoints(tmp_path / "checkpoint.pth.tar")
+    for step in (1, 2):
+        checkpoints.save({"step": step}, best=True)
+    save = torch.save
+
+    def half(state, file):
+        save(state, file)
+        raise RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="failed writing"):
+        checkpoints.save({"step": 3}, best=True)
+    steps = {path.name: torch.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"checkpoint.pth.tar": 2, "checkpoint_previous.pth.tar": 1, "checkpoint_best_loss.pth.tar": 2}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of so many bytes; mounting one takes the right to."""
+    mounted = []
+
+    def mount(size: int, *options: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("cannot mount a tmpfs here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(small_disk, photos, capsys):
+    """Room for one checkpoint of some 0.45 MB: training goes on with a warning, and the end says what is left."""
+    folder = small_disk(700_000)
+    options = arguments(photos, folder, "--steps", "30", "--eval-every", "10", "--save-every", "10")
+    assert train_lic.main(options) == 1
+    told = capsys.readouterr()
+    assert re.search(r"warning: no checkpoint at step \d+: .*; training goes on", told.out), told.out
+    assert "stopped: cannot save step 30: " in told.err and "Traceback" not in told.err
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.new"))
+    path = Path(re.search(r"The last good checkpoint is of step \d+: (\S+)\.", told.err)[1])
+    assert_finite(path)
+    assert [row["step"] for row in metrics(folder) if row["split"] == "eval"] == ["10", "20", "30"]
+
+
+def test_the_checkpoint_before_the_last_gives_way(small_disk, photos):
+    """Room for three, and a fourth while it is written: at the end it is made."""
+    folder = small_disk(1_600_000)
+    options = arguments(photos, folder, "--steps", "31", "--eval-every", "100", "--save-every", "10")
+    train_lic.main(options)  # (the picture does not fit any more)
+    assert torch.load(folder / "checkpoint.pth.tar", weights_only=True)["step"] == 31
+
+
+def test_a_read_only_folder_is_noticed_at_once(small_disk, photos, capsys):
+    folder = small_disk(4096, "ro")
+    assert "Read-only file system" in error_line(capsys, arguments(photos, folder))
+    assert "Read-only file system" in error_line(capsys, arguments(photos, folder / "new"))
+
+
+def test_metrics_wait_for_room(tmp_path, monkeypatch):
+    history = [{"optimizer": "soap", "step": 1}]
+    path = tmp_path / "metrics.csv"
+    written = lic_progress.Metrics(path)
+    written.begin(history)
+    real_open = Path.open
+    monkeypatch.setattr(Path, "open", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    history.append({"optimizer": "soap", "step": 2})
+    written.flush()
+    assert written.complaint.endswith("No space left")
+    monkeypatch.setattr(Path, "open", real_open)
+    history.append({"optimizer": "soap", "step": 3})
+    written.flush()
+    assert written.complaint is None
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, photos, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with lic_checkpoint.lock_folder(folder):
+        assert "another run is writing there" in error_line(capsys, arguments(photos, folder, "--steps", "1"))
+    assert train_lic.main(arguments(photos, folder, "--steps", "1")) == 0
+
+
+# ---- signals and kills ----
+
+
+def start(examples: Path, options: list[str], **how) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, examples / "train_lic.py", *options],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how,
+    )  # fmt: skip
+
+
+def wait_for_rows(process: subprocess.Popen, folder: Path) -> None:
+    while not (folder / "metrics.csv").exists() or not metrics(folder):
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_the_whole_process_group(tmp_path, photos, examples, number):
+    """As a scheduler or a closed terminal sends them: to the loader's workers too."""
+    folder = tmp_path / "run"
+    options = arguments(photos, folder, "--steps", "100000", "--eval-every", "100000", "--num-workers", "2")
+    process = start(examples, options, start_new_session=True)
+    wait_for_rows(process, folder)
+    os.killpg(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in stderr, stderr
+    step = torch.load(folder / "checkpoint.pth.tar", weights_only=True)["step"]
+    assert f"stopped at step {step} of 100000" in stdout and "--resume" in stdout
+
+
+@pytest.mark.slow
+def test_nohup(tmp_path, photos, examples):
+    """What is ignored on purpose stays ignored."""
+    folder = tmp_path / "run"
+    options = arguments(photos, folder, "--steps", "60", "--eval-every", "60")
+    process = start(examples, options, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for_rows(process, folder)
+    process.send_signal(signal.SIGHUP)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+
+@pytest.mark.slow
+def test_interrupted_while_it_imports(examples):
+    process = start(examples, ["--help"])
+    time.sleep(1)  # the interpreter has begun, torch's import takes longer
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, photos, examples):
+    """SIGKILL, twice, wherever it hits; resumed, the run ends with the bits of one that nobody killed."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    length = ["--steps", "60", "--eval-every", "15", "--save-every", "4"]
+    moment = random.Random()
+    for _ in range(2):
+        checkpoint = killed / "checkpoint.pth.tar"
+        options = ["--resume", str(checkpoint)] if checkpoint.exists() else arguments(photos, killed, *length)
+        process = start(examples, options)
+        if not checkpoint.exists():
+            wait_for_rows(process, killed)
+        time.sleep(moment.uniform(0, 3))
+        process.kill()
+        process.communicate()
+        assert metrics(killed)
+    assert train_lic.main(["--resume", str(killed / "checkpoint.pth.tar")]) == 0
+    assert train_lic.main(arguments(photos, whole, *length)) == 0
+    a, b = (torch.load(folder / "checkpoint.pth.tar", weights_only=True) for folder in (killed, whole))
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
+    rows = [[(row["split"], row["step"], row["loss"]) for row in metrics(folder)] for folder in (killed, whole)]
+    assert rows[0] == rows[1]
+
+
+def test_a_signal_during_an_evaluation(tmp_path, photos, monkeypatch, capsys):
+    """The evaluation is given up, and made by the resumed run: the metrics are those of a run that was not stopped."""
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    evaluate = lic_training.evaluate
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lic_training, "evaluate", interrupted)
+        assert train_lic.main(arguments(photos, stopped, "--steps", "20", "--eval-every", "10")) == 128 + signal.SIGTERM
+    assert "stopped at step 10 of 20" in capsys.readouterr().out
+    assert train_lic.main(["--resume", str(stopped / "checkpoint.pth.tar")]) == 0
+    assert train_lic.main(arguments(photos, whole, "--steps", "20", "--eval-every", "10")) == 0
+    rows = [[(row["split"], row["step"], row["loss"], row["learning_rate"]) for row in metrics(f)] for f in (stopped, whole)]
+    assert rows[0] == rows[1]
+
+
+# ---- logs ----
+
+
+def test_a_log_has_a_line_a_minute(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(lic_progress.time, "monotonic", lambda: now[0])
+    with lic_progress.Progress(1000, 100, "SOAP") as progress:
+        for _ in range(300):
+            now[0] += 0.5
+            progress.update()
+            progress.show("loss 1.0")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "SOAP step   220 of 1000: loss 1.0; 2 steps/s, 06:30 left"
