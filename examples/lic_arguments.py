@@ -271,6 +271,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "bitstreams at the end are always of whole images",
     )
     add(
+        "--conflict-every",
+        type=not_negative(int),
+        default=0,
+        metavar="STEPS",
+        help="every so many steps measure how the gradients of rate and distortion, what the optimizer makes of them, and its "
+        "consecutive updates are aligned, by soap_opt.diagnostics.ConflictMeter, at the price of about 1.5 steps; 0: never "
+        "(default: %(default)s)",
+    )
+    add(
         "--test-batch-size", type=positive(int), default=1, help="images of one size evaluated at a time (default: %(default)s)"
     )
     add(

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 LOG_SECONDS = 60.0  # between two lines of a log
 COLUMNS = ["optimizer", "split", "step", "seconds", "learning_rate", "loss", "bpp", "psnr", "mse", "aux_loss",
-           "bpp_estimated", "skipped_steps", "skipped_refreshes"]  # fmt: skip
+           "bpp_estimated", "skipped_steps", "skipped_refreshes", "raw", "raw_shared", "preconditioned",
+           "preconditioned_shared", "between_steps"]  # fmt: skip
 
 
 def on_terminal() -> bool:

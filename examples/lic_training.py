@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from soap_opt.diagnostics import ConflictMeter
+
 LOG_EVERY = 10  # steps per training row of the metrics
 RUNAWAY = 100  # a loss so many times what a model that knows nothing has is not learning's noise
 
@@ -94,6 +96,7 @@ class Run:
         self.seconds = 0.0  # spent in training steps, evaluations and checkpoints not counted
         self.history: list[dict] = []
         self.window: list[dict[str, Tensor]] = []  # of the steps since the last row for them
+        self.meter: ConflictMeter | None = None
 
     @property
     def label(self) -> str:
@@ -108,6 +111,8 @@ class Run:
             self.aux_optimizer.zero_grad()
         output, terms, distortion = self.forward(x)
         scale = self.scaler.scale
+        if measuring := self.meter is not None and self.meter.due():
+            self.meter.measure(scale(terms["bpp_loss"]), scale(distortion))
         self.gradients.backward(scale(terms["loss"]), scale(terms["bpp_loss"]), scale(distortion), self.step)
         self.world.average_gradients(self.params)
         if self.options["clip_max_norm"] > 0:
@@ -122,8 +127,13 @@ class Run:
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         self.gradients.after_step(lambda: self.both_terms(x))
+        lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.step += 1
+        if (
+            measuring and self.meter.records and self.meter.records[-1]["step"] == self.step
+        ):  # (GradScaler may pass a step over)
+            self.record("conflict", lr, {k: v for k, v in self.meter.records[-1].items() if k not in ("step", "seconds")})
         mse = F.mse_loss(output["x_hat"].detach(), x)
         return {
             "loss": terms["loss"].detach(),
@@ -165,6 +175,11 @@ class Run:
             self.metrics.begin(self.history)
         self.model.train()
         first, is_best = self.step, False
+        if every := self.options["conflict_every"]:
+            try:
+                self.meter = ConflictMeter(self.optimizer, every, model=self.model, step=self.step)
+            except TypeError as error:  # Muon
+                raise InputError(f"--conflict-every: {error}") from error
         on_cuda = self.device.type == "cuda"
         loader = batches(
             crops, first, until, self.options["batch_size"], self.options["num_workers"], on_cuda, *self.world.place

@@ -20,7 +20,8 @@ import soap_opt
 
 TINY = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "128", "192"]
 CSV_COLUMNS = (
-    "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated,skipped_steps,skipped_refreshes"
+    "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated,skipped_steps,skipped_refreshes,"
+    "raw,raw_shared,preconditioned,preconditioned_shared,between_steps"
 )
 
 
