@@ -5,7 +5,6 @@ have in common, the rate on a logarithmic scale. The `bjontegaard` package compu
 and how uncertain the result is.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -108,18 +107,19 @@ def ordered(points: np.ndarray, name: str, method: str) -> np.ndarray:
     if not np.isfinite(points).all() or (points[:, 0] <= 0).any():
         raise NoComparison(f"{name} has a point that is not finite, or a rate of 0")
     points = points[np.argsort(points[:, 0], kind="stable")]
-    for (rate, level), (next_rate, next_level) in itertools.pairwise(points):
-        if next_rate <= rate or next_level <= level:
-            raise NoComparison(
-                f"{name} is not monotonic: {level:.2f} dB at {rate:.3f} bpp, then {next_level:.2f} dB at {next_rate:.3f} bpp"
-            )
+    falls = (np.diff(points, axis=0) <= 0).any(axis=1)
+    if falls.any():
+        (rate, level), (next_rate, next_level) = points[falls.argmax() :][:2]
+        raise NoComparison(
+            f"{name} is not monotonic: {level:.2f} dB at {rate:.3f} bpp, then {next_level:.2f} dB at {next_rate:.3f} bpp"
+        )
     return points
 
 
 def overlap(anchor: np.ndarray, test: np.ndarray) -> float:
     """How much of the shorter of two ranges (values [P]) is in the other: 1 when all of it is, 0 when nothing is."""
-    low, high = max(anchor.min(), test.min()), min(anchor.max(), test.max())
-    return max(0.0, high - low) / min(np.ptp(anchor), np.ptp(test))
+    (a, b), (c, d) = ((values.min(), values.max()) for values in (anchor, test))
+    return max(0.0, float(min(b, d) - max(a, c))) / float(min(b - a, d - c))
 
 
 def prepared(anchor: np.ndarray, test: np.ndarray, method: str, axis: int, names: tuple[str, str]):

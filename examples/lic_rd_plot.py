@@ -44,6 +44,7 @@ def plot_rd(path: Path, curves: Sequence[Curve], remarks: Mapping[str, str] | No
     models = [curve for curve in curves if not curve.codec] or list(curves)
     metrics = [metric for metric in METRICS if curves[0].images(metric)]
     figure, axes = plt.subplots(1, len(metrics), figsize=(6.2 * len(metrics), 5.4), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # inches
     colours = choose_colours(models)
     for axis, metric in zip(axes[0], metrics):
         in_view = []  # [.., 2], of the models
