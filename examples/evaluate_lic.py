@@ -216,7 +216,8 @@ def measure_curves(options: argparse.Namespace, images: ImageSet) -> tuple[list[
         raise InputError(f"--anchor {options.anchor}: the curves are {', '.join([*groups, *codecs])}")
     plan = {label: arrange(label, checkpoints) for label, checkpoints in groups.items()}
 
-    total = len(images) * (len(inspected) + len(codecs) * len(CODEC_QUALITIES))
+    runs = sum(len(checkpoints) for checkpoints in groups.values())
+    total = len(images) * (runs + len(codecs) * len(CODEC_QUALITIES))
     curves = []
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file gets a line now and then
     with tqdm(total=total, unit="image", dynamic_ncols=True, mininterval=interval) as progress:
@@ -239,7 +240,7 @@ def measure_curves(options: argparse.Namespace, images: ImageSet) -> tuple[list[
 def write_per_image(path: Path, curves: list[Curve], images: ImageSet) -> None:
     columns = ["curve", "setting", "seed", "image", "bpp", "bpp_estimated", "psnr", "ms_ssim", "ms_ssim_db", "encoding_time",
                "decoding_time"]  # fmt: skip
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for curve in curves:

@@ -37,8 +37,8 @@ def limits(values: np.ndarray, margin: float = 0.06) -> tuple[float, float]:
 def plot_rd(path: Path, curves: Sequence[Curve], remarks: Mapping[str, str] | None = None, title: str = "") -> None:
     """PSNR and, where the images have it, MS-SSIM in dB against bpp.
 
-    One colour per curve: the line joins the means over the seeds, a small dot is one seed. Codecs are thin and grey, and shown
-    over the models' rates only. `remarks` (label -> text) go into the legend.
+    One colour per curve: the line joins the means over the seeds, a pale dot is one seed, bars go to the outermost seeds.
+    Codecs are thin and grey, and shown over the models' rates only. `remarks` (label -> text) go into the legend.
     """
     remarks = remarks or {}
     models = [curve for curve in curves if not curve.codec] or list(curves)
@@ -53,10 +53,15 @@ def plot_rd(path: Path, curves: Sequence[Curve], remarks: Mapping[str, str] | No
             means = curve.mean_points(metric)
             colour = colours[curve.label]
             axis.plot(*means.T, color=colour, linewidth=2, marker="o", markersize=6, label=curve.label, zorder=3)
-            if any(len(points) > 1 for points in runs):
-                every = np.concatenate(runs)
-                axis.plot(*every.T, linestyle="none", marker="o", markersize=3.5, color=colour, mec="white", mew=0.5, zorder=4)
-                in_view.append(every)
+            for points, mean in zip(runs, means):
+                if len(points) > 1:
+                    reach = np.abs(
+                        np.stack([points.min(axis=0), points.max(axis=0)]) - mean
+                    )  # [2, 2]: down and up; rate, level
+                    bars = {"xerr": reach[:, :1], "yerr": reach[:, 1:], "ecolor": colour, "elinewidth": 1.2, "capsize": 3}
+                    axis.errorbar(*mean, fmt="none", **bars)
+                    axis.plot(*points.T, linestyle="none", marker="o", markersize=4, color=colour, alpha=0.45, mec="none")
+                    in_view.append(points)
             in_view.append(means)
         shown = np.concatenate(in_view)
         shown = shown[np.isfinite(shown).all(axis=1)]
@@ -67,10 +72,10 @@ def plot_rd(path: Path, curves: Sequence[Curve], remarks: Mapping[str, str] | No
         levels = [shown[:, 1]]
         for curve, style in zip((c for c in curves if c.codec and c not in models), CODEC_STYLES):
             means = curve.mean_points(metric)
-            axis.plot(*means.T, color="#666666", linewidth=1.1, linestyle=style, label=curve.label, zorder=2)
-            within = means[means[:, 0] <= 1.15 * right]
-            if len(within):
-                levels.append(within[:, 1])
+            within = means[means[:, 0] <= 1.12 * right]
+            label = curve.label if len(within) else f"{curve.label} (beyond these rates)"
+            axis.plot(*means.T, color="#666666", linewidth=1.1, linestyle=style, label=label, zorder=2)
+            levels.append(within[:, 1])
         axis.set_xlim(0, 1.12 * right)
         axis.set_ylim(*limits(np.concatenate(levels)))
         with_metric, all_images = curves[0].images(metric), curves[0].images("psnr")
