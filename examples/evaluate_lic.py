@@ -49,6 +49,7 @@ from lic_evaluation import (
     write_eval_json,
 )
 from lic_models import image_models
+from lic_optimizers import OPTIMIZERS
 from lic_rd import (
     CONFIDENCE,
     METHODS,
@@ -63,7 +64,6 @@ from lic_rd import (
     points_table,
 )
 from lic_rd_plot import plot_rd
-from lic_optimizers import OPTIMIZERS
 from torch import Tensor
 from tqdm import tqdm
 

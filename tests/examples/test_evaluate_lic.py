@@ -296,7 +296,23 @@ def checkpoints(photos, tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     tasks = [(name, lmbda, "0") for name in ("soap", "adam") for lmbda in LAMBDAS] + [("adam", LAMBDAS[0], "1")]
     for name, lmbda, seed in tasks:
-        arguments = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "64", "64", "--steps", "3", "--seed", seed]
+        arguments = [
+            "--N",
+            "8",
+            "--M",
+            "12",
+            "--batch-size",
+            "2",
+            "--eval-crop",
+            "64",
+            "64",
+            "--steps",
+            "3",
+            "--seed",
+            seed,
+            "--bitstreams",
+            "none",
+        ]
         arguments += [
             "--optimizer",
             name,
@@ -490,7 +506,8 @@ def test_curves_of_trained_models(checkpoints, photos, tmp_path, capsys, monkeyp
     for name in ("code_image", "estimate_image"):
         monkeypatch.setattr(evaluate_lic, name, lambda *_: pytest.fail("measured again"))
     groups = [
-        f"--curve={label}={checkpoints[0].parent.parent}/{name}0*-0/*.tar" for label, name in (("A", "adam"), ("B", "soap"))
+        f"--curve={label}={checkpoints[0].parent.parent}/{name}0*-0/checkpoint.pth.tar"
+        for label, name in (("A", "adam"), ("B", "soap"))
     ]
     assert evaluate_lic.main(command(folder, photos, *groups, "--anchor", "B", "--method", "akima")) == 0
     assert "| A against B " in capsys.readouterr().out
@@ -502,7 +519,11 @@ def test_curves_of_trained_models(checkpoints, photos, tmp_path, capsys, monkeyp
 @pytest.mark.slow
 def test_killed_and_started_again(checkpoints, photos, tmp_path, examples):
     folder = tmp_path / "out"
-    arguments = [sys.executable, str(examples / "evaluate_lic.py"), *command(folder, photos, *checkpoints[:3])]
+    arguments = [
+        sys.executable,
+        str(examples / "evaluate_lic.py"),
+        *command(folder, photos, *checkpoints[:3], "--classic", "jpeg"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
