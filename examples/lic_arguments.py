@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from lic_checkpoint import read_checkpoint
 from lic_data import InputError
-from lic_models import DEFAULT_M, DEFAULT_N, image_models, model_widths
+from lic_models import DEFAULT_M, DEFAULT_N, image_models, model_widths, resolve_model
 from lic_optimizers import COMBINATIONS, LEARNING_RATES, OPTIMIZERS, SCHEDULES, parse_argument
 
 CHECKPOINT = "checkpoint.pth.tar"
 STEPS = 3500
 # What a resumed run may be given anew. Everything else comes from the checkpoint, or the result would be another's.
 MAY_CHANGE = {"resume", "save", "save_every", "bitstreams", "num_workers", "test_batch_size", "device", "steps", "epochs",
-              "compare", "compare_learning_rate"}  # fmt: skip
+              "compare", "compare_learning_rate", "skip_bad"}  # fmt: skip
 
 
 def positive(kind):
@@ -101,11 +101,22 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--model",
         default="bmshj2018-hyperprior",
         metavar="NAME",
-        help=f"one of {', '.join(image_models())} (default: %(default)s)",
+        help=f"one of {', '.join(image_models())}, or FILE.py:CLASS, any torch.nn.Module with CompressAI's forward contract, "
+        'forward(x) -> {"x_hat", "likelihoods"} (default: %(default)s)',
+    )
+    add(
+        "--model-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="further arguments of the model's constructor, as Python writes them: drop_path_rate=0.1 'config=[2, 2, 2]'",
     )
     add("--quality", type=int, metavar="Q", help="the widths of this quality in CompressAI's zoo, with random weights")
-    add("--N", type=positive(int), help=f"channels of the transforms (default: {DEFAULT_N})")
-    add("--M", type=positive(int), help=f"channels of the latent, where the model has them (default: {DEFAULT_M})")
+    add("--N", type=positive(int), help=f"channels of the transforms (default: {DEFAULT_N}; FILE.py:CLASS: its own)")
+    add(
+        "--M",
+        type=positive(int),
+        help=f"channels of the latent, where the model has them (default: {DEFAULT_M}; FILE.py:CLASS: its own)",
+    )
     add(
         "--init",
         metavar="WEIGHTS",
@@ -116,8 +127,20 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "-d",
         "--dataset",
         metavar="DIR",
-        help="train/ and test/ (or eval/) folders of images as CompressAI lays them out, or any folder of images, "
-        "searched recursively, of which a tenth is held out (default: the photos beside this script)",
+        help="train/ and test/ (or valid/, val/, eval/) folders of images as CompressAI and CLIC lay them out, COCO's or "
+        "Vimeo-90k's folder, or any folder of images, searched recursively, of which a tenth is held out; links are followed "
+        "(default: the photos beside this script)",
+    )
+    add(
+        "--eval-dataset",
+        metavar="DIR",
+        help="evaluate on all images below this folder (Kodak, CLIC, Tecnick, ..) instead, and hold none out of --dataset",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out images that cannot be read or are smaller than --patch-size, and say which; without it they are an "
+        "error. In either case every image is decoded once before training begins",
     )
     add(
         "--patch-size",
@@ -346,6 +369,11 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
         if not given["dataset"]:
             raise InputError("--dataset is empty; give a folder of images, or leave it out for the photos beside this script")
         options["dataset"] = given["dataset"] = str(Path(given["dataset"]).resolve())
+    if given.get("eval_dataset"):
+        options["eval_dataset"] = given["eval_dataset"] = str(Path(given["eval_dataset"]).resolve())
+    options["model"] = resolve_model(options["model"])
+    if "model" in given:
+        given["model"] = options["model"]
 
     state = None
     if options["resume"]:
@@ -375,9 +403,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
             stored = stored | {"steps": None, "epochs": None}
         options = stored | {name: value for name, value in given.items() if name in MAY_CHANGE}
         options["save"] = options["save"] if given.get("save") else str(Path(options["resume"]).parent)
-    if options["model"] not in image_models():
-        raise InputError(f"--model {options['model']}: choose from {', '.join(image_models())}")
-    options["widths"] = model_widths(options["model"], options["quality"], options["N"], options["M"])
+    options["widths"] = model_widths(options["model"], options["quality"], options["N"], options["M"], options["model_args"])
     if len(options["patch_size"]) > 2:
         raise InputError("--patch-size takes one or two numbers")
     if options["batch_size"] % processes:

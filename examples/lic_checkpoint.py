@@ -11,7 +11,7 @@ import filelock
 import torch
 from compressai.models import CompressionModel
 from lic_data import InputError
-from lic_models import build_model, image_models
+from lic_models import IN_A_FILE, build_model, image_models, one_line, resolve_model
 
 
 def load_file(path: Path) -> dict:
@@ -180,9 +180,10 @@ class TrainedModel:
     step: int
 
 
-def load_trained(path: Path | str, architecture: str | None = None) -> TrainedModel:
+def load_trained(path: Path | str, architecture: str | None = None, arguments: dict | None = None) -> TrainedModel:
     """The trained model of a checkpoint of train_lic.py, or of CompressAI's train.py (or bare weights), which do not say what
-    model they are: `architecture` does, and their widths are read off the weights.
+    model they are: `architecture` does. The widths of CompressAI's models are read off the weights; a model from a file is
+    built with the keyword arguments `arguments` (default: none, its own defaults).
 
     Raises:
         InputError: the file cannot be read, says no architecture and none is given, or does not fit it.
@@ -196,14 +197,22 @@ def load_trained(path: Path | str, architecture: str | None = None) -> TrainedMo
         raise InputError(
             f"{path} does not say which model it holds: give its architecture (one of {', '.join(image_models())})"
         )
+    name = resolve_model(name)
+    if not isinstance(weights, dict):
+        raise InputError(f"{path} does not hold a {name}: its state_dict is a {type(weights).__name__}")
+    # DataParallel's and DDP's prefix, with which several authors publish their weights.
+    weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
     try:
         if options and name == options["model"]:
             model = build_model(name, options["widths"])
             model.load_state_dict(weights)
+        elif IN_A_FILE.fullmatch(name):  # (from_state_dict of such a class does not know what it was built with)
+            model = build_model(name, arguments or {})
+            model.load_state_dict(weights)
         else:
             model = image_models()[name].from_state_dict(weights)
     except (KeyError, RuntimeError, AttributeError, ValueError, TypeError) as error:
-        raise InputError(f"{path} does not hold a {name}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{path} does not hold a {name}: {one_line(error)}") from error
     model.update(force=True)
     return TrainedModel(
         model.eval(), path, name, options, state.get("optimizer_name", "") if options else "", state.get("step", 0)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from compressai.models import CompressionModel
 from compressai.ops import compute_padding
-from lic_data import InputError, find_images, open_image, read_image
-from lic_models import downsampling_factor
+from lic_data import InputError, centre_crop, find_images, open_image, read_image
+from lic_models import downsampling_factor, no_coder, one_line
 from PIL import Image, features
 from pytorch_msssim import ms_ssim
 from torch import Tensor, nn
@@ -102,6 +102,12 @@ def distortion(x: Tensor, x_hat: Tensor) -> dict[str, float]:
     return result
 
 
+def padding_of(model: CompressionModel, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How to pad x [.., H, W] for coding, and back: to multiples of 64 for every model, as compressai.utils does, unless that is
+    too little for this one."""
+    return compute_padding(x.shape[-2], x.shape[-1], min_div=math.lcm(64, downsampling_factor(model)))
+
+
 @torch.no_grad()
 def estimate_image(model: CompressionModel, image: Tensor) -> tuple[dict[str, float], Tensor]:
     """Rate and distortion of an image (uint8 [3, H, W]) by the model's forward pass; nothing is coded.
@@ -110,12 +116,13 @@ def estimate_image(model: CompressionModel, image: Tensor) -> tuple[dict[str, fl
     like "bpp-estimated", for which other measurements have another.
     """
     x = to_float(image, next(model.parameters()).device)[None]
-    pad, unpad = compute_padding(x.shape[-2], x.shape[-1], min_div=64)  # 64 for every model, as compressai.utils does
+    pad, unpad = padding_of(model, x)
     output = model(F.pad(x, pad))
-    x_hat = F.pad(output["x_hat"], unpad).clamp(0, 1)
+    x_hat = F.pad(output["x_hat"].float(), unpad).clamp(0, 1)
     bits = sum(-likelihoods.log2().sum().item() for likelihoods in output["likelihoods"].values())
     bpp = bits / (x.shape[-2] * x.shape[-1])
-    return {"bpp": bpp, "bpp-estimated": bpp, **distortion(x, x_hat)}, x_hat[0].cpu()
+    measured = distortion(x, x_hat)
+    return {"bpp": bpp, "bpp-estimated": bpp, "psnr-forward": measured["psnr-rgb"], **measured}, x_hat[0].cpu()
 
 
 @torch.no_grad()
@@ -127,7 +134,7 @@ def code_image(model: CompressionModel, image: Tensor) -> tuple[dict[str, float]
     context models round around other means there than in their coder, and differ a little.
     """
     x = to_float(image, next(model.parameters()).device)[None]
-    pad, unpad = compute_padding(x.shape[-2], x.shape[-1], min_div=64)
+    pad, unpad = padding_of(model, x)
     start = time.perf_counter()
     code = model.compress(F.pad(x, pad))
     encoded = time.perf_counter()
@@ -155,6 +162,19 @@ def rate_distortion(model: CompressionModel, images: Iterable[Tensor], bitstream
     return [measure(model, image)[0] for image in images]
 
 
+def why_not_coded(model: CompressionModel, image: Tensor) -> str:
+    """Why a model from a file makes no bitstreams, found out by coding the centre of an image; empty if it does.
+    model.update() has to come first."""
+    if reason := no_coder(model):
+        return reason
+    side = 4 * downsampling_factor(model)
+    try:
+        code_image(model, centre_crop(image, (side, side)))
+    except Exception as error:  # somebody else's code; training is done, and its results are to be written
+        return f"{type(model).__name__} cannot code on the CPU: {one_line(error)}"
+    return ""
+
+
 def mean_results(results: list[dict[str, float]]) -> dict[str, float]:
     """The mean of every measurement that all images have (small ones have no MS-SSIM)."""
     keys = [key for key in results[0] if all(key in result for result in results)]
@@ -162,14 +182,15 @@ def mean_results(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def write_eval_json(
-    path: Path, name: str, results: dict[str, float] | list[dict[str, float]], description: str = "Inference (ans)"
+    path: Path, name: str, results: dict[str, float] | list[dict[str, float]], description: str | None = None
 ) -> None:
     """CompressAI's eval_model layout, which compressai.utils.plot reads: one list entry per operating point of `results`."""
     points = [results] if isinstance(results, dict) else results
     keys = ("psnr-rgb", "ms-ssim-rgb", "bpp", "encoding_time", "decoding_time")
+    default = "Inference (ans)" if "encoding_time" in points[0] else "Inference (entropy-estimation)"
     layout = {
         "name": name,
-        "description": description,
+        "description": description or default,
         "results": {key: [point[key] for point in points] for key in keys if all(key in point for point in points)},
     }
     path.write_text(json.dumps(layout, indent=2) + "\n")

@@ -24,10 +24,20 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 # ruff: noqa: E402
 from lic_arguments import CHECKPOINT, STEPS, make_parser, parse_options
 from lic_checkpoint import Checkpoints, lock_folder, read_checkpoint
-from lic_data import InputError, RandomCrops, centre_crop, find_dataset, read_image
+from lic_data import InputError, RandomCrops, centre_crop, check_images, digest, find_dataset, say, settle
 from lic_distributed import World
-from lic_evaluation import MS_SSIM_SIDE, code_image, jpeg_at, mean_results, psnr, to_float, write_eval_json
-from lic_models import build_model, downsampling_factor
+from lic_evaluation import (
+    MS_SSIM_SIDE,
+    code_image,
+    estimate_image,
+    jpeg_at,
+    mean_results,
+    psnr,
+    to_float,
+    why_not_coded,
+    write_eval_json,
+)
+from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
 from lic_plots import plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
@@ -44,25 +54,44 @@ PICTURES = 3  # rows of reconstructions.png
 
 
 def load_images(options: dict) -> tuple[RandomCrops, list[Tensor], list[Tensor]]:
-    """Training crops, evaluation crops and whole evaluation images. Fills in options["steps"]."""
-    train_files, eval_files = find_dataset(Path(PHOTOS if options["dataset"] is None else options["dataset"]))
+    """Training crops, evaluation crops and whole evaluation images. Fills in options["steps"], and what a resumed run needs to
+    see the same images: options["left_out"] (--skip-bad's paths) and options["images"] (a digest of all names)."""
+    root = Path(PHOTOS if options["dataset"] is None else options["dataset"])
+    train_files, eval_files = find_dataset(root, Path(options["eval_dataset"]) if options["eval_dataset"] else None)
     height, width = (options["patch_size"] * 2)[:2]
-    multiple = downsampling_factor(build_model(options["model"], options["widths"]))
+    model = build_model(options["model"], options["widths"]).to(options["device"])
+    label, multiple = model_label(options["model"]), downsampling_factor(model)
     if height % multiple or width % multiple:
-        raise InputError(f"--patch-size {width} x {height}: {options['model']} needs multiples of {multiple}")
+        raise InputError(f"--patch-size {width} x {height}: {label} needs multiples of {multiple}")
+    if IN_A_FILE.fullmatch(options["model"]):
+        try:
+            forward_once(model, height, width)
+        except InputError as error:
+            raise InputError(f"--patch-size {width} x {height}: {error}") from error
     if options["metric"] == "ms-ssim" and min(height, width) <= MS_SSIM_SIDE:
         raise InputError(f"--metric ms-ssim needs a --patch-size above {MS_SSIM_SIDE}, not {width} x {height}")
-    crops = RandomCrops(train_files, (height, width), options["seed"])
-    whole = [read_image(file) for file in eval_files]
+
+    known = options.get("left_out")  # by the run that is resumed, None at the start
+    left_out = set(known or ())
+    remaining = [[f for f in files if str(f) not in left_out] for files in (train_files, eval_files)]
+    crops = RandomCrops(remaining[0], (height, width), options["seed"], options["skip_bad"], decode=known is None)
+    checked = check_images(remaining[1])
+    settle(checked, "evaluation", options["skip_bad"])
+    found = digest(crops.files + checked.files, root)
+    if options.get("images", found) != found:
+        say(f"warning: other images are below {root} than when this run began; the same steps will see others")
+    options["images"], options["left_out"] = found, sorted(left_out | {str(f) for f in (*crops.bad, *checked.bad)})
+
+    whole = checked.decoded
     eval_crops = [centre_crop(image, options["eval_crop"]) for image in whole]
-    for file, image in zip(eval_files, eval_crops, strict=True):
+    for file, image in zip(checked.files, eval_crops, strict=True):
         if options["metric"] == "ms-ssim" and min(image.shape[-2:]) <= MS_SSIM_SIDE:
             raise InputError(
                 f"--metric ms-ssim needs evaluation images above {MS_SSIM_SIDE} pixels: {file} is evaluated on "
                 f"{image.shape[-1]} x {image.shape[-2]}"
             )
     if options["epochs"]:
-        options["steps"] = -(-options["epochs"] * len(train_files) // options["batch_size"])
+        options["steps"] = -(-options["epochs"] * len(crops.files) // options["batch_size"])
     options["steps"] = options["steps"] or STEPS
     return crops, eval_crops, whole
 
@@ -76,8 +105,7 @@ def choose_folder(options: dict) -> Path:
             raise InputError(f"--save {folder} already holds a run; --resume {folder / CHECKPOINT}, or choose another")
         make_folder(folder, exist_ok=True)
         return folder
-    name = Path(options["model"].rpartition(":")[2]).name
-    first = Path("runs") / f"{name}-{options['optimizer']}"
+    first = Path("runs") / f"{model_label(options['model'])}-{options['optimizer']}"
     folder, number = first, 1
     while True:  # two that start at once do not get the same
         try:
@@ -107,17 +135,21 @@ def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tens
         rates = {}  # image index -> bpp of the first run, which JPEG is to match
         for run in runs:
             label, model = labels[run.optimizer_name], run.entropy_coding_model()
+            uncoded = why_not_coded(model, whole[0]) if IN_A_FILE.fullmatch(options["model"]) else ""
+            if uncoded:
+                print(f"{label}: no bitstreams: {uncoded}; rates are estimated from the likelihoods")
+                model = run.model.eval()  # where it was trained
             results, column = [], {}
             progress = tqdm(coded, desc=f"{label}: bitstreams", unit="image", leave=False, disable=not on_terminal())
             for i, image in enumerate(progress):
-                result, x_hat = code_image(model, image)
+                result, x_hat = estimate_image(model, image) if uncoded else code_image(model, image)
                 results.append(result)
                 if i in pictured:
                     rates.setdefault(i, result["bpp"])
                     column[i] = (f"{label}: {result['bpp']:.2f} bpp, {result['psnr-rgb']:.1f} dB", x_hat)
             columns.append(column)
             report_bitstreams(run, results, metrics)
-            name = f"{options['model']}-{options['metric']}-{run.optimizer_name}"
+            name = f"{model_label(options['model'])}-{options['metric']}-{run.optimizer_name}"
             write_eval_json(folder / f"eval-{run.optimizer_name}.json", name, mean_results(results))
         rows = []
         for i in pictured:
@@ -126,7 +158,7 @@ def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tens
             caption = f"JPEG: {bpp:.2f} bpp, {psnr(original, jpeg):.1f} dB"
             rows.append([("original", original), *(column[i] for column in columns), (caption, jpeg)])
         plot_reconstructions(folder / "reconstructions.png", rows)
-    title = f"{options['model']} ({', '.join(f'{k} = {v}' for k, v in options['widths'].items())}), "
+    title = ", ".join([model_label(options["model"]), *(f"{k} = {v}" for k, v in options["widths"].items())]) + ", "
     title += f"$\\lambda$ = {options['lmbda']:g}, {options['metric']}, batches of {options['batch_size']}"
     plot_curves(folder / "curve.png", {run.optimizer_name: run.history for run in runs}, labels, title)
 
@@ -134,14 +166,17 @@ def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tens
 def report_bitstreams(run: Run, results: list[dict[str, float]], metrics: Metrics) -> None:
     """Say what the bitstreams came to, and keep it in the run's history."""
     label, mean = OPTIMIZERS[run.optimizer_name], mean_results(results)
+    coded = "encoding_time" in mean
     print(
-        f"{label}: {len(results)} whole images coded and decoded: {mean['bpp']:.3f} bpp "
-        f"(estimated from the likelihoods: {mean['bpp-estimated']:.3f}), {mean['psnr-rgb']:.2f} dB"
+        f"{label}: {len(results)} whole images "
+        + (f"coded and decoded: {mean['bpp']:.3f} bpp (" if coded else "(")
+        + f"estimated from the likelihoods: {mean['bpp-estimated']:.3f}), {mean['psnr-rgb']:.2f} dB"
     )
     worst = max(abs(result["psnr-rgb"] - result["psnr-forward"]) for result in results)
     if worst > 0.5:
         print(f"{label}: warning: the decoder's PSNR is up to {worst:.2f} dB off the forward pass's", file=sys.stderr)
-    run.record("bitstream", None, {"bpp": mean["bpp"], "bpp_estimated": mean["bpp-estimated"], "psnr": mean["psnr-rgb"]})
+    bpp = mean["bpp"] if coded else None
+    run.record("bitstream", None, {"bpp": bpp, "bpp_estimated": mean["bpp-estimated"], "psnr": mean["psnr-rgb"]})
     metrics.flush()
 
 
@@ -185,7 +220,9 @@ def how_to_go_on(checkpoints: Checkpoints, options: dict, learning_rate: float) 
         return f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then."
     path, step = found
     resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
-    widths = [part for name, width in options["widths"].items() for part in (f"--{name}", str(width))]
+    widths = [part for name in ("N", "M") if name in options["widths"] for part in (f"--{name}", str(options["widths"][name]))]
+    if others := [f"{name}={value!r}" for name, value in options["widths"].items() if name not in ("N", "M")]:
+        widths += ["--model-args", *others]
     anew = ["--model", options["model"], *widths, "--init", str(path), "--learning-rate", f"{learning_rate / 3:.2g}"]
     return (
         f"The last good checkpoint is of step {step}: {path}. To go on from it (a run on a CPU repeats itself to the bit):\n"
@@ -215,6 +252,8 @@ def train_in(
     """`train`, in the run's folder, which is this run's alone."""
     say = print if world.first else lambda *_, **__: None
     options["save"] = str(folder)
+    if options["left_out"] and world.first:
+        (folder / "left-out.txt").write_text("\n".join(options["left_out"]) + "\n")
     say(f"{len(crops.files)} images to train on, {len(whole)} to evaluate on, {options['steps']} steps; {folder}/", flush=True)
 
     plan = [(options["optimizer"], options["learning_rate"], CHECKPOINT, state)]

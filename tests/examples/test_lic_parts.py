@@ -1,4 +1,4 @@
-"""The parts of examples/train_lic.py: what a step sees, how a model is built, what its bitstreams say."""
+"""The parts of examples/train_lic.py: how a run is made and resumed, what its bitstreams say."""
 
 import math
 import os
@@ -9,7 +9,6 @@ import sys
 import lic_arguments
 import lic_data
 import lic_evaluation
-import lic_models
 import lic_training
 import pytest
 import torch
@@ -17,7 +16,6 @@ from compressai.entropy_models import EntropyModel
 from lic_checkpoint import Checkpoints, read_checkpoint
 from lic_optimizers import schedule_factor
 from lic_stop import StopRequest
-from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from soap_opt import SOAP
@@ -28,10 +26,6 @@ OPTIONS = {
     "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0,
 }  # fmt: skip
 OPTIONS = {a.dest: a.default for a in lic_arguments.make_parser("")._actions if a.dest != "help"} | OPTIONS
-NAMED_MODELS = [
-    "bmshj2018-factorized", "bmshj2018-hyperprior", "mbt2018-mean", "mbt2018", "cheng2020-anchor", "cheng2020-attn",
-    "elic2022-official",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,104 +36,6 @@ def files(photos):
 @pytest.fixture(scope="module")
 def image(photos):
     return lic_data.read_image(lic_data.find_images(photos / "test")[0])
-
-
-# ---- data ----
-
-
-def test_a_crop_depends_on_its_number_alone(files):
-    crops = lic_data.RandomCrops(files, (64, 48), seed=3)
-    forwards = [crops[i] for i in range(20)]
-    assert all(crop.shape == (3, 64, 48) and crop.dtype == torch.uint8 for crop in forwards)
-    again = lic_data.RandomCrops(files, (64, 48), seed=3)
-    assert all(again[i].equal(forwards[i]) for i in reversed(range(20)))
-    loaded = [batch for workers in (0, 1) for batch in lic_data.batches(crops, 2, 5, 4, workers, pin_memory=False)]
-    for k, batch in enumerate(loaded):
-        assert batch.equal(torch.stack(forwards[4 * (2 + k % 3) :][:4]))
-    other = lic_data.RandomCrops(files, (64, 48), seed=4)
-    assert not any(other[i].equal(forwards[i]) for i in range(20))
-
-
-def test_loading_draws_nothing_from_the_global_generator(files):
-    crops = lic_data.RandomCrops(files, (64, 64), seed=0)
-    before = torch.get_rng_state()
-    assert len(list(lic_data.batches(crops, 0, 3, 2, 0, pin_memory=False))) == 3
-    assert torch.get_rng_state().equal(before)
-
-
-def test_an_epoch_shows_every_image_once(tmp_path):
-    for k in range(6):
-        Image.new("RGB", (70, 80), (k, k, k)).save(tmp_path / f"{k}.png")
-    crops = lic_data.RandomCrops(lic_data.find_images(tmp_path), (64, 64), seed=0)
-    epochs = [[int(crops[i].max()) for i in range(6 * epoch, 6 * epoch + 6)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-
-
-def test_a_set_too_large_to_keep_gives_the_same_crops(files, monkeypatch):
-    decoded = lic_data.RandomCrops(files, (64, 64), seed=0)
-    monkeypatch.setattr(lic_data, "CACHE_BYTES", 0)
-    assert lic_data.RandomCrops(files, (64, 64), seed=0)[7].equal(decoded[7])
-
-
-def test_folders(photos, tmp_path, examples):
-    train, held_out = lic_data.find_dataset(photos)
-    assert [len(train), len(held_out)] == [6, 2]
-    train, held_out = lic_data.find_dataset(examples / "photos")
-    assert [len(train), len(held_out)] == [95, 12]
-    for k, file in enumerate(lic_data.find_images(photos)):  # any folder, recursively
-        (tmp_path / "any" / str(k)).mkdir(parents=True)
-        (tmp_path / "any" / str(k) / "photo.PNG").symlink_to(file)
-    train, held_out = lic_data.find_dataset(tmp_path / "any")
-    assert [len(train), len(held_out)] == [7, 1] and not set(train) & set(held_out)
-    one = tmp_path / "any" / "0"
-    assert lic_data.find_dataset(one) == ([one / "photo.PNG"], [one / "photo.PNG"])
-
-
-def test_centre_crop():
-    image = torch.arange(5 * 7).reshape(1, 5, 7)
-    assert lic_data.centre_crop(image, (3, 3)).equal(image[:, 1:4, 2:5])
-    assert lic_data.centre_crop(image, (0, 99)).equal(image)
-
-
-# ---- models ----
-
-
-@pytest.mark.parametrize("name", NAMED_MODELS)
-def test_named_models_train_and_code(name, image):
-    """Every model that the README names takes a step with both optimizers and codes an image."""
-    widths = lic_models.model_widths(name, None, 8, None if name.startswith("cheng") else 20)
-    run = lic_training.Run(OPTIONS | {"model": name, "widths": widths}, "soap", 3e-3)
-    x = lic_evaluation.to_float(lic_data.centre_crop(image, (64, 64)))[None]
-    before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for _ in range(2):  # SOAP's first step only makes its bases
-        terms = run.train_step(x)
-        assert all(value.isfinite() for value in terms.values())
-    after = run.model.state_dict()
-    assert any(key.startswith("g_a.") and not after[key].equal(before[key]) for key in after)
-    assert any(key.endswith("quantiles") and not after[key].equal(before[key]) for key in after)
-    result, x_hat = lic_evaluation.code_image(run.entropy_coding_model(), lic_data.centre_crop(image, (60, 100)))
-    assert x_hat.shape == (3, 60, 100)
-    assert result["bpp"] > 0 and math.isfinite(result["psnr-rgb"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(lic_models.image_models().keys() - set(NAMED_MODELS)))
-def test_the_registrys_other_models_train_and_code(name, image):
-    test_named_models_train_and_code(name, image)
-
-
-def test_widths():
-    assert lic_models.model_widths("bmshj2018-hyperprior", None, None, None) == {"N": 48, "M": 64}
-    assert lic_models.model_widths("bmshj2018-hyperprior", 3, None, None) == {"N": 128, "M": 192}
-    assert lic_models.model_widths("cheng2020-attn", 4, None, None) == {"N": 192}
-    assert lic_models.model_widths("elic2022-official", None, 16, None) == {"N": 16, "M": 64}
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_impossible_widths():
-    with pytest.raises(lic_data.InputError, match="elic2022-official cannot be built with N=8, M=1"):
-        lic_models.build_model("elic2022-official", {"N": 8, "M": 1})
 
 
 # ---- a run ----
