@@ -167,7 +167,7 @@ def why_not_coded(model: CompressionModel, image: Tensor) -> str:
     model.update() has to come first."""
     if reason := no_coder(model):
         return reason
-    side = 4 * downsampling_factor(model)
+    side = 3 * downsampling_factor(model)  # as large as its forward pass was tried with
     try:
         code_image(model, centre_crop(image, (side, side)))
     except Exception as error:  # somebody else's code; training is done, and its results are to be written
