@@ -24,7 +24,7 @@ from tqdm import tqdm
 from soap_opt.diagnostics import ConflictMeter
 
 LOG_EVERY = 10  # steps per training row of the metrics
-RUNAWAY = 100  # a loss so many times what a model that knows nothing has is not learning's noise
+RUNAWAY = 1e6  # times the loss at the beginning: early spikes of a thousandfold may pass, this has not been seen to
 
 
 def entropy_models_in_float32(model: nn.Module, device_type: str) -> None:
