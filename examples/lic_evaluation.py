@@ -103,7 +103,7 @@ def distortion(x: Tensor, x_hat: Tensor) -> dict[str, float]:
 
 
 def padding_of(model: CompressionModel, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How to pad x [.., H, W] for coding, and back: to multiples of 64 for every model, as compressai.utils does, unless that is
+    """How to pad x [.., H, W] for coding, and back: to multiples of 64, as compressai.utils does, unless that is
     too little for this one."""
     return compute_padding(x.shape[-2], x.shape[-1], min_div=math.lcm(64, downsampling_factor(model)))
 
