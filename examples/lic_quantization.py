@@ -466,7 +466,9 @@ def quantize_module(
 
     called = [name for name in statistics if name in layers]
     order = called + [name for name in layers if name not in statistics]
-    for i, name in enumerate(tqdm(order, desc=f"quantising, {rounding}", unit="layer", disable=not progress, leave=False)):
+    for i, name in enumerate(
+        tqdm(order, desc=f"quantising, {rounding}", unit="layer", disable=None if progress else True, leave=False)
+    ):
         layer = layers[name]
         raster_scan = isinstance(layer, MaskedConv2d) and not isinstance(layer, CheckerboardMaskedConv2d)
         if activation_bits != FLOAT and name in statistics and not raster_scan:

@@ -1,0 +1,554 @@
+#!/usr/bin/env python
+"""Quantise trained image compression models after training, and measure what it costs.
+
+For each checkpoint and each setting (bits of weights and activations, rounding, ranges): loss, estimated and actual bpp and
+PSNR of the quantised model, beside the float model's. Checkpoints of one training recipe at four or more lambdas also give
+the BD-rate of the quantised models against the float ones. Quantised numbers are simulated in float32: rates and
+distortions are real, speed and memory are not measured.
+
+Results: ptq.csv, ptq.md, ptq.json, ptq.png and results/*.json, one per checkpoint and setting; what is there already is not
+measured again.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+# CompressAI imports torch_geometric, which still decorates with torch.jit.script: nothing that a user here can act on.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+# ruff: noqa: E402
+import bjontegaard
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import torch
+from compressai.losses import RateDistortionLoss
+from lic_checkpoint import TrainedModel, load_trained
+from lic_data import InputError, centre_crop, find_images, read_image
+from lic_evaluation import code_image, evaluate, mean_results
+from lic_quantization import FLOAT, ITERATIONS, PERCENTILE, RANGES, ROUNDINGS, quantize
+from matplotlib.ticker import SymmetricalLogLocator
+from torch import Tensor
+from tqdm import tqdm
+
+PHOTOS = Path(__file__).resolve().parent / "photos"
+CALIBRATION_IMAGES = 16
+CHECKPOINT = "checkpoint.pth.tar"
+BD_POINTS = 4  # rate points that a Bjontegaard difference takes at the least
+MEASUREMENT = 1  # counts up when results measured before cannot stand beside new ones
+COLUMNS = [
+    "checkpoint", "model", "optimizer", "lambda", "step", "weight_bits", "activation_bits", "rounding", "ranges",
+    "loss", "loss_increase_percent", "bpp_estimated", "psnr_forward", "psnr_forward_change", "bpp", "bpp_increase_percent",
+    "psnr", "psnr_change", "bpp_estimated_coded", "images", "images_coded", "seconds",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def bits(text: str) -> tuple[int, int]:
+    """ "8/8" to (8, 8): weights, activations."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    values = tuple(int(number) for number in match.groups()) if match else ()
+    if not match or not all(2 <= value <= 16 or value == FLOAT for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not WEIGHTS/ACTIVATIONS, each 2 to 16 bits or {FLOAT} for float")
+    return values
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    def parse(text: str):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            limits = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}{f' and at most {high}' if high < math.inf else ''}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse
+
+
+def bitstreams(text: str) -> int | None:
+    """How many images to code: None for all."""
+    return {"all": None, "none": 0}[text] if text in ("all", "none") else number(int, 0)(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage in front of it
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "quantize_lic.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="of train_lic.py (a run's folder will do), of CompressAI's train.py, or bare weights",
+    )
+    models.add_argument(
+        "-a", "--architecture", metavar="NAME", help="the model's name in CompressAI, for checkpoints that do not say"
+    )
+    models.add_argument(
+        "--lambda",
+        dest="lmbda",
+        type=number(float, 0, open_low=True),
+        metavar="L",
+        help="of the loss, for checkpoints that do not say (loss = L * 255^2 * MSE + bpp)",
+    )
+
+    settings = parser.add_argument_group("settings", "each combination is measured")
+    settings.add_argument(
+        "--bits",
+        type=bits,
+        nargs="+",
+        default=[(8, 8), (6, 6), (4, 8)],
+        metavar="W/A",
+        help=f"bits of weights and activations, 2 to 16, {FLOAT} for float (default: 8/8 6/6 4/8)",
+    )
+    settings.add_argument(
+        "--rounding",
+        nargs="+",
+        choices=ROUNDINGS,
+        default=list(ROUNDINGS),
+        help="of the weights: to the nearest, or AdaRound (default: both)",
+    )
+    settings.add_argument(
+        "--ranges",
+        nargs="+",
+        choices=RANGES,
+        default=["mse"],
+        help="what a grid covers: everything seen, all but the outermost values, or what has the least squared error "
+        "(default: mse)",
+    )
+    settings.add_argument(
+        "--percentile",
+        type=number(float, 50, 100, open_low=True),
+        default=PERCENTILE,
+        metavar="P",
+        help="for --ranges percentile (default: %(default)s)",
+    )
+    settings.add_argument(
+        "--adaround-iterations",
+        type=number(int, 1),
+        default=ITERATIONS,
+        metavar="N",
+        help="per layer; 2000 halve the error of some layers once more (default: %(default)s)",
+    )
+    settings.add_argument("--seed", type=number(int, 0), default=0, help="of the sampled activations (default: %(default)s)")
+
+    data = parser.add_argument_group("images")
+    data.add_argument(
+        "--calibration",
+        default=str(CALIBRATION_IMAGES),
+        metavar="DIR|N",
+        help="a folder of images to set ranges and rounding on, or how many of the training photographs beside this script "
+        "(default: %(default)s)",
+    )
+    data.add_argument(
+        "--calibration-crop",
+        type=number(int, 0),
+        default=256,
+        metavar="PX",
+        help="side of their centre crops, 0: whole images (default: %(default)s)",
+    )
+    data.add_argument(
+        "--images",
+        type=Path,
+        default=PHOTOS / "eval",
+        metavar="DIR",
+        help="folder of images to measure on (default: the evaluation photos beside this script)",
+    )
+    data.add_argument(
+        "--eval-crop",
+        type=number(int, 0),
+        nargs=2,
+        default=[0, 0],
+        metavar=("H", "W"),
+        help="measure on centre crops of at most this size, 0 0: on whole images (default: 0 0)",
+    )
+    data.add_argument(
+        "--bitstreams",
+        type=bitstreams,
+        default=None,
+        metavar="N|all|none",
+        help="how many of them to compress and decompress; without any, rates are estimates (default: all)",
+    )
+
+    output = parser.add_argument_group("results")
+    output.add_argument(
+        "--save", type=Path, default=Path("runs/ptq"), metavar="DIR", help="folder for them (default: %(default)s)"
+    )
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------- measurement
+
+
+def digest(*parts) -> str:
+    """A short name for everything that a result depends on."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.numpy().tobytes() if isinstance(part, Tensor) else json.dumps(part).encode())
+    return sha.hexdigest()[:16]
+
+
+def load_images(folder: Path, option: str, crop: tuple[int, int]) -> list[Tensor]:
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder} is not a folder")
+    files = find_images(folder)
+    if not files:
+        raise InputError(f"{option}: no images below {folder}")
+    return [centre_crop(read_image(file), crop) for file in files]
+
+
+def calibration_images(text: str, side: int) -> list[Tensor]:
+    """--calibration DIR or N: centre crops of all images of a folder, or of N photographs spread over the training ones."""
+    if not text.isdigit():
+        return load_images(Path(text), "--calibration", (side, side))
+    files = find_images(PHOTOS / "train")
+    count = int(text)
+    if not 1 <= count <= len(files):
+        raise InputError(f"--calibration {text}: there are 1 to {len(files)} training photographs, or give a folder")
+    return [centre_crop(read_image(files[i * len(files) // count]), (side, side)) for i in range(count)]
+
+
+def loss_of(trained: TrainedModel, lmbda: float | None) -> RateDistortionLoss:
+    """The loss that the model was trained for."""
+    lmbda = trained.options.get("lmbda", lmbda)
+    if lmbda is None:
+        raise InputError(f"{trained.path} does not say what lambda it was trained for: give --lambda")
+    return RateDistortionLoss(lmbda=lmbda, metric=trained.options.get("metric", "mse"))
+
+
+def measure(model, criterion, images: list[Tensor], coded: int | None) -> dict[str, float]:
+    """Loss, bpp and PSNR from the forward pass over `images`; actual bpp and PSNR of the first `coded` (None: all) decoded."""
+    means = evaluate(model, criterion, images)
+    row = {
+        "loss": means["loss"], "bpp_estimated": means["bpp"], "psnr_forward": means["psnr"],
+        "images": len(images), "images_coded": len(images[:coded]),
+    }  # fmt: skip
+    if some := images[:coded]:
+        results = [code_image(model, x)[0] for x in tqdm(some, desc="bitstreams", unit="image", leave=False, disable=None)]
+        mean = mean_results(results)
+        row |= {"bpp": mean["bpp"], "psnr": mean["psnr-rgb"], "bpp_estimated_coded": mean["bpp-estimated"]}
+    return row
+
+
+def setting_name(row: dict) -> str:
+    if row["rounding"] == "float":
+        return "float"
+    rounding = {"nearest": "nearest", "adaround": "AdaRound"}[row["rounding"]]
+    return f"W{row['weight_bits']}A{row['activation_bits']} {rounding}, {row['ranges']}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def run(options: argparse.Namespace) -> int:
+    models = []
+    for path in options.checkpoints:
+        trained = load_trained(path / CHECKPOINT if path.is_dir() else path, options.architecture)
+        models.append((trained, loss_of(trained, options.lmbda)))
+    if len({trained.path.resolve() for trained, _ in models}) < len(models):
+        raise InputError("a checkpoint is given twice")
+    calibration = calibration_images(options.calibration, options.calibration_crop)
+    images = load_images(options.images, "--images", tuple(options.eval_crop))
+    try:
+        (options.save / "results").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--save {options.save}: {error.strerror}") from error
+
+    settings = [{"weight_bits": FLOAT, "activation_bits": FLOAT, "rounding": "float", "ranges": "float"}]
+    settings += [
+        {"weight_bits": w, "activation_bits": a, "rounding": rounding, "ranges": ranges}
+        for w, a in dict.fromkeys(options.bits)
+        for ranges in dict.fromkeys(options.ranges)
+        for rounding in dict.fromkeys(options.rounding)
+    ]
+    measured_on = digest(MEASUREMENT, options.bitstreams, *images)
+    calibrated_on = digest(options.seed, *calibration)
+    rows = []
+    with tqdm(total=len(models) * len(settings), desc="settings", unit="setting", disable=None) as progress:
+        for trained, criterion in models:
+            weights = digest(*trained.model.state_dict().values())
+            name = checkpoint_name(trained, [other for other, _ in models])
+            for setting in settings:
+                progress.set_postfix_str(f"{name}, {setting_name(setting)}")
+                how = []  # what else than the weights and the setting the quantised model depends on
+                if setting["rounding"] != "float":
+                    how.append(calibrated_on)
+                    if setting["ranges"] == "percentile":
+                        how.append(options.percentile)
+                    if setting["rounding"] == "adaround":
+                        how.append(options.adaround_iterations)
+                key = digest(weights, criterion.lmbda, criterion.metric.__class__.__name__, setting, how, measured_on)
+                path = options.save / "results" / f"{key}.json"
+                if path.exists():
+                    row = json.loads(path.read_text())
+                else:
+                    started = time.perf_counter()
+                    model = trained.model
+                    if setting["rounding"] != "float":
+                        try:
+                            model = quantize(
+                                model, calibration, **setting, seed=options.seed, percentile=options.percentile,
+                                iterations=options.adaround_iterations, progress=True,
+                            )  # fmt: skip
+                        except ValueError as error:
+                            raise InputError(f"{trained.path}: {error}") from error
+                    row = setting | measure(model, criterion, images, options.bitstreams)
+                    row["seconds"] = time.perf_counter() - started
+                    write_atomically(path, json.dumps(row, indent=2) + "\n")
+                rows.append(row | describe(trained, name, criterion))
+                progress.update()
+                progress.write(f"{name}, {setting_name(row)}: loss {row['loss']:.4f}, {row['seconds']:.0f} s")
+    add_changes(rows)
+    curves = bd_rates(models, rows)
+    write_results(options, rows, curves, len(calibration))
+    return 0
+
+
+def checkpoint_name(trained: TrainedModel, others: list[TrainedModel]) -> str:
+    """As much of the end of its path as tells it from the others; of a run's checkpoint.pth.tar, of its folder's."""
+
+    def parts(path: Path) -> tuple[str, ...]:
+        return (path.parent if path.name == CHECKPOINT else path).resolve().parts
+
+    own = parts(trained.path)
+    for depth in range(1, len(own)):
+        if sum(parts(other.path)[-depth:] == own[-depth:] for other in others) == 1:
+            return "/".join(own[-depth:])
+    return str(trained.path)
+
+
+def describe(trained: TrainedModel, name: str, criterion: RateDistortionLoss) -> dict:
+    return {
+        "checkpoint": name, "model": trained.architecture, "optimizer": trained.optimizer, "lambda": criterion.lmbda,
+        "step": trained.step,
+    }  # fmt: skip
+
+
+def add_changes(rows: list[dict]) -> None:
+    """Each row's difference from its checkpoint's float row."""
+    anchors = {row["checkpoint"]: row for row in rows if row["rounding"] == "float"}
+    for row in rows:
+        anchor = anchors[row["checkpoint"]]
+        row["loss_increase_percent"] = 100 * (row["loss"] / anchor["loss"] - 1)
+        row["psnr_forward_change"] = row["psnr_forward"] - anchor["psnr_forward"]
+        if "bpp" in row:
+            row["bpp_increase_percent"] = 100 * (row["bpp"] / anchor["bpp"] - 1)
+            row["psnr_change"] = row["psnr"] - anchor["psnr"]
+
+
+# -------------------------------------------------------------------------------------------------------------- BD-rate
+
+
+def bd_rate(anchor: list[tuple[float, float]], test: list[tuple[float, float]]) -> float:
+    """The mean difference of the rate at equal PSNR, in percent, over the range of PSNR that both curves cover (Bjontegaard,
+    VCEG-M33, with piecewise cubic interpolation). Points are (bpp, PSNR in dB).
+
+    Raises:
+        ValueError: the curves do not overlap, or a curve has no order.
+    """
+    curves = [sorted(points) for points in (anchor, test)]
+    if any(low[1] >= high[1] for points in curves for low, high in zip(points, points[1:])):
+        raise ValueError("PSNR does not rise with bpp")
+    (anchor_rates, anchor_psnr), (test_rates, test_psnr) = (zip(*points) for points in curves)
+    if max(anchor_psnr[0], test_psnr[0]) >= min(anchor_psnr[-1], test_psnr[-1]):
+        raise ValueError("no PSNR is common to both curves")
+    value = bjontegaard.bd_rate(
+        anchor_rates, anchor_psnr, test_rates, test_psnr, method="pchip", require_matching_points=False, min_overlap=0
+    )
+    return float(value)
+
+
+def bd_rates(models: list[tuple[TrainedModel, RateDistortionLoss]], rows: list[dict]) -> list[dict]:
+    """For each training recipe with four or more lambdas and each setting, the BD-rate against the recipe's float models.
+
+    A recipe is everything in train_lic.py's options but lambda, and what does not change the result. Where images were coded,
+    rates and PSNRs are the bitstreams', else the forward pass's.
+    """
+    ignored = {"lmbda", "save", "resume", "num_workers", "device", "compare", "compare_learning_rate", "eval_every",
+               "eval_crop", "N", "M", "quality"}  # fmt: skip
+    names = list(dict.fromkeys(row["checkpoint"] for row in rows))
+    recipes: dict[str, dict] = {}  # key -> its options, and its checkpoints
+    for (trained, _), name in zip(models, names):
+        options = {key: value for key, value in trained.options.items() if key not in ignored}
+        recipe = {"model": trained.architecture, "optimizer": trained.optimizer} | options
+        recipe["optimizer"] = trained.optimizer  # (of the comparison's checkpoint, not --optimizer)
+        recipes.setdefault(json.dumps(recipe, sort_keys=True), recipe | {"checkpoints": []})["checkpoints"].append(name)
+    differing = [
+        key for key in next(iter(recipes.values())) if key != "checkpoints"
+        and len({json.dumps(recipe.get(key)) for recipe in recipes.values()}) > 1
+    ] or ["optimizer"]  # fmt: skip
+    result = []
+    for recipe in recipes.values():
+        members = [row for row in rows if row["checkpoint"] in recipe["checkpoints"]]
+        if len({row["lambda"] for row in members}) < BD_POINTS:
+            continue
+        curves: dict[str, list[dict]] = {}
+        for row in members:
+            curves.setdefault(setting_name(row), []).append(row)
+        label = ", ".join(str(recipe[key]) if key in ("model", "optimizer") else f"{key} {recipe[key]}" for key in differing)
+        for setting, points in curves.items():
+            entry = {"curve": label or "models", "setting": setting, "lambdas": len(points)}
+            try:
+                entry["bd_rate_percent"] = bd_rate([rd_point(row) for row in curves["float"]], [rd_point(r) for r in points])
+            except ValueError as error:
+                entry["note"] = str(error)
+            result.append(entry | {"points": sorted(rd_point(row) for row in points)})
+    return result
+
+
+def rd_point(row: dict) -> tuple[float, float]:
+    """(bpp, PSNR): the bitstreams' where there are any."""
+    return (row["bpp"], row["psnr"]) if "bpp" in row else (row["bpp_estimated"], row["psnr_forward"])
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left, the others to the right."""
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def rows_table(rows: list[dict]) -> str:
+    coded = all("bpp" in row for row in rows)
+    header = ["checkpoint", "lambda", "setting", "loss", "loss, %", "bpp, estimated", "PSNR, forward"]
+    header += ["bpp, actual", "bpp, %", "PSNR, decoded", "PSNR, change"] if coded else []
+    lines = []
+    for row in rows:
+        line = [row["checkpoint"], f"{row['lambda']:g}", setting_name(row), f"{row['loss']:.4f}"]
+        line += [f"{row['loss_increase_percent']:+.2f}", f"{row['bpp_estimated']:.4f}", f"{row['psnr_forward']:.3f}"]
+        if coded:
+            line += [f"{row['bpp']:.4f}", f"{row['bpp_increase_percent']:+.2f}", f"{row['psnr']:.3f}"]
+            line += [f"{row['psnr_change']:+.3f}"]
+        lines.append(line)
+    return table(header, lines)
+
+
+def curves_table(curves: list[dict]) -> str:
+    lines = []
+    for curve in curves:
+        rate = f"{curve['bd_rate_percent']:+.2f}" if "bd_rate_percent" in curve else f"none: {curve['note']}"
+        lines.append([curve["curve"], curve["setting"], str(curve["lambdas"]), rate])
+    return table(["curve", "setting", "lambdas", "BD-rate against float, %"], lines)
+
+
+def write_results(options: argparse.Namespace, rows: list[dict], curves: list[dict], calibration: int) -> None:
+    folder = options.save
+    with (folder / "ptq.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = f"# Post-training quantisation\n\n{rows_table(rows)}\n"
+    if curves:
+        text += f"\n{curves_table(curves)}\n"
+    images, coded = rows[0]["images"], rows[0]["images_coded"]
+    text += (
+        f"\nMeans over {images} images, {coded} of them coded; calibrated on {calibration}. "
+        "W: bits of the weights, A: of the activations.\n"
+    )
+    write_atomically(folder / "ptq.md", text)
+    about = {
+        "torch": torch.__version__, "calibration_images": calibration, "calibration_crop": options.calibration_crop,
+        "percentile": options.percentile, "adaround_iterations": options.adaround_iterations, "seed": options.seed,
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    write_atomically(folder / "ptq.json", json.dumps({"about": about, "rows": rows, "bd_rates": curves}, indent=2) + "\n")
+    plot(folder / "ptq.png", rows, curves)
+    print(text)
+    print(f"Results are in {folder}/")
+
+
+def plot(path: Path, rows: list[dict], curves: list[dict]) -> None:
+    """What each setting costs: of the loss, for each checkpoint; of the rate at equal PSNR, for each curve, with the curves."""
+    settings = [name for name in dict.fromkeys(setting_name(row) for row in rows) if name != "float"]
+    losses = {name: {} for name in dict.fromkeys(row["checkpoint"] for row in rows)}
+    for row in rows:
+        losses[row["checkpoint"]][setting_name(row)] = row["loss_increase_percent"]
+    rates = {label: {} for label in dict.fromkeys(curve["curve"] for curve in curves)}
+    for curve in curves:
+        rates[curve["curve"]][curve["setting"]] = curve.get("bd_rate_percent")
+
+    panels = 3 if curves else 1
+    height = min(16.0, max(4.5, 1.5 + 0.2 * len(settings) * (len(losses) + 1)))
+    figure, axes = plt.subplots(1, panels, figsize=(7 * panels, height), layout="constrained", squeeze=False)
+    draw_bars(axes[0, 0], settings, losses, "loss above the float model's (%)")
+    if curves:
+        draw_bars(axes[0, 1], settings, rates, "BD-rate against the float models (%)")
+        draw_curves(axes[0, 2], settings, curves)
+    figure.suptitle("Post-training quantisation, simulated (W: bits of weights, A: of activations)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_bars(axis, settings: list[str], series: dict[str, dict[str, float | None]], label: str) -> None:
+    """Horizontal bars: a group for each setting, a colour for each name; the value written at the bar's end."""
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        drawn = [(j, values[setting]) for j, setting in enumerate(settings) if values.get(setting) is not None]
+        places = [j + (i + 0.5) * width - 0.4 for j, _ in drawn]
+        colour = plt.get_cmap("tab10" if len(series) <= 10 else "tab20")(i % 20)
+        bars = axis.barh(places, [value for _, value in drawn], height=0.9 * width, label=name, color=colour)
+        axis.bar_label(bars, [f"{value:+.2f}" for _, value in drawn], padding=2, fontsize=7)
+    axis.set_yticks(range(len(settings)), settings)
+    axis.invert_yaxis()
+    axis.set_xscale("symlog", linthresh=1, subs=(2, 5))  # 8 bits cost parts of a percent, 4 bits tens
+    axis.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(label)
+    axis.margins(x=0.12)
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+
+
+def draw_curves(axis, settings: list[str], curves: list[dict]) -> None:
+    """The rate-distortion curves: a colour for each setting, a style of line for each recipe."""
+    shades = plt.get_cmap("plasma")([0.9 * i / max(1, len(settings) - 1) for i in range(len(settings))])
+    colours = {"float": "black"} | dict(zip(settings, shades))
+    labels = list(dict.fromkeys(curve["curve"] for curve in curves))
+    for curve in curves:
+        style = ("-", "--", "-.", ":")[labels.index(curve["curve"]) % 4]
+        label = curve["setting"] if len(labels) == 1 else f"{curve['curve']}: {curve['setting']}"
+        rate, psnr = zip(*curve["points"])
+        axis.plot(rate, psnr, style, marker="o", markersize=3, color=colours[curve["setting"]], label=label)
+    axis.set(xlabel="rate (bpp)", ylabel="PSNR (dB)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        return run(options)
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the settings that are left", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
