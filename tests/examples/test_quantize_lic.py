@@ -19,6 +19,7 @@ from lic_quantization import (
     activation_grid,
     activation_range,
     adaround,
+    calibrate,
     channel_weights,
     fake_quantize,
     integer_limits,
@@ -125,6 +126,14 @@ def test_least_squared_error_is_at_most_minmaxs():
             assert (errors[0][3:] < 0.5 * errors[1][3:]).all()
 
 
+def test_a_grid_reaches_to_zero():
+    for low, high in ((5.0, 7.0), (-7.0, -5.0)):
+        scale, zero_point = activation_grid(low, high, 8)
+        x = torch.tensor([low, high, 0.0])
+        torch.testing.assert_close(fake_quantize(x, scale, zero_point, 8), x, rtol=0, atol=scale * 0.51)
+        assert fake_quantize(x, scale, zero_point, 8)[2] == 0
+
+
 def test_percentile_leaves_out_the_outermost_values():
     values = torch.cat([torch.linspace(-1, 1, 9999), torch.tensor([50.0])])
     low, high = activation_range(values, 8, "percentile", percentile=99.9)
@@ -177,6 +186,9 @@ def test_a_row_of_channel_weights_is_an_output_channel(kind):
     weight = channel_weights(layer)
     set_channel_weights(layer, weight)
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-6)  # (a square root and a square in GDN)
+    if kind == "masked":  # (the decoder of a context model does not mask)
+        set_channel_weights(layer, weight + 1)
+        assert (layer.weight[layer.mask == 0] == 0).all()
     weight[2] *= 3
     set_channel_weights(layer, weight)
     channel_dim = -1 if kind == "linear" else 1
@@ -208,7 +220,7 @@ def layer_and_inputs(seed: int = 4):
     x = nn.functional.avg_pool2d(x, 5, 1, 2) + x.mean(1, keepdim=True)
     torch.manual_seed(seed)
     layer = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
-    pairs = [(one[None], one[None] + 0.01 * torch.randn(one.shape, generator=generator)) for one in x]
+    pairs = [(one[None], 0.95 * one[None] + 0.01 * torch.randn(one.shape, generator=generator)) for one in x]
     return layer, pairs
 
 
@@ -279,6 +291,7 @@ def test_the_model_is_not_changed_and_its_copy_is_quantised(examples):
     quantized = quantize(model, [photo(examples, 0)], 4, 8)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    calibrate(model, [photo(examples, 0)[None] / 255])
     assert not any(module._forward_pre_hooks for module in model.modules())
     names = lic_quantization.quantizable_layers(model)
     assert len(names) == 14 + 6  # convolutions, GDN
