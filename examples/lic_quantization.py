@@ -416,6 +416,7 @@ def quantize_module(
     ranges: str = "mse",
     seed: int = 0,
     *,
+    weight_ranges: str | None = None,
     percentile: float = PERCENTILE,
     iterations: int = ITERATIONS,
     progress: bool = False,
@@ -435,6 +436,7 @@ def quantize_module(
         rounding: "nearest" or "adaround", of the weights.
         ranges: "minmax", "percentile" or "mse", of weights and activations; the float model's activations set theirs.
         seed: of the sampled activations.
+        weight_ranges: of the weights alone; None, the same as `ranges`.
         percentile: for ranges "percentile", in (50, 100].
         iterations: of AdaRound, for each layer.
         progress: show a bar.
@@ -447,8 +449,10 @@ def quantize_module(
             raise ValueError(f"{name} is {bits}: 2 to 16, or {FLOAT} for float")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}: one of {', '.join(ROUNDINGS)}")
-    if ranges not in RANGES:
-        raise ValueError(f"ranges is {ranges!r}: one of {', '.join(RANGES)}")
+    weight_ranges = ranges if weight_ranges is None else weight_ranges
+    for name, value in (("ranges", ranges), ("weight_ranges", weight_ranges)):
+        if value not in RANGES:
+            raise ValueError(f"{name} is {value!r}: one of {', '.join(RANGES)}")
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}: above 50, at most 100")
     if not inputs:
@@ -478,7 +482,7 @@ def quantize_module(
         if weight_bits == FLOAT:
             continue
         weight = channel_weights(layer)
-        scale = weight_scale(weight, weight_bits, signed(layer), ranges, percentile)
+        scale = weight_scale(weight, weight_bits, signed(layer), weight_ranges, percentile)
         if rounding == "adaround" and name in statistics and not isinstance(layer, GDN):
             pairs = zip(layer_inputs(reference, name, inputs), layer_inputs(quantized, name, inputs))
             target = reconstruction(layer, pairs, -(-POSITIONS // len(inputs)), seed=seed + i * len(inputs))

@@ -26,7 +26,6 @@ from pathlib import Path
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-import bjontegaard
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
@@ -37,6 +36,7 @@ from lic_checkpoint import TrainedModel, load_trained
 from lic_data import InputError, centre_crop, find_images, read_image
 from lic_evaluation import code_image, evaluate, mean_results
 from lic_quantization import FLOAT, ITERATIONS, PERCENTILE, RANGES, ROUNDINGS, quantize
+from lic_rd import NoComparison, bd_rate
 from matplotlib.ticker import SymmetricalLogLocator
 from torch import Tensor
 from tqdm import tqdm
@@ -45,11 +45,11 @@ PHOTOS = Path(__file__).resolve().parent / "photos"
 CALIBRATION_IMAGES = 16
 CHECKPOINT = "checkpoint.pth.tar"
 BD_POINTS = 4  # rate points that a Bjontegaard difference takes at the least
-MEASUREMENT = 1  # counts up when results measured before cannot stand beside new ones
+MEASUREMENT = 2  # counts up when results measured before cannot stand beside new ones
 COLUMNS = [
     "checkpoint", "model", "optimizer", "lambda", "step", "weight_bits", "activation_bits", "rounding", "ranges",
-    "loss", "loss_increase_percent", "bpp_estimated", "psnr_forward", "psnr_forward_change", "bpp", "bpp_increase_percent",
-    "psnr", "psnr_change", "bpp_estimated_coded", "images", "images_coded", "seconds",
+    "weight_ranges", "loss", "loss_increase_percent", "bpp_estimated", "psnr_forward", "psnr_forward_change", "bpp",
+    "bpp_increase_percent", "psnr", "psnr_change", "bpp_estimated_coded", "images", "images_coded", "seconds",
 ]  # fmt: skip
 
 
@@ -133,6 +133,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=["mse"],
         help="what a grid covers: everything seen, all but the outermost values, or what has the least squared error "
         "(default: mse)",
+    )
+    settings.add_argument(
+        "--weight-ranges",
+        choices=RANGES,
+        help="of the weights' grids, --ranges then being the activations' (default: the same as --ranges)",
     )
     settings.add_argument(
         "--percentile",
@@ -252,7 +257,8 @@ def setting_name(row: dict) -> str:
     if row["rounding"] == "float":
         return "float"
     rounding = {"nearest": "nearest", "adaround": "AdaRound"}[row["rounding"]]
-    return f"W{row['weight_bits']}A{row['activation_bits']} {rounding}, {row['ranges']}"
+    ranges = row["ranges"] if row["ranges"] == row["weight_ranges"] else f"{row['ranges']}, weights {row['weight_ranges']}"
+    return f"W{row['weight_bits']}A{row['activation_bits']} {rounding}, {ranges}"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -275,9 +281,16 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"--save {options.save}: {error.strerror}") from error
 
-    settings = [{"weight_bits": FLOAT, "activation_bits": FLOAT, "rounding": "float", "ranges": "float"}]
+    settings = [{"weight_bits": FLOAT, "activation_bits": FLOAT, "rounding": "float", "ranges": "float",
+                 "weight_ranges": "float"}]  # fmt: skip
     settings += [
-        {"weight_bits": w, "activation_bits": a, "rounding": rounding, "ranges": ranges}
+        {
+            "weight_bits": w,
+            "activation_bits": a,
+            "rounding": rounding,
+            "ranges": ranges,
+            "weight_ranges": options.weight_ranges or ranges,
+        }  # fmt: skip
         for w, a in dict.fromkeys(options.bits)
         for ranges in dict.fromkeys(options.ranges)
         for rounding in dict.fromkeys(options.rounding)
@@ -294,7 +307,7 @@ def run(options: argparse.Namespace) -> int:
                 how = []  # what else than the weights and the setting the quantised model depends on
                 if setting["rounding"] != "float":
                     how.append(calibrated_on)
-                    if setting["ranges"] == "percentile":
+                    if "percentile" in (setting["ranges"], setting["weight_ranges"]):
                         how.append(options.percentile)
                     if setting["rounding"] == "adaround":
                         how.append(options.adaround_iterations)
@@ -360,25 +373,6 @@ def add_changes(rows: list[dict]) -> None:
 # -------------------------------------------------------------------------------------------------------------- BD-rate
 
 
-def bd_rate(anchor: list[tuple[float, float]], test: list[tuple[float, float]]) -> float:
-    """The mean difference of the rate at equal PSNR, in percent, over the range of PSNR that both curves cover (Bjontegaard,
-    VCEG-M33, with piecewise cubic interpolation). Points are (bpp, PSNR in dB).
-
-    Raises:
-        ValueError: the curves do not overlap, or a curve has no order.
-    """
-    curves = [sorted(points) for points in (anchor, test)]
-    if any(low[1] >= high[1] for points in curves for low, high in zip(points, points[1:])):
-        raise ValueError("PSNR does not rise with bpp")
-    (anchor_rates, anchor_psnr), (test_rates, test_psnr) = (zip(*points) for points in curves)
-    if max(anchor_psnr[0], test_psnr[0]) >= min(anchor_psnr[-1], test_psnr[-1]):
-        raise ValueError("no PSNR is common to both curves")
-    value = bjontegaard.bd_rate(
-        anchor_rates, anchor_psnr, test_rates, test_psnr, method="pchip", require_matching_points=False, min_overlap=0
-    )
-    return float(value)
-
-
 def bd_rates(models: list[tuple[TrainedModel, RateDistortionLoss]], rows: list[dict]) -> list[dict]:
     """For each training recipe with four or more lambdas and each setting, the BD-rate against the recipe's float models.
 
@@ -411,7 +405,7 @@ def bd_rates(models: list[tuple[TrainedModel, RateDistortionLoss]], rows: list[d
             entry = {"curve": label or "models", "setting": setting, "lambdas": len(points)}
             try:
                 entry["bd_rate_percent"] = bd_rate([rd_point(row) for row in curves["float"]], [rd_point(r) for r in points])
-            except ValueError as error:
+            except NoComparison as error:
                 entry["note"] = str(error)
             result.append(entry | {"points": sorted(rd_point(row) for row in points)})
     return result

@@ -315,6 +315,10 @@ def test_sixteen_bits_are_next_to_float_and_fewer_are_worse(examples):
     ]
     spread = reference.std().item()
     assert errors[0] < 1e-3 * spread < errors[1] < errors[2]
+    halves = quantize(model, [x], 4, 4, ranges="mse", weight_ranges="minmax").state_dict()
+    whole = quantize(model, [x], 4, 4, ranges="mse").state_dict(), quantize(model, [x], 4, 4, ranges="minmax").state_dict()
+    assert torch.equal(halves["g_a.0.weight"], whole[1]["g_a.0.weight"])
+    assert torch.equal(halves["g_a.2.input_quantizer.scale"], whole[0]["g_a.2.input_quantizer.scale"])
     unchanged = quantize(model, [x], 32, 32)
     assert torch.equal(unchanged(x[None] / 255)["x_hat"], reference)
 
@@ -374,6 +378,7 @@ def test_layers_that_are_not_called(examples):
         ({"activation_bits": 17}, "activation_bits is 17"),
         ({"rounding": "up"}, "rounding is 'up'"),
         ({"ranges": "max"}, "ranges is 'max'"),
+        ({"weight_ranges": "max"}, "weight_ranges is 'max'"),
         ({"percentile": 50}, "percentile is 50"),
         ({"inputs": []}, "inputs is empty"),
         ({"model": nn.ReLU()}, "ReLU has no layer"),
@@ -432,15 +437,6 @@ def points(factor: float = 1.0) -> list[tuple[float, float]]:
     return [(factor * rate, psnr) for rate, psnr in [(0.2, 26.0), (0.4, 28.5), (0.8, 31.2), (1.5, 34.0)]]
 
 
-def test_bd_rate():
-    assert quantize_lic.bd_rate(points(), points(1.1)) == pytest.approx(10, abs=1e-6)
-    assert quantize_lic.bd_rate(points(), points()[::-1]) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="common"):
-        quantize_lic.bd_rate(points(), [(rate, psnr - 10) for rate, psnr in points()])
-    with pytest.raises(ValueError, match="rise"):
-        quantize_lic.bd_rate(points(), [*points()[:3], (2.0, 25.0)])
-
-
 def save_checkpoint(path: Path, lmbda: float = 0.013, seed: int = 0, optimizer: str = "soap") -> Path:
     """As train_lic.py writes it, with random weights; what quantisation does not read is left out."""
     path.mkdir(parents=True)
@@ -468,7 +464,7 @@ def test_curves_are_of_one_recipe(tmp_path):
         for rounding, factor in (("float", 1.0), ("nearest", 1.2)):
             bpp, psnr = points(factor)[lmbda - 1]
             rows.append({"checkpoint": name, "lambda": lmbda, "weight_bits": 8, "activation_bits": 8, "rounding": rounding,
-                         "ranges": "mse", "bpp": bpp, "psnr": psnr})  # fmt: skip
+                         "ranges": "mse", "weight_ranges": "mse", "bpp": bpp, "psnr": psnr})  # fmt: skip
     curves = quantize_lic.bd_rates(models, rows)
     assert [(curve["curve"], curve["setting"]) for curve in curves] == [("soap", "float"), ("soap", "W8A8 nearest, mse")]
     assert [curve["bd_rate_percent"] for curve in curves] == pytest.approx([0, 20], abs=1e-6)
