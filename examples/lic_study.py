@@ -1,0 +1,559 @@
+"""A study of optimizers on learned image compression: which runs a YAML file asks for, running them, and their data as tables.
+
+Every run is a command of train_lic.py in a folder of its own, so that it can be repeated by hand, and a study that is killed
+goes on where it was. What is measured afterwards on a trained model is a file beside its checkpoint.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from lic_arguments import CHECKPOINT, make_parser, parse_options
+from lic_checkpoint import load_trained, read_checkpoint
+from lic_data import InputError, RandomCrops, batches, find_dataset, read_image
+from lic_evaluation import forward_padded, image_set, rate_distortion, to_float
+from lic_optimizers import LEARNING_RATES
+from lic_quantization import quantize
+from lic_training import Run
+from torch import nn
+
+from soap_opt.diagnostics import OutlierMeter, basis_health
+from soap_opt.integrations.compressai import latents
+
+HERE = Path(__file__).resolve().parent
+EXPERIMENTS = ("rates", "horizons", "curves", "ablations", "models", "comparisons")
+SETTINGS = {
+    "title",
+    "train",
+    "optimizers",
+    "baseline",
+    "subject",
+    "steps",
+    "evaluations",
+    "bars",
+    "measure",
+    "timing",
+    *EXPERIMENTS,
+}
+BUSY = 2  # train_lic.py's exit status where another process trains in the folder
+
+
+@dataclass
+class TrainingRun:
+    """One command of train_lic.py.
+
+    Attributes:
+        name: of its folder; says what distinguishes it from the study's others.
+        label: the optimizer's name in the study.
+        options: train_lic.py's, by their long names.
+        steps, lmbda, seed, rate, model: of the options, for the tables.
+        variant: of an ablation, "option=value".
+        experiments: what it belongs to.
+        fraction: its steps as a part of the study's.
+    """
+
+    name: str
+    label: str
+    options: dict[str, object]
+    steps: int
+    fraction: float
+    lmbda: float
+    seed: int
+    rate: float
+    model: str
+    variant: str = ""
+    experiments: list[str] = field(default_factory=list)
+
+    def command(self, folder: Path) -> list[str]:
+        """To begin the run, or to go on with it."""
+        command = [sys.executable, str(HERE / "train_lic.py")]
+        checkpoint = folder / CHECKPOINT
+        if checkpoint.exists():
+            return [*command, "--resume", str(checkpoint)]
+        for name, value in self.options.items():
+            if value is True:
+                command.append(f"--{name}")
+            elif value is not False and value is not None:
+                values = value if isinstance(value, list) else [value]
+                command += [f"--{name}", *map(str, values)]
+        return [*command, "--save", str(folder)]
+
+
+class Study:
+    """A study as its YAML file describes it, in a folder.
+
+    Raises:
+        InputError: the file cannot be read or says what is not understood.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        try:
+            plan = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"cannot read the study {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(plan, dict):
+            raise InputError(f"{path} is not a study: it holds a {type(plan).__name__}")
+        if unknown := plan.keys() - SETTINGS:
+            raise InputError(
+                f"{path}: {', '.join(sorted(unknown))} is not understood; a study has {', '.join(sorted(SETTINGS))}"
+            )
+        for name in ("train", "optimizers", "baseline", "steps"):
+            if name not in plan:
+                raise InputError(f"{path} has no {name!r}")
+        self.path, self.folder, self.plan = path, folder, plan
+        self.name = path.stem
+        self.title: str = plan.get("title", self.name)
+        self.optimizers: dict[str, dict] = {label: dict(options or {}) for label, options in plan["optimizers"].items()}
+        self.baseline: str = plan["baseline"]
+        self.subject: str = plan.get("subject", "SOAP")
+        self.steps: int = plan["steps"]
+        self.bars: dict[str, float] = plan.get("bars", {})
+        for experiment in EXPERIMENTS:
+            for label in self._labels(plan.get(experiment)):
+                if label not in self.optimizers:
+                    raise InputError(f"{path}: {experiment} names {label!r}, which is none of {', '.join(self.optimizers)}")
+        for what, label in (("baseline", self.baseline), ("subject", self.subject)):
+            if label not in self.optimizers:
+                raise InputError(f"{path}: the {what} {label!r} is none of {', '.join(self.optimizers)}")
+        known = {option for action in make_parser("")._actions for option in action.option_strings}
+        for where in (plan["train"], *self.optimizers.values()):
+            for option in where:
+                if f"--{option}" not in known:
+                    raise InputError(f"{path}: train_lic.py has no option --{option}")
+
+    @staticmethod
+    def _labels(experiment: object) -> Iterable[str]:
+        if isinstance(experiment, dict):
+            yield from experiment.get("grid", {})
+            yield from experiment.get("optimizers", [])
+        elif isinstance(experiment, list):
+            for part in experiment:
+                yield from part.get("optimizers", [])
+
+    # ---- which runs ----
+
+    def run(self, label: str, experiment: str, *, fraction: float = 1.0, seed: int = 0, rate: float, **changes) -> TrainingRun:
+        """The run of an optimizer; `changes` are options other than the study's."""
+        steps = max(1, round(fraction * self.steps))
+        options = {"steps": steps, "seed": seed, "bitstreams": "none"} | self.plan["train"] | self.optimizers[label]
+        options |= {"learning-rate": rate, "eval-every": max(1, steps // self.plan.get("evaluations", 24))}
+        varied = {k: v for k, v in changes.items() if k not in ("lambda", "model")}
+        options |= changes
+        lmbda, model = float(options.get("lambda", 0.013)), str(options.get("model", "bmshj2018-hyperprior"))
+        variant = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in varied.items())
+        parts = [Path(model.rpartition(":")[2]).name, label.lower().replace(" ", "-"), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
+        parts += [f"s{seed}"] + ([variant.replace(" ", "_").replace("/", "_")] if variant else [])
+        return TrainingRun(
+            "-".join(parts), label, options, steps, fraction, lmbda, seed, rate, model, variant, [experiment]
+        )  # fmt: skip
+
+    def rates(self) -> list[TrainingRun]:
+        """The learning rate grids, each for the part `fraction` of the steps."""
+        runs = []
+        for part in self._parts("rates"):
+            for label, rates in part["grid"].items():
+                for rate in rates:
+                    for seed in part.get("seeds", [0]):
+                        runs.append(self.run(label, "rates", fraction=part.get("fraction", 1.0), seed=seed, rate=float(rate)))
+        return runs
+
+    def _parts(self, experiment: str) -> list[dict]:
+        parts = self.plan.get(experiment) or []
+        return parts if isinstance(parts, list) else [parts]
+
+    def best_rate(self, label: str, results: dict[str, dict], fraction: float = 1.0) -> float | None:
+        """Of the grid nearest in length to `fraction`, the rate of the lowest mean final loss; the optimizer's default where
+        the study has no grid for it; None while the grid is not complete."""
+        grids = [run for run in self.rates() if run.label == label]
+        if not grids:
+            return LEARNING_RATES[self.optimizers[label].get("optimizer", "soap")]
+        nearest = min({run.fraction for run in grids}, key=lambda f: abs(math.log(f / fraction)))
+        losses: dict[float, list[float]] = {}
+        for run in grids:
+            if run.fraction == nearest:
+                if run.name not in results:
+                    return None
+                loss = results[run.name]["loss"]
+                losses.setdefault(run.rate, []).append(math.inf if loss is None else loss)
+        return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+
+    def runs(self, results: dict[str, dict]) -> tuple[list[TrainingRun], int]:
+        """All runs that can be named by now, in the order in which they should be made, and how many wait for a learning rate.
+
+        Runs that several experiments share are there once.
+        """
+        by_name: dict[str, TrainingRun] = {}
+        waiting = 0
+
+        def add(label: str, experiment: str, fraction: float = 1.0, **settings) -> None:
+            nonlocal waiting
+            if settings.get("rate") is None:
+                settings["rate"] = self.best_rate(label, results, fraction)
+            if settings["rate"] is None:
+                waiting += 1
+                return
+            run = self.run(label, experiment, fraction=fraction, **settings)
+            known = by_name.setdefault(run.name, run)
+            if experiment not in known.experiments:
+                known.experiments.append(experiment)
+
+        for run in self.rates():
+            by_name.setdefault(run.name, run)
+        for part in self._parts("horizons"):
+            for seed in part.get("seeds", [0]):
+                for fraction in part["fractions"]:
+                    for label in part["optimizers"]:
+                        add(label, "horizons", fraction, seed=seed)
+        for part in self._parts("curves"):
+            for seed in part.get("seeds", [0]):
+                for lmbda in part["lambdas"]:
+                    for label in part["optimizers"]:
+                        add(label, "curves", part.get("fraction", 1.0), seed=seed, **{"lambda": lmbda})
+        for part in self._parts("comparisons"):
+            for seed in part.get("seeds", [0]):
+                for label in part["optimizers"]:
+                    add(label, "comparisons", part.get("fraction", 1.0), seed=seed)
+        for part in self._parts("models"):
+            for seed in part.get("seeds", [0]):
+                for label in part["optimizers"]:
+                    options = {k: v for k, v in part.items() if k not in ("optimizers", "seeds", "fraction")}
+                    add(label, "models", part.get("fraction", 1.0), seed=seed, **options)
+        for part in self._parts("ablations"):
+            for label in part["optimizers"]:
+                fraction = part.get("fraction", 1.0)
+                best = self.best_rate(label, results, fraction)
+                for seed in part.get("seeds", [0]):
+                    add(label, "ablations", fraction, seed=seed)  # what the variants differ from
+                    for options in part["variants"]:
+                        options = dict(options)
+                        factor = options.pop("rate-factor", 1)
+                        add(label, "ablations", fraction, seed=seed, rate=best and best * factor, **options)
+        return list(by_name.values()), waiting
+
+    # ---- running them ----
+
+    def folder_of(self, run: TrainingRun) -> Path:
+        return self.folder / "runs" / run.name
+
+    def results(self) -> dict[str, dict]:
+        """Of every finished run its name and how it ended: "failed" (it had to stop), and "loss", "bpp", "psnr" of the last
+        evaluation, None where it failed."""
+        found = {}
+        for path in (self.folder / "runs").glob("*/finished.json"):
+            try:
+                found[path.parent.name] = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def train(self, run: TrainingRun, threads: int, stop: threading.Event) -> str:
+        """Begin a run or go on with it, until it ends; "finished", "failed", "busy" or "stopped"."""
+        folder = self.folder_of(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        with (folder / "log.txt").open("a") as log:
+            command = run.command(folder)
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            # In a session of its own: Ctrl-C is for this process, which hands it on once.
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            asked = False
+            while process.poll() is None:
+                if stop.is_set() and not asked:
+                    process.send_signal(signal.SIGTERM)
+                    asked = True
+                time.sleep(0.2)
+        if process.returncode == 0 or process.returncode == 1 and "train_lic.py: stopped: " in (folder / "log.txt").read_text():
+            write_json(folder / "finished.json", self.outcome(run, process.returncode))
+            return "finished" if process.returncode == 0 else "failed"
+        if process.returncode == BUSY:
+            last = (folder / "log.txt").read_text().strip().splitlines()[-1]
+            if "another run is writing there" in last:
+                return "busy"
+            raise InputError(f"{run.name}: {last.removeprefix('train_lic.py: error: ')}")
+        if not asked:
+            raise InputError(f"{run.name} ended with status {process.returncode}: see {folder / 'log.txt'}")
+        return "stopped"
+
+    def outcome(self, run: TrainingRun, status: int) -> dict:
+        rows = [row for row in read_table(self.folder_of(run) / "metrics.csv") if row["split"] == "eval"]
+        last = rows[-1] if rows else {}
+        failed = status != 0 or not rows or int(last["step"]) != run.steps
+        values = {key: None if failed else float(last[key]) for key in ("loss", "bpp", "psnr")}
+        return {"failed": failed, **values}
+
+    def execute(self, jobs: int, threads: int, only: str | None, say: Callable[[str], None]) -> bool:
+        """Make all runs that are left, `jobs` at a time, measuring each as it ends; whether all are done. Another process may
+        work on the same study: a run belongs to whoever has its folder's lock."""
+        stop, lock = threading.Event(), threading.Lock()
+        taken: set[str] = set()  # in this pass, by this process or another
+        torch.set_num_threads(threads)
+
+        def left() -> list[TrainingRun]:
+            results = self.results()
+            runs = [run for run in self.runs(results)[0] if only is None or only in run.experiments]
+            runs = [run for run in runs if run.name not in results or (self.missing(run) and not results[run.name]["failed"])]
+            # From coarse to fine: what a study says after an hour is said of all its parts.
+            return sorted(runs, key=lambda run: (run.name not in results, run.seed, run.steps))
+
+        def next_run() -> TrainingRun | None:
+            with lock:
+                run = next((run for run in left() if run.name not in taken), None)
+                if run is not None:
+                    taken.add(run.name)
+                return run
+
+        def work() -> None:
+            while not stop.is_set() and (run := next_run()) is not None:
+                results = self.results()
+                ended = "finished" if run.name in results else self.train(run, threads, stop)
+                if ended == "finished" and self.missing(run):
+                    say(f"{run.name}: measuring {', '.join(self.missing(run))}")
+                    self.measure(run)
+                with lock:
+                    results = self.results()
+                    runs, waiting = self.runs(results)
+                    done = sum(r.name in results for r in runs)
+                later = f", {waiting} more when the learning rates are known" if waiting else ""
+                loss = results.get(run.name, {}).get("loss")
+                say(f"{done} of {len(runs)} runs{later}: {run.name} {ended}" + (f", loss {loss:.4f}" if loss else ""))
+
+        previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not stop.is_set() and (before := left()):
+                taken.clear()
+                with ThreadPoolExecutor(jobs) as pool:
+                    workers = [pool.submit(work) for _ in range(jobs)]
+                    for worker in as_completed(workers):
+                        if error := worker.exception():
+                            stop.set()
+                            raise error
+                if {run.name for run in left()} == {run.name for run in before}:
+                    stop.wait(10)  # all of them are other processes'
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return not left() and not (only is None and self.runs(self.results())[1])
+
+    # ---- measuring what was trained ----
+
+    def images(self):
+        """The evaluation images: the photographs in this repository, and scikit-image's where the study says so."""
+        paths = [HERE / "photos" / "eval"]
+        if names := self.plan.get("measure", {}).get("scikit-image", []):
+            paths += [scikit_image_file(name) for name in names]
+        return image_set(paths)
+
+    def wanted(self, run: TrainingRun) -> set[str]:
+        """What is to be measured on this run's model: "rd", "outliers", "quantization", "bases"."""
+        what = set()
+        for kind in ("rd", "outliers", "quantization", "bases"):
+            of = self.plan.get("measure", {}).get(kind)
+            if of and set(of.get("experiments", EXPERIMENTS)) & set(run.experiments):
+                if run.fraction >= of.get("from-fraction", 0) and (not of.get("optimizers") or run.label in of["optimizers"]):
+                    what.add(kind)
+        return what
+
+    def missing(self, run: TrainingRun) -> list[str]:
+        """What is wanted of the run's model and has not been measured."""
+        return [what for what in sorted(self.wanted(run)) if not (self.folder_of(run) / f"{what}.json").exists()]
+
+    def measure(self, run: TrainingRun) -> None:
+        """What is `missing`, each into a JSON file in the run's folder."""
+        folder = self.folder_of(run)
+        trained = load_trained(folder / CHECKPOINT)
+        images = self.images()
+        pictures = [read_image(file) for file in images.files]
+        for what in self.missing(run):
+            rows = getattr(self, f"measure_{what}")(run, trained, pictures, images.names)
+            write_json(folder / f"{what}.json", rows)
+
+    def measure_rd(self, run, trained, pictures, names) -> list[dict]:
+        return [{"image": name, **row} for name, row in zip(names, rate_distortion(trained.model, pictures))]
+
+    def measure_outliers(self, run, trained, pictures, names) -> list[dict]:
+        return outliers(trained.model, pictures)
+
+    def measure_bases(self, run, trained, pictures, names) -> list[dict]:
+        if self.optimizers[run.label].get("optimizer", "soap") != "soap":
+            return []
+        state = read_checkpoint(self.folder_of(run) / CHECKPOINT)
+        resumed = Run(state["options"], "soap", run.rate)
+        resumed.load(state)
+        return [dict(row) for row in basis_health(resumed.optimizer, resumed.model)]
+
+    def measure_quantization(self, run, trained, pictures, names) -> list[dict]:
+        wanted = self.plan["measure"]["quantization"]
+        calibration = [read_image(f) for f in sorted((HERE / "photos" / "train").iterdir())[:: wanted.get("every", 12)]]
+        rows = [{"setting": "float", "image": n, **r} for n, r in zip(names, rate_distortion(trained.model, pictures))]
+        for bits in wanted["bits"]:
+            weight_bits, activation_bits = map(int, bits.split("/"))
+            for rounding in wanted.get("rounding", ["nearest"]):
+                for ranges in wanted.get("ranges", ["mse"]):
+                    options = {"iterations": wanted["iterations"]} if "iterations" in wanted else {}
+                    model = quantize(trained.model, calibration, weight_bits, activation_bits, rounding, ranges, **options)
+                    setting = f"{bits} {rounding} {ranges}"
+                    rows += [{"setting": setting, "image": n, **r} for n, r in zip(names, rate_distortion(model, pictures))]
+        return rows
+
+    # ---- tables ----
+
+    def collect(self, data: Path) -> None:
+        """All data of the finished runs as CSV tables in `data`: what the report is made from, and what is kept."""
+        data.mkdir(parents=True, exist_ok=True)
+        results = self.results()
+        runs = [run for run in self.runs(results)[0] if run.name in results]
+        tables: dict[str, list[dict]] = {name: [] for name in TABLES}
+        for run in runs:
+            tables["runs"].append(
+                {
+                    "run": run.name, "optimizer": run.label, "model": run.model, "variant": run.variant,
+                    "experiments": " ".join(run.experiments), "learning_rate": run.rate, "steps": run.steps,
+                    "fraction": run.fraction, "lambda": run.lmbda, "seed": run.seed, **results[run.name],
+                }
+            )  # fmt: skip
+            for row in read_table(self.folder_of(run) / "metrics.csv"):
+                if row["split"] == "eval":
+                    tables["evaluations"].append({"run": run.name, **{k: row[k] for k in ("step", "loss", "bpp", "psnr")}})
+                elif row["split"] == "conflict":
+                    names = ("step", "raw", "raw_shared", "preconditioned", "preconditioned_shared", "between_steps")
+                    tables["conflicts"].append({"run": run.name, **{k: row[k] for k in names}})
+            for what in ("rd", "outliers", "quantization", "bases"):
+                path = self.folder_of(run) / f"{what}.json"
+                if path.exists():
+                    tables[what] += [{"run": run.name, **row} for row in json.loads(path.read_text())]
+        for name, rows in tables.items():
+            if rows:
+                write_table(data / f"{name}.csv", rows)
+
+    # ---- time ----
+
+    def measure_speed(self, rounds: int, threads: int, data: Path, say: Callable[[str], None]) -> None:
+        """Seconds of a training step (batch, forward, backward, both optimizers) of each optimizer, in turn, `rounds` times a
+        period of ten steps, so that what else the machine does meets all alike. Into speed.csv, beside what other machines or
+        numbers of threads gave.
+
+        The first two periods of each are not counted: SOAP's first step makes its bases.
+        """
+        torch.set_num_threads(threads)
+        results = self.results()
+        trained, crops = {}, None
+        labels = list(self.optimizers)
+        for label in labels:
+            run = self.run(label, "timing", rate=self.best_rate(label, results) or 1e-3)
+            options, _ = parse_options(make_parser(""), run.command(self.folder / "nowhere")[2:])
+            options["conflict_every"] = 0
+            crops = crops or RandomCrops(find_dataset(HERE / "photos")[0], tuple((options["patch_size"] * 2)[:2]), 0)
+            trained[label] = Run(options, options["optimizer"], run.rate)
+            trained[label].model.train()
+        batch_size = options["batch_size"]
+        rows = []
+        for turn in range(rounds + 2):
+            for label, run in trained.items():
+                started = time.perf_counter()
+                for batch in batches(crops, 10 * turn, 10 * turn + 10, batch_size, 0, False):
+                    run.train_step(to_float(batch))
+                seconds = (time.perf_counter() - started) / 10
+                if turn >= 2:
+                    rows.append({"optimizer": label, "round": turn - 2, "seconds_per_step": seconds})
+        about = {"processor": processor(), "threads": threads, "model": options["model"]}
+        kept = [row for row in read_table(data / "speed.csv") if any(row[key] != str(value) for key, value in about.items())]
+        write_table(data / "speed.csv", kept + [about | row for row in rows])
+        for label in labels:
+            times = sorted(row["seconds_per_step"] for row in rows if row["optimizer"] == label)
+            say(f"{label}: {1000 * times[len(times) // 2]:.1f} ms a training step (median of {rounds} periods of ten)")
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it; elsewhere Python's."""
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+TABLES = ("runs", "evaluations", "conflicts", "rd", "outliers", "quantization", "bases")
+
+
+def outliers(model: nn.Module, pictures: list) -> list[dict]:
+    """OutlierMeter's rows over whole images, of every layer and of the latents y and z."""
+    with torch.no_grad(), OutlierMeter(model, **latents(model)) as meter:
+        for picture in pictures:
+            forward_padded(model, to_float(picture)[None])
+        return [dict(row) for row in meter.table()]
+
+
+def scikit_image_file(name: str) -> Path:
+    """A picture that scikit-image's wheel carries (no download)."""
+    try:
+        import skimage.data
+    except ImportError as error:
+        raise InputError("the study evaluates on scikit-image's pictures: pip install scikit-image") from error
+    folder = Path(skimage.data.__file__).parent
+    found = [path for path in (folder / f"{name}.png", folder / f"{name}.jpg") if path.exists()]
+    if not found:
+        raise InputError(f"scikit-image carries no picture {name!r} in {folder.name}/")
+    return found[0]
+
+
+def plain(value: object) -> object:
+    """JSON has no NaN and no infinity: None."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: object) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
+
+
+def shortened(value: object) -> object:
+    """Six digits of a float: the tables are committed."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return value if value.lstrip("-").isdigit() else f"{number:.6g}"
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: shortened(value) for key, value in row.items()} for row in rows)
+    os.replace(unfinished, path)
+
+
+def all_studies() -> Iterator[Path]:
+    yield from sorted((HERE / "studies").glob("*.yaml"))
