@@ -151,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=number(int, 1),
         default=ITERATIONS,
         metavar="N",
-        help="per layer; 2000 halve the error of some layers once more (default: %(default)s)",
+        help="per layer; more lower some layers' errors further (default: %(default)s)",
     )
     settings.add_argument("--seed", type=number(int, 0), default=0, help="of the sampled activations (default: %(default)s)")
 
@@ -489,7 +489,11 @@ def plot(path: Path, rows: list[dict], curves: list[dict]) -> None:
     figure, axes = plt.subplots(1, panels, figsize=(7 * panels, height), layout="constrained", squeeze=False)
     draw_bars(axes[0, 0], settings, losses, "loss above the float model's (%)")
     if curves:
-        draw_bars(axes[0, 1], settings, rates, "BD-rate against the float models (%)")
+        if any(value is not None for values in rates.values() for value in values.values()):
+            draw_bars(axes[0, 1], settings, rates, "BD-rate against the float models (%)")
+        else:
+            axes[0, 1].text(0.5, 0.5, f"no BD-rate:\n{curves[0]['note']}", ha="center", va="center", wrap=True)
+            axes[0, 1].axis("off")
         draw_curves(axes[0, 2], settings, curves)
     figure.suptitle("Post-training quantisation, simulated (W: bits of weights, A: of activations)")
     figure.savefig(path, dpi=110)
