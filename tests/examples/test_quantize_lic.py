@@ -430,6 +430,19 @@ def test_the_decoder_has_the_encoders_latent(name, weight_bits, examples, monkey
         assert result["psnr-rgb"] == pytest.approx(result["psnr-forward"], abs=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "in_float"), [("cheng2020-attn", ["context_prediction"]), ("elic2022-official", [])])
+def test_larger_models(name, in_float, examples):
+    """Attention, sub-pixel convolutions, channel groups and checkerboards: every layer is quantised, and the codes decode."""
+    torch.manual_seed(0)
+    model = build_model(name, {"N": 8} | ({"M": 40} if name.startswith("elic") else {})).eval()
+    quantized = quantize(model, [photo(examples, 0)], 8, 8)
+    layers = lic_quantization.quantizable_layers(quantized)
+    assert [name for name, layer in layers.items() if not hasattr(layer, "input_quantizer")] == in_float
+    result, _ = code_image(quantized, photo(examples, 1))
+    assert result["psnr-rgb"] == pytest.approx(result["psnr-forward"], abs=0.5 if in_float else 0.01)
+
+
 # -------------------------------------------------------------------------------------------------------------- BD-rate
 
 
