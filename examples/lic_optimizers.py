@@ -37,7 +37,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def parse_argument(text: str) -> tuple[str, object]:
     """NAME=VALUE with a Python literal, or a bare word, as the value."""
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
+    if not equals or not name.replace("-", "_").isidentifier():
         raise ValueError(f"{text} is not NAME=VALUE")
     try:
         return name, ast.literal_eval(value)

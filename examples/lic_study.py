@@ -37,18 +37,8 @@ from soap_opt.integrations.compressai import latents
 HERE = Path(__file__).resolve().parent
 EXPERIMENTS = ("rates", "horizons", "curves", "ablations", "models", "comparisons")
 SETTINGS = {
-    "title",
-    "train",
-    "optimizers",
-    "baseline",
-    "subject",
-    "steps",
-    "evaluations",
-    "bars",
-    "measure",
-    "timing",
-    *EXPERIMENTS,
-}
+    "title", "train", "optimizers", "baseline", "subject", "steps", "evaluations", "bars", "measure", "processes", *EXPERIMENTS
+}  # fmt: skip
 BUSY = 2  # train_lic.py's exit status where another process trains in the folder
 
 
@@ -77,10 +67,14 @@ class TrainingRun:
     model: str
     variant: str = ""
     experiments: list[str] = field(default_factory=list)
+    processes: int = 1
 
     def command(self, folder: Path) -> list[str]:
         """To begin the run, or to go on with it."""
-        command = [sys.executable, str(HERE / "train_lic.py")]
+        command = [sys.executable]
+        if self.processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+        command.append(str(HERE / "train_lic.py"))
         checkpoint = folder / CHECKPOINT
         if checkpoint.exists():
             return [*command, "--resume", str(checkpoint)]
@@ -94,13 +88,13 @@ class TrainingRun:
 
 
 class Study:
-    """A study as its YAML file describes it, in a folder.
+    """A study as its YAML file describes it, in a folder. changes: options of train_lic.py, other than the file's, of all runs.
 
     Raises:
         InputError: the file cannot be read or says what is not understood.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path, changes: dict[str, object] | None = None):
         try:
             plan = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
@@ -114,7 +108,9 @@ class Study:
         for name in ("train", "optimizers", "baseline", "steps"):
             if name not in plan:
                 raise InputError(f"{path} has no {name!r}")
+        plan["train"] |= changes or {}
         self.path, self.folder, self.plan = path, folder, plan
+        self.processes: int = plan.get("processes", 1)
         self.name = path.stem
         self.title: str = plan.get("title", self.name)
         self.optimizers: dict[str, dict] = {label: dict(options or {}) for label, options in plan["optimizers"].items()}
@@ -158,7 +154,8 @@ class Study:
         parts = [Path(model.rpartition(":")[2]).name, label.lower().replace(" ", "-"), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
         parts += [f"s{seed}"] + ([variant.replace(" ", "_").replace("/", "_")] if variant else [])
         return TrainingRun(
-            "-".join(parts), label, options, steps, fraction, lmbda, seed, rate, model, variant, [experiment]
+            name="-".join(parts), label=label, options=options, steps=steps, fraction=fraction, lmbda=lmbda, seed=seed,
+            rate=rate, model=model, variant=variant, experiments=[experiment], processes=self.processes,
         )  # fmt: skip
 
     def rates(self) -> list[TrainingRun]:
@@ -353,7 +350,7 @@ class Study:
 
     def images(self):
         """The evaluation images: the photographs in this repository, and scikit-image's where the study says so."""
-        paths = [HERE / "photos" / "eval"]
+        paths = [Path(self.plan["train"].get("eval-dataset", HERE / "photos" / "eval"))]
         if names := self.plan.get("measure", {}).get("scikit-image", []):
             paths += [scikit_image_file(name) for name in names]
         return image_set(paths)
@@ -398,7 +395,8 @@ class Study:
 
     def measure_quantization(self, run, trained, pictures, names) -> list[dict]:
         wanted = self.plan["measure"]["quantization"]
-        calibration = [read_image(f) for f in sorted((HERE / "photos" / "train").iterdir())[:: wanted.get("every", 12)]]
+        files = find_dataset(Path(self.plan["train"].get("dataset", HERE / "photos")))[0]
+        calibration = [read_image(file) for file in files[:: wanted.get("every", 12)]]
         rows = [{"setting": "float", "image": n, **r} for n, r in zip(names, rate_distortion(trained.model, pictures))]
         for bits in wanted["bits"]:
             weight_bits, activation_bits = map(int, bits.split("/"))
@@ -455,9 +453,12 @@ class Study:
         labels = list(self.optimizers)
         for label in labels:
             run = self.run(label, "timing", rate=self.best_rate(label, results) or 1e-3)
-            options, _ = parse_options(make_parser(""), run.command(self.folder / "nowhere")[2:])
+            command = run.command(self.folder / "nowhere")
+            options, _ = parse_options(make_parser(""), command[command.index(str(HERE / "train_lic.py")) + 1 :])
             options["conflict_every"] = 0
-            crops = crops or RandomCrops(find_dataset(HERE / "photos")[0], tuple((options["patch_size"] * 2)[:2]), 0)
+            if crops is None:
+                files = find_dataset(Path(options["dataset"] or HERE / "photos"))[0]
+                crops = RandomCrops(files, tuple((options["patch_size"] * 2)[:2]), 0)
             trained[label] = Run(options, options["optimizer"], run.rate)
             trained[label].model.train()
         batch_size = options["batch_size"]

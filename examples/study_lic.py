@@ -8,6 +8,7 @@ all finished runs, and a report made from them (report.html, report.md and its p
 """
 
 import argparse
+import shlex
 import signal
 import sys
 import warnings
@@ -18,7 +19,7 @@ if __name__ == "__main__":  # as train_lic.py does
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-from lic_arguments import Parser, positive
+from lic_arguments import Parser, argument, positive
 from lic_data import InputError
 from lic_report import write_report
 from lic_study import EXPERIMENTS, Study, all_studies
@@ -48,6 +49,14 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--jobs", type=positive(int), default=1, help="runs at a time (default: %(default)s)")
     how.add_argument("--threads", type=positive(int), default=1, help="of each run (default: %(default)s)")
     how.add_argument(
+        "--set",
+        type=argument,
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="an option of train_lic.py for every run, other than the study's: --set dataset=DIR --set amp=true",
+    )
+    how.add_argument(
         "--data",
         metavar="DIR",
         help="where the tables are written and the report is made from (default: data/ in the study's folder). With --report, "
@@ -61,8 +70,7 @@ def list_runs(study: Study) -> None:
     runs, waiting = study.runs(results)
     for run in runs:
         state = "failed" if results.get(run.name, {}).get("failed") else "done" if run.name in results else "to do"
-        arguments = " ".join(run.command(study.folder_of(run))[2:])
-        print(f"{state:6} {run.name}  ({', '.join(run.experiments)})\n       train_lic.py {arguments}")
+        print(f"{state:6} {run.name}  ({', '.join(run.experiments)})\n       {shlex.join(run.command(study.folder_of(run)))}")
     print(f"{sum(run.name in results for run in runs)} of {len(runs)} done, {waiting} more when the learning rates are known")
 
 
@@ -72,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     known = {path.stem: path for path in all_studies()}
     path = known.get(options.study, Path(options.study))
     try:
-        study = Study(path, Path(options.save or f"runs/study-{path.stem}"))
+        changes = {name: {"true": True, "false": False}.get(value, value) for name, value in options.set}
+        study = Study(path, Path(options.save or f"runs/study-{path.stem}"), changes)
         data = Path(options.data) if options.data else study.folder / "data"
         if options.list:
             list_runs(study)

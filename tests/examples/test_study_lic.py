@@ -1,0 +1,321 @@
+"""examples/study_lic.py: which runs a study asks for, that it goes on where it was killed, and what its report says of data
+whose answers are known."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lic_report
+import lic_study
+import pytest
+import study_lic
+from lic_data import InputError
+from lic_study import Study, write_json, write_table
+
+PLAN = """
+title: A small one
+steps: 100
+evaluations: 4
+train: {N: 8, M: 12, batch-size: 2, warmup-steps: 5, eval-crop: [128, 192]}
+optimizers:
+  Adam: {optimizer: adam}
+  SOAP: {optimizer: soap}
+baseline: Adam
+rates:
+  - {fraction: 0.1, seeds: [0, 1], grid: {Adam: [1.0e-3, 2.0e-3], SOAP: [1.0e-3, 4.0e-3]}}
+  - {fraction: 1.0, seeds: [0], grid: {Adam: [1.0e-3, 2.0e-3]}}
+horizons: {seeds: [0, 1], fractions: [0.1, 1.0], optimizers: [Adam, SOAP]}
+curves: {seeds: [0], lambdas: [0.01, 0.02], optimizers: [Adam, SOAP]}
+ablations:
+  - fraction: 0.1
+    seeds: [0]
+    optimizers: [SOAP]
+    variants: [{weight-decay: 0}, {clip-max-norm: 0, optimizer-args: max_grad_norm=1.0}, {betas: [0.9, 0.95]}, {rate-factor: 3}]
+"""
+
+
+def make_study(tmp_path: Path, text: str = PLAN) -> Study:
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return Study(path, tmp_path / "study")
+
+
+def finish(study: Study, losses) -> None:
+    """Write the outcome of every run that can be named by now."""
+    for run in study.runs(study.results())[0]:
+        folder = study.folder_of(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "finished.json").exists():
+            write_json(folder / "finished.json", {"failed": losses(run) is None, "loss": losses(run), "bpp": 0.5, "psnr": 27.0})
+
+
+# ---- which runs ----
+
+
+def test_the_runs_of_a_study(tmp_path):
+    study = make_study(tmp_path)
+    runs, waiting = study.runs({})
+    assert len(runs) == 2 * 2 * 2 + 2 and waiting > 0  # the grids; everything else waits for their best rates
+    assert runs[0].name == "bmshj2018-hyperprior-adam-lr0.001-10-l0.013-s0"
+    command = runs[0].command(tmp_path / "x")
+    joined = " ".join(command[2:])
+    for part in ("--steps 10", "--learning-rate 0.001", "--eval-every 2", "--N 8", "--eval-crop 128 192", "--optimizer adam"):
+        assert part in joined
+    assert joined.endswith(f"--save {tmp_path / 'x'}") and "--bitstreams none" in joined
+
+    # Adam: 2e-3 is better over the short length, 1e-3 over the long one. SOAP has a short grid only: it serves both.
+    finish(study, lambda run: 5.0 if run.rate == (2e-3 if run.steps == 10 else 1e-3) else 6.0)
+    results = study.results()
+    assert (study.best_rate("Adam", results, 0.1), study.best_rate("Adam", results, 1.0)) == (2e-3, 1e-3)
+    runs, waiting = study.runs(results)
+    assert waiting == 0
+    assert len({run.name for run in runs}) == len(runs)
+    shared = next(run for run in runs if run.name == "bmshj2018-hyperprior-adam-lr0.002-10-l0.013-s0")
+    assert shared.experiments == ["rates", "horizons"]  # made once
+    variants = {run.variant for run in runs if "ablations" in run.experiments}
+    assert variants == {"", "weight-decay=0", "clip-max-norm=0 optimizer-args=max_grad_norm=1.0", "betas=0.9 0.95"}
+    rates = {run.rate for run in runs if "ablations" in run.experiments and not run.variant}
+    assert rates == {1e-3, 3e-3}
+    lambdas = {(run.label, run.lmbda, run.steps) for run in runs if "curves" in run.experiments}
+    assert lambdas == {(label, lmbda, 100) for label in ("Adam", "SOAP") for lmbda in (0.01, 0.02)}
+
+
+def test_a_rate_that_diverged_is_not_the_best(tmp_path):
+    study = make_study(tmp_path)
+    finish(study, lambda run: None if run.rate == 2e-3 and run.seed == 1 else run.rate)
+    assert study.best_rate("Adam", study.results(), 0.1) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("baseline: Adam", "baseline: Eve", "the baseline 'Eve' is none of Adam, SOAP"),
+        ("curves:", "curved:", "curved is not understood; a study has ablations, "),
+        ("N: 8,", "channels: 8,", "train_lic.py has no option --channels"),
+        ("optimizers: [Adam, SOAP]}\ncurves", "optimizers: [Adam, Lion]}\ncurves", "horizons names 'Lion', which is none of"),
+        ("steps: 100", "length: 100", "length is not understood"),
+        ("title: A small one", "title: [", "cannot read the study"),
+    ],
+)
+def test_what_a_study_cannot_be(tmp_path, old, new, message):
+    assert old in PLAN
+    with pytest.raises(InputError) as caught:
+        make_study(tmp_path, PLAN.replace(old, new, 1))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", list(lic_study.all_studies()), ids=lambda path: path.stem)
+def test_the_studies_that_come_along(path, tmp_path):
+    """Every run of every study is a command that train_lic.py understands."""
+    study = Study(path, tmp_path)
+    for _ in range(3):
+        finish(study, lambda run: run.rate)
+    runs, waiting = study.runs(study.results())
+    assert waiting == 0 and runs
+    parser = lic_study.make_parser("")
+    for run in runs:
+        command = run.command(tmp_path / "x")
+        parser.parse_args(command[command.index(str(lic_study.HERE / "train_lic.py")) + 1 :])
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        study_lic.main(["nowhere.yaml", "--save", str(tmp_path)])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("study_lic.py: error: cannot read the study nowhere.yaml") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        study_lic.main(["quick", "--save", str(tmp_path / "none"), "--report"])
+    assert "holds no finished run yet" in capsys.readouterr().err
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "x.json", [{"a": float("nan"), "b": [float("inf"), 1.0]}])
+    assert json.loads((tmp_path / "x.json").read_text()) == [{"a": None, "b": [None, 1.0]}]
+
+
+# ---- the report ----
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def known(tmp_path) -> tuple[Study, Path]:
+    """Data in which SOAP reaches Adam's loss at a tenth of the length with seed 0 and at the whole with seed 1, takes 1.5 times
+    Adam's time a step, saves 10 % of the rate, and loses less by quantisation."""
+    study = make_study(tmp_path)
+    for _ in range(2):
+        finish(study, lambda run: run.rate if "rates" in run.experiments and len(run.experiments) == 1 else 1.0)
+    data = tmp_path / "data"
+    runs = []
+    rd, quantization, conflicts, outliers = [], [], [], []
+    for run in study.runs(study.results())[0]:
+        loss = {("Adam", 1.0): 4.0, ("Adam", 0.1): 6.0, ("SOAP", 1.0): 3.0, ("SOAP", 0.1): 3.9 + 0.2 * run.seed}
+        runs.append(
+            {"run": run.name, "optimizer": run.label, "model": run.model, "variant": run.variant, "seed": run.seed,
+             "experiments": " ".join(run.experiments), "learning_rate": run.rate, "steps": run.steps, "fraction": run.fraction,
+             "lambda": run.lmbda, "failed": False, "loss": loss[run.label, run.fraction], "bpp": 0.5, "psnr": 27.0}
+        )  # fmt: skip
+        soap = run.label == "SOAP"
+        if "curves" in run.experiments:
+            for image in range(3):
+                level = 27 + 100 * run.lmbda + image
+                point = {"image": str(image), "bpp": 0.2 * 1.5 ** (100 * run.lmbda) * (0.9 if soap else 1), "psnr-rgb": level}
+                rd.append({"run": run.name, **point})
+                for setting, worse in (("float", 1.0), ("8/8 nearest mse", 1.05 if soap else 1.2)):
+                    row = {"run": run.name, "setting": setting, **point}
+                    quantization.append(row | {"bpp": point["bpp"] * worse})
+            for layer in ("g_a.0", "y", "z"):
+                low = {"kurtosis_channels": 1.5, "kurtosis": 4.0, "max_over_median": 9.0, "beyond_6_sigma": 0.0}
+                outliers.append({"run": run.name, "layer": layer, **{k: v if soap else 2 * v for k, v in low.items()}})
+        if "horizons" in run.experiments and run.fraction == 1.0:
+            for step in range(10, 101, 10):
+                value = 0.1 if soap else -0.3
+                row = {"raw": 0, "raw_shared": -0.5, "preconditioned": 0, "preconditioned_shared": value}
+                conflicts.append({"run": run.name, "step": step, **row, "between_steps": 0.9 if soap else 0.95})
+    data.mkdir()
+    speed = [
+        {"processor": "X", "threads": 1, "model": "m", "optimizer": label, "round": turn, "seconds_per_step": (turn + 1) * s}
+        for label, s in (("Adam", 0.1), ("SOAP", 0.15))
+        for turn in range(3)
+    ]
+    tables = {
+        "runs": runs,
+        "rd": rd,
+        "quantization": quantization,
+        "conflicts": conflicts,
+        "outliers": outliers,
+        "speed": speed,
+    }
+    for name, rows in tables.items():
+        write_table(data / f"{name}.csv", rows)
+    return study, data
+
+
+def test_the_report_answers_what_is_known(known, tmp_path, capsys):
+    study, data = known
+    lic_report.write_report(study, data, tmp_path / "report")
+    claims = {claim["claim"]: claim for claim in lic_report.summary(tmp_path / "report")["claims"]}
+    steps = claims["steps to Adam's final evaluation loss"]
+    assert steps["measured"] == "100 % (10, 100 % by seed)" and not steps["holds"]
+    assert claims["time to the same, optimizer included"]["measured"] == "150 %"
+    rate = claims["BD-rate against Adam at equal steps"]
+    assert rate["measured"].startswith("-10.0 % [-10.0, -10.0]") and rate["holds"]
+    within = claims["alignment of updates within a step"]
+    assert within["measured"] == "in 100 % of measurements; mean +0.100 against -0.300" and within["holds"]
+    assert not claims["alignment of updates of two steps"]["holds"]
+    assert (
+        claims["outliers"]["holds"] and "of 3 layers and latents; latents lower in all three" in claims["outliers"]["measured"]
+    )
+    loss = claims["BD-rate loss by quantisation"]
+    assert loss["measured"] == "8/8 nearest mse: +5.0 % against +20.0 %" and loss["holds"]
+
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page and '<img src="steps.png' not in page  # one file, with everything in it
+    text = (tmp_path / "report" / "report.md").read_text()
+    for picture in ("rates.png", "steps.png", "rd.png", "conflicts.png", "outliers.png", "quantization.png"):
+        assert f"({picture})" in text and (tmp_path / "report" / picture).stat().st_size > 5000
+    assert "weight-decay=0" in text
+
+
+def test_a_report_of_the_first_runs_alone(known, tmp_path):
+    """Nothing but a grid: no claim, and no error."""
+    study, data = known
+    runs = [row for row in table(data / "runs.csv") if row["experiments"] == "rates"]
+    write_table(tmp_path / "first" / "runs.csv", runs) if (tmp_path / "first").mkdir() is None else None
+    lic_report.write_report(study, tmp_path / "first", tmp_path / "report")
+    assert lic_report.summary(tmp_path / "report")["claims"] == []
+
+
+# ---- running ----
+
+TINY = """
+title: Tiny
+steps: 20
+evaluations: 2
+train: {N: 8, M: 12, batch-size: 2, warmup-steps: 2, eval-crop: [64, 64], conflict-every: 5, save-every: 2}
+optimizers:
+  Adam: {optimizer: adam}
+  SOAP: {optimizer: soap}
+baseline: Adam
+rates: {fraction: 1.0, seeds: [0], grid: {Adam: [1.0e-3], SOAP: [3.0e-3]}}
+horizons: {seeds: [0], fractions: [1.0], optimizers: [Adam, SOAP]}
+measure:
+  outliers: {experiments: [horizons]}
+  bases: {experiments: [horizons]}
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with(tmp_path, examples):
+    """SIGTERM in the midst of a run, SIGKILL of everything in the next, and two processes at once for the rest."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    folder = tmp_path / "study"
+    command = [sys.executable, examples / "study_lic.py", path, "--save", folder]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def begin() -> subprocess.Popen:
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for(pattern: str, process: subprocess.Popen) -> None:
+        while not list(folder.glob(pattern)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+
+    process = begin()
+    wait_for("runs/*/metrics.csv", process)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "not all runs are done; the same command goes on" in stdout + stderr, stderr
+
+    both = [begin(), begin()]
+    for process in both:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    finished = list(folder.glob("runs/*/finished.json"))
+    assert len(finished) == 2
+    assert len(table(folder / "data" / "evaluations.csv")) == 4
+    assert {row["layer"] for row in table(folder / "data" / "outliers.csv")} >= {"y", "z"}
+    assert all(float(row["orthogonality"]) < 1e-4 for row in table(folder / "data" / "bases.csv") if row["basis"] == "yes")
+    assert (folder / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_study(tmp_path, capsys):
+    """What its users run first, as it comes."""
+    folder = tmp_path / "quick"
+    assert study_lic.main(["quick", "--save", str(folder), "--jobs", "2"]) == 0
+    text = (folder / "report" / "report.md").read_text()
+    for part in ("## Learning rates", "## Steps and time to a loss", "## Conflicts", "## Outliers", "## Quantisation"):
+        assert part in text
+    assert len(table(folder / "data" / "runs.csv")) == 9
+    assert {row["setting"] for row in table(folder / "data" / "quantization.csv")} == {"float", "8/8 nearest mse"}
+    # From the tables alone, without the runs.
+    assert study_lic.main(["quick", "--save", str(tmp_path / "nothing"), "--data", str(folder / "data"), "--report"]) == 0
+
+
+def test_a_stop_ends_a_run_in_training(tmp_path, monkeypatch):
+    """The run's process is told once, and what it leaves is no result."""
+    study = make_study(tmp_path)
+    run = study.rates()[0]
+    stop = threading.Event()
+    told = tmp_path / "told"
+    script = (
+        f"import signal, sys, time; signal.signal(15, lambda *_: (open({str(told)!r}, 'w'), sys.exit(143))); time.sleep(30)"
+    )
+    monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", script])
+    threading.Timer(1.0, stop.set).start()
+    assert study.train(run, 1, stop) == "stopped"
+    assert told.exists() and run.name not in study.results()
