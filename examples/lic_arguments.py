@@ -159,7 +159,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="processes that prepare batches; images that fit into memory need none (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("loss and length").add_argument
+    loss = parser.add_argument_group("loss and length")
+    add = loss.add_argument
     add(
         "--lambda",
         dest="lmbda",
@@ -169,7 +170,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="loss = L * 255^2 * MSE + bpp, or L * (1 - MS-SSIM) + bpp (default: %(default)s)",
     )
     add("--metric", choices=("mse", "ms-ssim"), default="mse", help="distortion in the loss (default: %(default)s)")
-    length = parser.add_mutually_exclusive_group()
+    length = loss.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive(int), help=f"training steps, one batch each (default: {STEPS})")
     length.add_argument(
         "-e", "--epochs", type=positive(int), help="instead of --steps: passes over the images, one crop of each"

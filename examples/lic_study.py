@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import filelock
 import torch
 import yaml
 from lic_arguments import CHECKPOINT, make_parser, parse_options
@@ -39,7 +40,6 @@ EXPERIMENTS = ("rates", "horizons", "curves", "ablations", "models", "comparison
 SETTINGS = {
     "title", "train", "optimizers", "baseline", "subject", "steps", "evaluations", "bars", "measure", "processes", *EXPERIMENTS
 }  # fmt: skip
-BUSY = 2  # train_lic.py's exit status where another process trains in the folder
 
 
 @dataclass
@@ -258,7 +258,11 @@ class Study:
         return found
 
     def train(self, run: TrainingRun, threads: int, stop: threading.Event) -> str:
-        """Begin a run or go on with it, until it ends; "finished", "failed", "busy" or "stopped"."""
+        """Begin a run or go on with it, until it ends; "finished", "failed", "busy" or "stopped".
+
+        Raises:
+            InputError: train_lic.py refuses it, or dies.
+        """
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -277,13 +281,11 @@ class Study:
         if process.returncode == 0 or process.returncode == 1 and "train_lic.py: stopped: " in (folder / "log.txt").read_text():
             write_json(folder / "finished.json", self.outcome(run, process.returncode))
             return "finished" if process.returncode == 0 else "failed"
-        if process.returncode == BUSY:
-            last = (folder / "log.txt").read_text().strip().splitlines()[-1]
-            if "another run is writing there" in last:
-                return "busy"
-            raise InputError(f"{run.name}: {last.removeprefix('train_lic.py: error: ')}")
         if not asked:
-            raise InputError(f"{run.name} ended with status {process.returncode}: see {folder / 'log.txt'}")
+            last = (folder / "log.txt").read_text().strip().splitlines()[-1]
+            if "another run is writing there" in last:  # of a study that was killed: its run has not been
+                return "busy"
+            raise InputError(f"{run.name} ended with status {process.returncode}: {last} (all of it: {folder / 'log.txt'})")
         return "stopped"
 
     def outcome(self, run: TrainingRun, status: int) -> dict:
@@ -315,11 +317,16 @@ class Study:
 
         def work() -> None:
             while not stop.is_set() and (run := next_run()) is not None:
-                results = self.results()
-                ended = "finished" if run.name in results else self.train(run, threads, stop)
-                if ended == "finished" and self.missing(run):
-                    say(f"{run.name}: measuring {', '.join(self.missing(run))}")
-                    self.measure(run)
+                folder = self.folder_of(run)
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    with filelock.FileLock(folder / ".study-lock", timeout=0):
+                        ended = "finished" if run.name in self.results() else self.train(run, threads, stop)
+                        if ended == "finished" and self.missing(run):
+                            say(f"{run.name}: measuring {', '.join(self.missing(run))}")
+                            self.measure(run)
+                except filelock.Timeout:
+                    continue  # another process has it
                 with lock:
                     results = self.results()
                     runs, waiting = self.runs(results)

@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
             complete = study.execute(options.jobs, options.threads, options.only, lambda line: print(line, flush=True))
         if study.results():
             study.collect(data)
-        write_report(study, data, study.folder / "report" if not options.data else data)
+        if complete or study.results():
+            write_report(study, data, study.folder / "report" if not options.data else data)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:
@@ -103,8 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    if not complete:
-        print("not all runs are done; the same command goes on")
+    if not complete and not options.only:
+        print("stopped before all runs were done; the same command goes on")
+        return 130
     return 0
 
 

@@ -257,7 +257,7 @@ measure:
 
 @pytest.mark.slow
 def test_killed_and_gone_on_with(tmp_path, examples):
-    """SIGTERM in the midst of a run, SIGKILL of everything in the next, and two processes at once for the rest."""
+    """SIGTERM in the midst of a run, then two processes at once, which share the rest."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     folder = tmp_path / "study"
@@ -278,7 +278,7 @@ def test_killed_and_gone_on_with(tmp_path, examples):
     wait_for("runs/*/metrics.csv", process)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0 and "not all runs are done; the same command goes on" in stdout + stderr, stderr
+    assert process.returncode == 130 and "stopped before all runs were done; the same command goes on" in stdout, stderr
 
     both = [begin(), begin()]
     for process in both:
@@ -319,3 +319,16 @@ def test_a_stop_ends_a_run_in_training(tmp_path, monkeypatch):
     threading.Timer(1.0, stop.set).start()
     assert study.train(run, 1, stop) == "stopped"
     assert told.exists() and run.name not in study.results()
+
+
+def test_a_run_that_outlived_its_study_is_waited_for(tmp_path, monkeypatch):
+    study = make_study(tmp_path)
+    run = study.rates()[0]
+    refusal = "train_lic.py: error: --save x: another run is writing there; choose another folder"
+    monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", f"import sys; sys.exit({refusal!r})"])
+    assert study.train(run, 1, threading.Event()) == "busy"
+    monkeypatch.setattr(
+        type(run), "command", lambda self, folder: [sys.executable, "-c", "import sys; sys.exit('no such thing')"]
+    )
+    with pytest.raises(InputError, match="no such thing"):
+        study.train(run, 1, threading.Event())
