@@ -234,7 +234,12 @@ def how_to_go_on(checkpoints: Checkpoints, options: dict, learning_rate: float) 
 
 def train(options: dict, state: dict | None, world: World) -> int:
     """Train what the options ask for and write the results. Returns the exit status."""
-    crops, eval_crops, whole = load_images(options)
+    with contextlib.ExitStack() as quiet:
+        if not world.first:  # all look through the images, one tells of it
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        crops, eval_crops, whole = load_images(options)
     folder = choose_folder(options) if world.first else None
     with lock_folder(folder) if folder else contextlib.nullcontext():
         return train_in(world.gather(folder)[0], options, state, world, crops, eval_crops, whole)
