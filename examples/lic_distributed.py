@@ -54,13 +54,13 @@ class World:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def largest(self, value: int) -> int:
-        """Of all processes' values the largest."""
+    def largest(self, values: list[int]) -> list[int]:
+        """Of each value the largest of all processes."""
         if self.size == 1:
-            return value
-        tensor = torch.tensor(value)
+            return values
+        tensor = torch.tensor([int(value) for value in values])
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._host_group)
-        return int(tensor)
+        return tensor.tolist()
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes, of float tensors of one shape on their devices."""

@@ -76,7 +76,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Append what is new."""
-        if self.path is None:
+        if self.path is None or not self._runs:
             return
         rows = self._runs[-1]
         if self.complaint or not self.path.exists():

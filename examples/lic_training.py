@@ -1,8 +1,9 @@
 """One training run of a CompressAI model: its step, its evaluations, what it checks and what it keeps."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,6 +60,22 @@ def not_finite(named: list[tuple[str, Tensor]]) -> str | None:
     return next((name for (name, _), fine in zip(named, finite, strict=True) if not fine), None)
 
 
+class Stopwatch:
+    """Seconds since it was made, and those that it was made with, without those inside of `stopped`."""
+
+    def __init__(self, seconds: float):
+        self._started = time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before
+
+
 class Run:
     """A model in training with one optimizer. `history` holds the rows of metrics.csv.
 
@@ -97,6 +114,9 @@ class Run:
         self.history: list[dict] = []
         self.window: list[dict[str, Tensor]] = []  # of the steps since the last row for them
         self.meter: ConflictMeter | None = None
+        self.metrics = Metrics(None)
+        self.complained = False
+        self.saved = (0, 0.0)  # at which step, when
 
     @property
     def label(self) -> str:
@@ -130,10 +150,9 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.step += 1
-        if (
-            measuring and self.meter.records and self.meter.records[-1]["step"] == self.step
-        ):  # (GradScaler may pass a step over)
-            self.record("conflict", lr, {k: v for k, v in self.meter.records[-1].items() if k not in ("step", "seconds")})
+        if measuring and self.meter.records and self.meter.records[-1]["step"] == self.step:  # (GradScaler passes steps over)
+            alignments = {k: v for k, v in self.meter.records[-1].items() if k not in ("step", "seconds")}
+            self.record("conflict", lr, alignments)
         mse = F.mse_loss(output["x_hat"].detach(), x)
         return {
             "loss": terms["loss"].detach(),
@@ -173,69 +192,70 @@ class Run:
         self.metrics = metrics or Metrics(None)
         if self.world.first:
             self.metrics.begin(self.history)
-        self.model.train()
-        first, is_best = self.step, False
         if every := self.options["conflict_every"]:
             try:
                 self.meter = ConflictMeter(self.optimizer, every, model=self.model, step=self.step)
             except TypeError as error:  # Muon
                 raise InputError(f"--conflict-every: {error}") from error
+        self.model.train()
+        first, is_best, batch_size = self.step, False, self.options["batch_size"]
         on_cuda = self.device.type == "cuda"
-        loader = batches(
-            crops, first, until, self.options["batch_size"], self.options["num_workers"], on_cuda, *self.world.place
-        )
-        saved_at, saved_step = time.monotonic(), first
-        unsaved = False
+        loader = batches(crops, first, until, batch_size, self.options["num_workers"], on_cuda, *self.world.place)
+        self.saved = (first, time.monotonic())
         with Progress(self.options["steps"], first, self.label, quiet=not self.world.first) as progress:
             if first and first % self.options["eval_every"] == 0 and self.evaluated_at() != first:
                 # A signal came before this step's evaluation.
                 self.evaluate(self.history[-1]["learning_rate"], eval_images, stop, progress)
-            started = time.perf_counter() - self.seconds
+            clock = Stopwatch(self.seconds)
             for batch in loader:
                 lr = self.optimizer.param_groups[0]["lr"]
                 x = to_float(batch, self.device)
                 self.window.append(self.train_step(x))
                 progress.update()
                 last = self.step == until
-                stopping = self.world.largest(stop.signal)
-                if self.step % LOG_EVERY == 0 or last or stopping:
+                if self.step % LOG_EVERY == 0 or last:
                     values = self.means(self.window)
-                    self.seconds = time.perf_counter() - started  # after .item(): a GPU has finished its steps by now
+                    self.seconds = clock.read()  # after .item(): a GPU has finished its steps by now
                     self.check_loss(values, self.window, x)
                     self.window.clear()
                     row = self.record("train", lr, values | {"psnr": -10 * math.log10(values["mse"])})
                     progress.show(f"loss {describe(row)}")
-                is_best = False
-                if (self.step % self.options["eval_every"] == 0 or last) and not stopping:
-                    self.seconds = time.perf_counter() - started
-                    is_best = self.evaluate(lr, eval_images, stop, progress)
-                    stopping = self.world.largest(stop.signal)
-                    started = time.perf_counter() - self.seconds
-                if self.metrics.complaint and not unsaved:
-                    progress.write(f"warning: cannot write {self.metrics.complaint}; the rows are kept for later")
-                unsaved = bool(self.metrics.complaint)
-                due = self.due(saved_at, saved_step) and not (last or stopping)
-                if due or is_best and not last:
-                    self.seconds = time.perf_counter() - started
-                    try:
-                        self.save(checkpoints, best=is_best, only_best=not due)
-                    except OSError as error:
-                        reason = error.strerror or error
-                        progress.write(f"warning: no checkpoint at step {self.step}: {reason}; training goes on")
-                    if due:
-                        saved_at, saved_step = time.monotonic(), self.step
-                    started = time.perf_counter() - self.seconds
-                if stopping:
-                    break
+                with clock.stopped():
+                    self.seconds = clock.read()
+                    stopping, due = self.world.largest([stop.signal, self.is_due()])
+                    is_best = False
+                    if (self.step % self.options["eval_every"] == 0 or last) and not stopping:
+                        is_best = self.evaluate(lr, eval_images, stop, progress)
+                        (stopping,) = self.world.largest([stop.signal])
+                    if stopping:
+                        break
+                    if (due or is_best) and not last:
+                        self.keep(checkpoints, is_best, due, progress)
+                    self.complain(progress)
         self.save_at_the_end(checkpoints, is_best)
 
-    def due(self, saved_at: float, saved_step: int) -> bool:
-        """Whether it is time for a checkpoint, by --save-every's steps or minutes; all processes agree with the first."""
-        kind, amount = self.options["save_every"]
+    def complain(self, progress: Progress) -> None:
+        """Say once that metrics.csv cannot be written, until it can again."""
+        if self.metrics.complaint and not self.complained:
+            progress.write(f"warning: cannot write {self.metrics.complaint}; the rows are kept for later")
+        self.complained = bool(self.metrics.complaint)
+
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint, by --save-every's steps or the first process's minutes."""
+        (kind, amount), (step, moment) = self.options["save_every"], self.saved
         if kind == "steps":
-            return self.step - saved_step >= amount
-        late = self.world.first and time.monotonic() - saved_at >= 60 * amount
-        return bool(self.world.largest(int(late)))
+            return self.step - step >= amount
+        return self.world.first and time.monotonic() - moment >= 60 * amount
+
+    def keep(self, checkpoints: Checkpoints, is_best: bool, due: bool, progress: Progress) -> None:
+        """A checkpoint in the midst of training: where it cannot be written, training goes on."""
+        try:
+            self.save(checkpoints, best=is_best, only_best=not due)
+        except OSError as error:
+            reason = error.strerror or error
+            progress.write(f"warning: no checkpoint at step {self.step}: {reason}; training goes on")
+        if due:
+            self.saved = (self.step, time.monotonic())
 
     def means(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         """Over the steps of the window and all processes; of the steps whose loss is finite, where any is: what an optimizer
@@ -281,7 +301,7 @@ class Run:
         """A row of metrics.csv for where the run stands now."""
         head = {"optimizer": self.optimizer_name, "split": split, "step": self.step, "seconds": self.seconds}
         self.history.append(head | {"learning_rate": lr} | values | self.skipped())
-        if self.world.first and hasattr(self, "metrics"):
+        if self.world.first:
             self.metrics.flush()
         return self.history[-1]
 

@@ -289,7 +289,8 @@ def train_in(
             say(f"train_lic.py: stopped: {failure}", file=sys.stderr)
             say(how_to_go_on(checkpoints, options, learning_rate), file=sys.stderr)
             return 1
-        if stopped := world.largest(stop.signal):
+        (stopped,) = world.largest([stop.signal])
+        if stopped:
             say(f"stopped at step {run.step} of {options['steps']} ({OPTIMIZERS[optimizer]})")
             say(how_to_resume(folder))
             return 128 + stopped
