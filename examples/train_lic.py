@@ -31,6 +31,7 @@ from lic_evaluation import (
     code_image,
     estimate_image,
     jpeg_at,
+    jpeg_level,
     mean_results,
     psnr,
     to_float,
@@ -39,7 +40,7 @@ from lic_evaluation import (
 )
 from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
-from lic_plots import plot_curves, plot_reconstructions
+from lic_plots import JpegLevel, plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
 from lic_stop import StopAtOnce, StopRequest, TrainingFailed
 from lic_training import Run, describe
@@ -160,7 +161,16 @@ def write_results(folder: Path, options: dict, runs: list[Run], whole: list[Tens
         plot_reconstructions(folder / "reconstructions.png", rows)
     title = ", ".join([model_label(options["model"]), *(f"{k} = {v}" for k, v in options["widths"].items())]) + ", "
     title += f"$\\lambda$ = {options['lmbda']:g}, {options['metric']}, batches of {options['batch_size']}"
-    plot_curves(folder / "curve.png", {run.optimizer_name: run.history for run in runs}, labels, title)
+    eval_crops = [centre_crop(image, options["eval_crop"]) for image in whole]
+    plot_curves(
+        folder / "curve.png",
+        {run.optimizer_name: run.history for run in runs},
+        labels,
+        title,
+        {run.optimizer_name: JpegLevel(*jpeg_level(run.trained_model(), run.criterion, eval_crops)) for run in runs},
+        auxiliary=any(run.aux_optimizer is not None for run in runs),
+        stepped=options["schedule"] in ("plateau", "multistep"),
+    )
 
 
 def report_bitstreams(run: Run, results: list[dict[str, float]], metrics: Metrics) -> None:
