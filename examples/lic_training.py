@@ -293,6 +293,7 @@ class Run:
             where = f"; {found} is not finite" if found else ""
             raise TrainingFailed(f"the evaluation's loss is {values['loss']} at step {self.step}{where}")
         self.schedule.evaluated(values["loss"])
+        self.set_learning_rate()  # "plateau" counts from the coming step on, as it does in a run that is resumed here
         best = all(values["loss"] < row["loss"] for row in self.evaluations())
         progress.write(f"{self.label} step {self.step:>5}: evaluation loss {describe(self.record('eval', lr, values))}")
         return best
@@ -445,7 +446,10 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self.window = [{key: value.to(self.device) for key, value in step.items()} for step in state.get("window", [])]
-        # --steps may have changed, and with it what the schedule says for the coming step.
+        self.set_learning_rate()  # --steps may have changed, and with it what the schedule says
+
+    def set_learning_rate(self) -> None:
+        """To what the schedule says for the coming step."""
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.schedule(self.step)
 
