@@ -19,10 +19,10 @@ from lic_optimizers import OPTIMIZERS, Gradients, Schedule, make_optimizers
 from lic_progress import Metrics, Progress
 from lic_stop import StopRequest, TrainingFailed
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from soap_opt.diagnostics import ConflictMeter
+from soap_opt.diagnostics import ConflictMeter, preconditioner_of
 
 LOG_EVERY = 10  # steps per training row of the metrics
 RUNAWAY = 1e6  # times the loss at the beginning: early spikes of a thousandfold may pass, this has not been seen to
@@ -83,12 +83,12 @@ class Run:
     the same quantisation noise: everything random starts at options["seed"].
     """
 
-    def __init__(self, options: dict, optimizer: str, learning_rate: float, world: World | None = None):
+    def __init__(self, options: dict, optimizer: str, learning_rate: float, world: World | None = None, resumed: bool = False):
         self.options, self.optimizer_name, self.world = options, optimizer, world or World()
         self.device = torch.device(options["device"])
         torch.manual_seed(options["seed"])
         self.model = build_model(options["model"], options["widths"]).to(self.device)
-        if options["init"]:
+        if options["init"] and not resumed:
             load_weights(self.model, Path(options["init"]), options["model"])
         self.averaged = None
         if options["ema"]:  # before forward methods are replaced: a copy's would be the original's
@@ -98,6 +98,11 @@ class Run:
             entropy_models_in_float32(self.model, self.device.type)
         self.criterion = RateDistortionLoss(lmbda=options["lmbda"], metric=options["metric"])
         self.optimizer, self.aux_optimizer = make_optimizers(self.model, options, optimizer, learning_rate)
+        if options["conflict_every"]:
+            try:
+                preconditioner_of(self.optimizer)
+            except TypeError as error:  # Muon
+                raise InputError(f"--conflict-every: {error}") from error
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.gradients = Gradients(options["gradients"], self.params, options["seed"])
         self.schedule = Schedule(options, options["steps"])
@@ -193,10 +198,7 @@ class Run:
         if self.world.first:
             self.metrics.begin(self.history)
         if every := self.options["conflict_every"]:
-            try:
-                self.meter = ConflictMeter(self.optimizer, every, model=self.model, step=self.step)
-            except TypeError as error:  # Muon
-                raise InputError(f"--conflict-every: {error}") from error
+            self.meter = ConflictMeter(self.optimizer, every, model=self.model, step=self.step)
         self.model.train()
         first, is_best, batch_size = self.step, False, self.options["batch_size"]
         on_cuda = self.device.type == "cuda"
@@ -497,8 +499,9 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """--init: weights alone, of a checkpoint of this script (with any optimizer) or of CompressAI's."""
     state = load_file(path)
     try:
-        model.load_state_dict(state.get("state_dict", state))
-    except (RuntimeError, KeyError, AttributeError) as error:
+        weights = dict(state.get("state_dict", state))
+        consume_prefix_in_state_dict_if_present(weights, "module.")  # of CompressAI's script on several GPUs
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--init {path} does not fit {name} of these widths: {reason[:300]}") from error
-    tqdm.write(f"initial weights from {path}")

@@ -270,6 +270,8 @@ def train_in(
     if options["left_out"] and world.first:
         (folder / "left-out.txt").write_text("\n".join(options["left_out"]) + "\n")
     say(f"{len(crops.files)} images to train on, {len(whole)} to evaluate on, {options['steps']} steps; {folder}/", flush=True)
+    if options["init"]:
+        say(f"initial weights from {options['init']}")
 
     plan = [(options["optimizer"], options["learning_rate"], CHECKPOINT, state)]
     if other := options["compare"]:
@@ -279,9 +281,11 @@ def train_in(
         plan.append((other, options["compare_learning_rate"], name, other_state))
     runs: list[Run] = []
     metrics = Metrics(folder / "metrics.csv" if world.first else None)
+    for optimizer, _, _, start in plan[1:]:  # what the comparison cannot do is said now, not after days of training
+        Run(options, optimizer, 1.0, world, resumed=start is not None)
     for optimizer, learning_rate, name, start in plan:
         learning_rate = learning_rate or LEARNING_RATES[optimizer]
-        run = Run(options, optimizer, learning_rate, world)
+        run = Run(options, optimizer, learning_rate, world, resumed=start is not None)
         runs.append(run)
         if start:
             run.load(start)
