@@ -49,7 +49,8 @@ def optimizer_arguments(options: dict, name: str) -> dict[str, object]:
     """Keyword arguments of the optimizer from the command line. All but --fused and --foreach are for the one of --optimizer:
     that of --compare keeps its defaults."""
     given = {flag: ("--" + flag, True) for flag in IMPLEMENTATIONS if options[flag]}
-    if name == options["optimizer"]:
+    own = name == options["optimizer"]
+    if own:
         for argument in ("weight_decay", "betas", "precondition_frequency", "refresh"):
             if options[argument] is not None:
                 value = tuple(options[argument]) if argument == "betas" else options[argument]
@@ -61,6 +62,10 @@ def optimizer_arguments(options: dict, name: str) -> dict[str, object]:
         if argument not in known:
             what = "no such implementation" if argument in IMPLEMENTATIONS else "no such argument"
             raise InputError(f"{flag}: {OPTIMIZERS[name]} has {what}")
+    if own and options["no_precondition"] and name not in ("soap", "muon"):
+        raise InputError(f"--no-precondition: {OPTIMIZERS[name]} has no preconditioner but a diagonal one")
+    if name == "muon" and "weight_decay" in given:  # of all parameters, not only of the matrices
+        given = {"adamw_wd": given["weight_decay"]} | given
     return DEFAULTS.get(name, {}) | {argument: value for argument, (_, value) in given.items()}
 
 
@@ -68,15 +73,16 @@ def parameter_groups(model: nn.Module, options: dict, name: str) -> tuple[list[d
     """The param groups of the network's optimizer, and the quantiles of the entropy bottlenecks, which are not its.
 
     Named and sorted by name, as CompressAI's net_aux_optimizer does. --no-weight-decay and --no-precondition patterns make
-    groups of their own, Muon's matrices too.
+    groups of their own, Muon's matrices too. The patterns are for the optimizer of --optimizer, as its arguments are.
     """
+    patterns = {flag: name == options["optimizer"] and options[flag] or () for flag in ("no_weight_decay", "no_precondition")}
     trained = sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)
     quantiles = [(n, p) for n, p in trained if n.endswith(".quantiles")]
     groups: dict[tuple[bool, bool], dict] = {}
     matched: set[str] = set()
 
     def matches(parameter: str, flag: str) -> bool:
-        found = [pattern for pattern in options[flag] or () if fnmatch.fnmatchcase(parameter, pattern)]
+        found = [pattern for pattern in patterns[flag] if fnmatch.fnmatchcase(parameter, pattern)]
         matched.update(found)
         return bool(found)
 
@@ -94,8 +100,8 @@ def parameter_groups(model: nn.Module, options: dict, name: str) -> tuple[list[d
             group["max_precond_dim"] = 0
         if name == "muon":
             group["use_muon"] = not key[1]
-    for flag in ("no_weight_decay", "no_precondition"):
-        for pattern in options[flag] or ():
+    for flag in patterns:
+        for pattern in patterns[flag]:
             if pattern not in matched:
                 raise InputError(f"--{flag.replace('_', '-')} {pattern} matches no parameter of {options['model']}")
     return list(groups.values()), quantiles
