@@ -172,8 +172,11 @@ class Gradients:
 
     FAMO_LEARNING_RATE, FAMO_DECAY = 0.025, 1e-3  # the paper's
 
-    def __init__(self, combination: str, params: Iterable[Tensor], seed: int):
-        self.combination, self.params, self.seed = combination, list(params), seed
+    def __init__(
+        self, combination: str, params: Iterable[Tensor], seed: int, mean: Callable[[Tensor], Tensor] = lambda values: values
+    ):
+        """mean: over all processes, of values that each has of its own part of the batch."""
+        self.combination, self.params, self.seed, self._mean = combination, list(params), seed, mean
         if combination == "famo":
             device = self.params[0].device
             self._logits = torch.zeros(2, device=device)
@@ -182,9 +185,12 @@ class Gradients:
             try:
                 from torchjd import aggregation, autojac
             except ImportError as error:
-                raise InputError(f'--gradients {combination} needs torchjd: pip install "torchjd[full]"') from error
+                how = 'pip install "torchjd[quadprog-projector]"'
+                raise InputError(f"--gradients {combination} needs torchjd: {how}") from error
             self._autojac = autojac
-            self._aggregator = {"pcgrad": aggregation.PCGrad, "upgrad": aggregation.UPGrad}[combination]()
+            # UPGrad's own preference is their mean; with a weight of 1 each what does not conflict is the sum, as in PCGrad.
+            ones = torch.ones(2, device=self.params[0].device)
+            self._aggregator = aggregation.PCGrad() if combination == "pcgrad" else aggregation.UPGrad(ones)
 
     def backward(self, loss: Tensor, rate: Tensor, distortion: Tensor, step: int) -> None:
         """Fill in the gradients for loss = rate + distortion. Draws nothing from torch's generator, which the quantisation
@@ -193,9 +199,10 @@ class Gradients:
             loss.backward()
         elif self.combination == "famo":
             losses = torch.stack([rate, distortion])
-            self._before = losses.detach().log()
-            weights = self._logits.softmax(0)
-            ((weights / (weights / losses.detach()).sum()) * losses.log()).sum().backward()
+            values = self._mean(losses.detach().clone())  # one weighting for all
+            self._before = values.log()
+            weights = self._logits.softmax(0) / values  # the gradient of log L is that of L by L
+            (weights / weights.sum() * losses).sum().backward()
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed * 1_000_003 + step)  # PCGrad projects in a random order
@@ -208,7 +215,7 @@ class Gradients:
         if self.combination != "famo":
             return
         with torch.random.fork_rng(devices=[self._logits.device] if self._logits.is_cuda else []), torch.no_grad():
-            fell = self._before - torch.stack(losses()).log()
+            fell = self._before - self._mean(torch.stack(losses())).log()
         if fell.isfinite().all():  # (one rule for all: what is not finite is passed over)
             weights = self._logits.softmax(0)
             self._logits.grad = weights * (fell - (weights * fell).sum())  # the gradient of <softmax(w), fell> by w

@@ -104,7 +104,7 @@ class Run:
             except TypeError as error:  # Muon
                 raise InputError(f"--conflict-every: {error}") from error
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.gradients = Gradients(options["gradients"], self.params, options["seed"])
+        self.gradients = Gradients(options["gradients"], self.params, options["seed"], self.world.mean)
         self.schedule = Schedule(options, options["steps"])
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         on_cuda = self.device.type == "cuda"
