@@ -114,7 +114,7 @@ def plot_curves(
 def draw_level(axis, level: JpegLevel, colour: str, label: str):
     """JPEG's PSNR as a dashed line; returns it."""
     unreached = level.bpp > 1.05 * level.model_bpp
-    text = f"JPEG's least, {level.bpp:.2f} bpp" if unreached else f"JPEG at {label}'s {level.model_bpp:.2f} bpp"
+    text = f"JPEG at {level.bpp:.2f} bpp, near its least" if unreached else f"JPEG at {label}'s {level.model_bpp:.2f} bpp"
     return axis.axhline(level.psnr, color=colour, linestyle="--", linewidth=1.2, label=text)
 
 
