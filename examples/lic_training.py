@@ -424,6 +424,9 @@ class Run:
             "seconds": self.seconds,
             "history": self.history,
             "window": self.window,
+            "windows": self.world.gather([{k: v.cpu() for k, v in step.items()} for step in self.window])
+            if self.world.size > 1
+            else None,
             "options": self.options,
             "optimizer_name": self.optimizer_name,
         }
@@ -447,7 +450,9 @@ class Run:
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.window = [{key: value.to(self.device) for key, value in step.items()} for step in state.get("window", [])]
+        windows = state.get("windows")
+        window = windows[self.world.rank] if windows and len(windows) == self.world.size else state.get("window", [])
+        self.window = [{key: value.to(self.device) for key, value in step.items()} for step in window]
         self.set_learning_rate()  # --steps may have changed, and with it what the schedule says
 
     def set_learning_rate(self) -> None:

@@ -492,14 +492,17 @@ def test_checkpoints_are_due_by_steps_or_minutes(monkeypatch):
     ]  # fmt: skip
     run = lic_training.Run(options_of("--save-every", "500"), "sgd", 1e-3)
     run.step, now[0] = 499, 1e9
-    assert not run.due(0.0, 0)
+    run.saved = (0, 0.0)
+    assert not run.is_due()
     run.step = 1000
-    assert run.due(0.0, 500) and not run.due(0.0, 501)
-    run.options = options_of("--save-every", "10m")
+    assert run.is_due()
+    run.saved = (501, 0.0)
+    assert not run.is_due()
+    run.options, run.saved = options_of("--save-every", "10m"), (0, 0.0)
     now[0] = 599.0
-    assert not run.due(0.0, 0)
+    assert not run.is_due()
     now[0] = 600.0
-    assert run.due(0.0, 0)
+    assert run.is_due()
 
 
 def test_conflicts_are_measured_beside_training(tmp_path, photos):
@@ -586,9 +589,11 @@ def test_two_processes(tmp_path, photos, examples):
 
     saved = {path: torch.load(path / "checkpoint.pth.tar", weights_only=True) for path in (part, resumed, whole, stopped)}
     for a, b in ((part, stopped), (resumed, whole)):
-        for key in ("state_dict", "rngs", "step", "schedule", "window", "gradients"):
+        for key in ("state_dict", "rngs", "step", "schedule", "gradients"):
             assert_same(saved[a][key], saved[b][key])
         assert_same(saved[a]["optimizer"]["state"], saved[b]["optimizer"]["state"])
+    own, others = saved[stopped]["windows"]  # of the two steps since the last row
+    assert len(own) == len(others) == 2 and own[0]["loss"] != others[0]["loss"]
     assert not saved[whole]["rngs"][0].equal(saved[whole]["rngs"][1])  # noise of their own
     assert [(row["split"], row["step"]) for row in metrics(whole)] == [
         ("train", "10"), ("train", "20"), ("train", "22"), ("eval", "22")
