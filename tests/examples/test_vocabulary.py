@@ -364,15 +364,16 @@ def test_the_average_resumes_to_the_bit(tmp_path, photos, amp):
 # ---- quantiles ----
 
 
-def test_bisection(tmp_path, photos, runs):
+@pytest.mark.parametrize("more", [[], ["--ema", "0.5"]])
+def test_bisection(tmp_path, photos, runs, more):
     """The quantiles are where the cumulative distribution is half the tail mass, a half, and all but half the tail mass; and
     the hyper-latent's bitstream, whose tables come from them, is as long as its likelihoods say."""
-    train(tmp_path / "run", photos, "--quantiles", "bisection", "--steps", "15", "--warmup-steps", "0")
+    train(tmp_path / "run", photos, "--quantiles", "bisection", "--steps", "15", "--warmup-steps", "0", *more)
     assert runs[-1].aux_optimizer is None
     saved = build_model("bmshj2018-hyperprior", {"N": 8, "M": 12})
     saved.load_state_dict(weights(tmp_path / "run" / "checkpoint.pth.tar"))
     model = runs[-1].entropy_coding_model()
-    for bottleneck in (saved.entropy_bottleneck, model.entropy_bottleneck):
+    for bottleneck in (m.entropy_bottleneck for m in (saved, model, runs[-1].model)):
         assert bottleneck.quantiles.std() > 0.01  # (they began at -10, 0, 10 in every channel)
         with torch.no_grad():
             logits = bottleneck._logits_cumulative(bottleneck.quantiles, stop_gradient=True)  # [8, 1, 3]
@@ -447,7 +448,9 @@ def test_combinations_resume_to_the_bit(tmp_path, photos, kind):
 
 def test_without_torchjd(tmp_path, photos, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    line = error_line(capsys, ["--dataset", str(photos), "--save", str(tmp_path / "run"), "--gradients", "upgrad"])
+    line = error_line(
+        capsys, ["--dataset", str(photos), "--save", str(tmp_path / "run"), "--steps", "1", "--gradients", "upgrad"]
+    )
     assert "--gradients upgrad needs torchjd: pip install " in line
 
 
@@ -455,7 +458,7 @@ def test_without_pytorch_optimizer(tmp_path, photos, capsys, monkeypatch):
     """Said of the comparison too, before the first run trains."""
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     for flag in ("--optimizer", "--compare"):
-        line = error_line(capsys, ["--dataset", str(photos), "--save", str(tmp_path / flag), flag, "muon"])
+        line = error_line(capsys, ["--dataset", str(photos), "--save", str(tmp_path / flag), "--steps", "1", flag, "muon"])
         assert "--optimizer muon needs the package pytorch_optimizer" in line
 
 
