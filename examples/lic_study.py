@@ -173,8 +173,8 @@ class Study:
         return parts if isinstance(parts, list) else [parts]
 
     def best_rate(self, label: str, results: dict[str, dict], fraction: float = 1.0) -> float | None:
-        """Of the grid nearest in length to `fraction` (of two, the longer) the rate of the lowest mean final loss; the optimizer's
-        default where the study has no grid for it; None while the grid is not complete."""
+        """Of the grid nearest in length to `fraction` (of two, the longer) the rate of the lowest mean final loss; the
+        optimizer's default where the study has no grid for it; None while the grid is not complete."""
         grids = [run for run in self.rates() if run.label == label]
         if not grids:
             return LEARNING_RATES[self.optimizers[label].get("optimizer", "soap")]
