@@ -205,11 +205,15 @@ class Run:
         loader = batches(crops, first, until, batch_size, self.options["num_workers"], on_cuda, *self.world.place)
         self.saved = (first, time.monotonic())
         with Progress(self.options["steps"], first, self.label, quiet=not self.world.first) as progress:
-            if first and first % self.options["eval_every"] == 0 and self.evaluated_at() != first:
-                # A signal came before this step's evaluation.
-                self.evaluate(self.history[-1]["learning_rate"], eval_images, stop, progress)
+            stopping = 0
+            if self.evaluation_is_owed(until):
+                lr = self.scheduler.base_lrs[0] * self.schedule(first - 1)  # of the step before it
+                is_best = self.evaluate(lr, eval_images, stop, progress)
+                (stopping,) = self.world.largest([stop.signal])
+                if is_best and not stopping and first < until:
+                    self.keep(checkpoints, is_best, False, progress)
             clock = Stopwatch(self.seconds)
-            for batch in loader:
+            for batch in () if stopping else loader:
                 lr = self.optimizer.param_groups[0]["lr"]
                 x = to_float(batch, self.device)
                 self.window.append(self.train_step(x))
@@ -320,6 +324,11 @@ class Run:
     def evaluated_at(self) -> int:
         """The step of the last evaluation, 0 before it."""
         return max((row["step"] for row in self.evaluations()), default=0)
+
+    def evaluation_is_owed(self, until: int) -> bool:
+        """Whether a signal came before the evaluation of the step that the run stands at."""
+        at_its_step = self.step > 0 and (self.step % self.options["eval_every"] == 0 or self.step == until)
+        return at_its_step and self.evaluated_at() != self.step
 
     def evaluations(self) -> list[dict]:
         return [row for row in self.history if row["split"] == "eval"]

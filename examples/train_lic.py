@@ -9,7 +9,6 @@ CompressAI's layout, curve.png and reconstructions.png.
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import sys
 import warnings
@@ -209,10 +208,18 @@ def summarise(run: Run, other: Run) -> str:
     )
 
 
-def keep_checkpoint(options: dict, kept: Path) -> None:
-    """A resumed run that has nothing left to train: its checkpoint stands beside its new results too."""
-    if not kept.exists():
-        shutil.copyfile(Path(options["resume"]).with_name(kept.name), kept)
+def keep_checkpoint(run: Run, kept: Path) -> None:
+    """A resumed run that has nothing left to train: its checkpoint stands beside its new results too.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    (missing,) = run.world.largest([not kept.exists()])
+    if missing:
+        try:
+            run.save(Checkpoints(kept))
+        except OSError as error:
+            raise InputError(f"--save {kept.parent}: {error.strerror or error}") from error
 
 
 def command(*arguments: str) -> str:
@@ -291,9 +298,9 @@ def train_in(
             run.load(start)
         if run.step > options["steps"]:
             raise InputError(f"{options['steps']} steps: the checkpoint is already at step {run.step}")
-        if run.step == options["steps"]:
+        if run.step == options["steps"] and not run.evaluation_is_owed(options["steps"]):
             metrics.begin(run.history)
-            keep_checkpoint(options, folder / name)
+            keep_checkpoint(run, folder / name)
             continue
         checkpoints = Checkpoints(folder / name)
         try:

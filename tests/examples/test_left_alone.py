@@ -348,7 +348,8 @@ def test_killed_at_random_moments(tmp_path, photos, examples):
     assert rows[0] == rows[1]
 
 
-def test_a_signal_during_an_evaluation(tmp_path, photos, monkeypatch, capsys):
+@pytest.mark.parametrize("every", ["4", "10"])
+def test_a_signal_during_an_evaluation(tmp_path, photos, monkeypatch, capsys, every):
     """The evaluation is given up, and made by the resumed run: the metrics are those of a run that was not stopped."""
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     evaluate = lic_training.evaluate
@@ -359,12 +360,80 @@ def test_a_signal_during_an_evaluation(tmp_path, photos, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(lic_training, "evaluate", interrupted)
-        assert train_lic.main(arguments(photos, stopped, "--steps", "20", "--eval-every", "10")) == 128 + signal.SIGTERM
-    assert "stopped at step 10 of 20" in capsys.readouterr().out
+        assert train_lic.main(arguments(photos, stopped, "--steps", "20", "--eval-every", every)) == 128 + signal.SIGTERM
+    assert f"stopped at step {every} of 20" in capsys.readouterr().out
     assert train_lic.main(["--resume", str(stopped / "checkpoint.pth.tar")]) == 0
-    assert train_lic.main(arguments(photos, whole, "--steps", "20", "--eval-every", "10")) == 0
+    assert train_lic.main(arguments(photos, whole, "--steps", "20", "--eval-every", every)) == 0
     rows = [[(row["split"], row["step"], row["loss"], row["learning_rate"]) for row in metrics(f)] for f in (stopped, whole)]
     assert rows[0] == rows[1]
+
+
+def stopped_at(monkeypatch, step: int, options: list[str]) -> None:
+    """Run it, with SIGTERM at the end of this step, before its evaluation."""
+    train_step = lic_training.Run.train_step
+
+    def stopping(self, x):
+        values = train_step(self, x)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lic_training.Run, "train_step", stopping)
+        assert train_lic.main(options) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("eval_every", ["100", "4"])
+def test_a_signal_before_the_last_evaluation(tmp_path, photos, monkeypatch, capsys, eval_every):
+    """The resumed run has no step left, but an evaluation: its result is that of the last step, not of an earlier one."""
+    folder = tmp_path / "run"
+    stopped_at(monkeypatch, 6, arguments(photos, folder, "--steps", "6", "--eval-every", eval_every))
+    assert train_lic.main(["--resume", str(folder / "checkpoint.pth.tar")]) == 0
+    last = [row for row in metrics(folder) if row["split"] == "eval"][-1]
+    assert last["step"] == "6" and f"evaluation loss {float(last['loss']):.3f}" in capsys.readouterr().out
+    assert (folder / "checkpoint_best_loss.pth.tar").exists()
+
+
+def test_the_best_is_kept_of_an_evaluation_that_a_resumed_run_makes(tmp_path, photos, monkeypatch):
+    folder = tmp_path / "run"
+    stopped_at(monkeypatch, 4, arguments(photos, folder, "--steps", "30", "--eval-every", "4"))
+    assert not (folder / "checkpoint_best_loss.pth.tar").exists()
+    stopped_at(monkeypatch, 6, ["--resume", str(folder / "checkpoint.pth.tar")])
+    assert torch.load(folder / "checkpoint_best_loss.pth.tar", weights_only=True)["step"] == 4
+
+
+def test_the_learning_rate_falls_at_the_same_step_after_a_stop(tmp_path, photos, monkeypatch):
+    """The evaluation that ends a plateau comes just before the checkpoint that the run resumes from."""
+    options = ["--optimizer", "sgd", "--learning-rate", "1e-12", "--warmup-steps", "0", "--steps", "9", "--eval-every", "2"]
+    options += ["--schedule", "plateau", "--plateau-patience", "1"]
+    train_step, evaluate, used = lic_training.Run.train_step, lic_training.Run.evaluate, []
+
+    def noting(self, x):
+        used.append(self.optimizer.param_groups[0]["lr"])
+        return train_step(self, x)
+
+    def stopping(self, *args):
+        best = evaluate(self, *args)
+        if self.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return best
+
+    monkeypatch.setattr(lic_training.Run, "train_step", noting)
+    assert train_lic.main(arguments(photos, tmp_path / "whole", *options)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(lic_training.Run, "evaluate", stopping)
+        assert train_lic.main(arguments(photos, tmp_path / "stopped", *options)) == 128 + signal.SIGTERM
+    assert train_lic.main(["--resume", str(tmp_path / "stopped" / "checkpoint.pth.tar")]) == 0
+    assert used[:9] == used[9:] == [1e-12] * 6 + [5e-13] * 3
+
+
+def test_a_finished_run_is_written_anew_elsewhere(tmp_path, photos):
+    """Under whatever name its checkpoint is."""
+    folder = tmp_path / "run"
+    assert train_lic.main(arguments(photos, folder, "--steps", "2")) == 0
+    kept = (folder / "checkpoint.pth.tar").rename(tmp_path / "kept.pth.tar")
+    assert train_lic.main(["--resume", str(kept), "--save", str(tmp_path / "elsewhere")]) == 0
+    assert weights(tmp_path / "elsewhere" / "checkpoint.pth.tar").keys() == weights(kept).keys()
 
 
 # ---- logs ----
