@@ -415,6 +415,26 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
     return options, state
 
 
+def command_line(options: dict) -> list[str]:
+    """The arguments that make these options, as far as they are not the defaults."""
+    written: dict[str, list[str]] = {}
+    parser = make_parser("")
+    for action in parser._actions:
+        name, value = action.dest, options.get(action.dest)
+        if value == parser.get_default(name) or name in written or name == "help":
+            continue
+        flag = next(option for option in action.option_strings if option.startswith("--"))
+        if name == "save_every":
+            value = f"{value[1]:g}" + "m" * (value[0] == "minutes")
+        elif name == "bitstreams":
+            value = value or "none"
+        elif isinstance(value, dict):
+            value = [f"{key}={one}" for key, one in value.items()]
+        values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+        written[name] = [flag, *map(str, values)]
+    return [part for parts in written.values() for part in parts]
+
+
 def in_force(name: str, value, stored: dict):
     """What an option's value means in the stored run: defaults that depend on other options, one number for two equal ones."""
     if name == "learning_rate":

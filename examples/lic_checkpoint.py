@@ -34,7 +34,8 @@ def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train_lic.py, to resume from."""
     state = load_file(path)
     if not is_ours(state):
-        raise InputError(f"{path} is not a checkpoint of this script")
+        hint = "; --init starts from its weights" if "state_dict" in state else ""
+        raise InputError(f"{path} is not a checkpoint of this script{hint}")
     return state
 
 

@@ -81,6 +81,9 @@ class Run:
 
     Two runs with the same options and different `optimizer` start from the same weights, see the same crops and draw
     the same quantisation noise: everything random starts at options["seed"].
+
+    Args:
+        resumed: load() comes next, so that --init's file is not needed any more.
     """
 
     def __init__(self, options: dict, optimizer: str, learning_rate: float, world: World | None = None, resumed: bool = False):

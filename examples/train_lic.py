@@ -21,7 +21,7 @@ if __name__ == "__main__":  # Ctrl-C during the seconds of imports ends the proc
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-from lic_arguments import CHECKPOINT, STEPS, make_parser, parse_options
+from lic_arguments import CHECKPOINT, STEPS, command_line, make_parser, parse_options
 from lic_checkpoint import Checkpoints, lock_folder, read_checkpoint
 from lic_data import InputError, RandomCrops, centre_crop, check_images, digest, find_dataset, say, settle
 from lic_distributed import World
@@ -38,7 +38,7 @@ from lic_evaluation import (
     write_eval_json,
 )
 from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
-from lic_optimizers import LEARNING_RATES, OPTIMIZERS
+from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS, check_optimizer
 from lic_plots import JpegLevel, plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
 from lic_stop import StopAtOnce, StopRequest, TrainingFailed
@@ -101,8 +101,10 @@ def choose_folder(options: dict) -> Path:
     if options["save"]:
         folder = Path(options["save"])
         resumes = options["resume"] and folder.resolve() == Path(options["resume"]).parent.resolve()
-        if (folder / CHECKPOINT).exists() and not resumes:
-            raise InputError(f"--save {folder} already holds a run; --resume {folder / CHECKPOINT}, or choose another")
+        last = Checkpoints(folder / CHECKPOINT)
+        kept = [path for path in (last.last, last.best, last.previous) if path.exists()]  # (a killed run may have but the best)
+        if kept and not resumes:
+            raise InputError(f"--save {folder} already holds a run; --resume {kept[0]}, or choose another")
         make_folder(folder, exist_ok=True)
         return folder
     first = Path("runs") / f"{model_label(options['model'])}-{options['optimizer']}"
@@ -230,22 +232,22 @@ def how_to_resume(folder: Path) -> str:
     return f"checkpoint saved; to resume:\n{command('--resume', str(folder / CHECKPOINT))}"
 
 
-def how_to_go_on(checkpoints: Checkpoints, options: dict, learning_rate: float) -> str:
+def how_to_go_on(checkpoints: Checkpoints, options: dict, optimizer: str, learning_rate: float) -> str:
     """What a run that failed leaves, and the commands that continue from it."""
     found = checkpoints.newest()
     if found is None:
         return f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then."
     path, step = found
     resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
-    widths = [part for name in ("N", "M") if name in options["widths"] for part in (f"--{name}", str(options["widths"][name]))]
-    if others := [f"{name}={value!r}" for name, value in options["widths"].items() if name not in ("N", "M")]:
-        widths += ["--model-args", *others]
-    anew = ["--model", options["model"], *widths, "--init", str(path), "--learning-rate", f"{learning_rate / 3:.2g}"]
+    if optimizer != options["optimizer"]:  # the comparison's has its defaults
+        options = options | {name: None for name in OF_THE_OPTIMIZER} | {"optimizer_args": {}, "optimizer": optimizer}
+    anew = {"init": str(path), "learning_rate": float(f"{learning_rate / 3:.2g}")}
+    anew |= dict.fromkeys(("resume", "save", "compare", "compare_learning_rate", "steps" if options["epochs"] else "epochs"))
     return (
         f"The last good checkpoint is of step {step}: {path}. To go on from it (a run on a CPU repeats itself to the bit):\n"
         f"{command('--resume', resume)}\n"
         "To start a new run from its weights, with other options, for example:\n"
-        f"{command(*anew)}"
+        f"{command(*command_line(options | anew))}"
     )
 
 
@@ -256,6 +258,10 @@ def train(options: dict, state: dict | None, world: World) -> int:
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        model = build_model(options["model"], options["widths"]).to(options["device"])
+        for optimizer in filter(None, (options["optimizer"], options["compare"])):
+            check_optimizer(model, options, optimizer)  # that of --compare now, and not after days of training the first
+        del model
         crops, eval_crops, whole = load_images(options)
     folder = choose_folder(options) if world.first else None
     with lock_folder(folder) if folder else contextlib.nullcontext():
@@ -288,8 +294,6 @@ def train_in(
         plan.append((other, options["compare_learning_rate"], name, other_state))
     runs: list[Run] = []
     metrics = Metrics(folder / "metrics.csv" if world.first else None)
-    for optimizer, _, _, start in plan[1:]:  # what the comparison cannot do is said now, not after days of training
-        Run(options, optimizer, 1.0, world, resumed=start is not None)
     for optimizer, learning_rate, name, start in plan:
         learning_rate = learning_rate or LEARNING_RATES[optimizer]
         run = Run(options, optimizer, learning_rate, world, resumed=start is not None)
@@ -308,7 +312,7 @@ def train_in(
                 run.train(crops, eval_crops, options["steps"], stop, checkpoints, metrics)
         except TrainingFailed as failure:
             say(f"train_lic.py: stopped: {failure}", file=sys.stderr)
-            say(how_to_go_on(checkpoints, options, learning_rate), file=sys.stderr)
+            say(how_to_go_on(checkpoints, options, optimizer, learning_rate), file=sys.stderr)
             return 1
         (stopped,) = world.largest([stop.signal])
         if stopped:

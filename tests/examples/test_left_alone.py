@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import lic_training
 import pytest
 import torch
 import train_lic
+from lic_arguments import make_parser, parse_options
 from lic_checkpoint import Checkpoints
 from test_train_lic import TINY, environment, error_line, metrics, weights
 
@@ -99,6 +101,25 @@ def test_what_soap_passes_over_is_counted(tmp_path, photos, capsys, monkeypatch)
     assert all(float(row["loss"]) < float("inf") for row in rows)
     assert re.search(r"SOAP passed over \d+ steps of single parameters", capsys.readouterr().out)
     assert_finite(tmp_path / "run" / "checkpoint.pth.tar")
+
+
+def test_the_new_run_that_is_proposed_is_like_the_one_that_failed(tmp_path, photos, capsys, monkeypatch):
+    """But for the learning rate and the weights that it starts from: its command is tried."""
+    spoil(monkeypatch, from_step=4)
+    options = ["--optimizer", "adam", "--betas", "0.8", "0.9", "--lambda", "0.05", "--schedule", "multistep"]
+    options += ["--milestones", "3", "5", "--optimizer-args", "amsgrad=True", "--ema", "0.9", "--epochs", "9"]
+    folder = tmp_path / "run"
+    assert train_lic.main(arguments(photos, folder, *options, "--eval-every", "2", "--save-every", "2")) == 1
+    proposed = shlex.split(capsys.readouterr().err.splitlines()[-1])[2:]
+    parser = make_parser("")
+    failed, anew = (
+        parse_options(parser, argv)[0] for argv in (arguments(photos, folder, *options, "--eval-every", "2"), proposed)
+    )
+    assert {k for k in anew if anew[k] != failed[k]} == {"init", "learning_rate", "save", "save_every"}
+    assert anew["learning_rate"] == 3.3e-4 and Path(anew["init"]).parent == folder
+
+    monkeypatch.undo()
+    assert train_lic.main([*proposed, "--save", str(tmp_path / "anew")]) == 0
 
 
 def test_an_evaluation_that_is_not_finite(tmp_path, photos, capsys, monkeypatch):
@@ -261,6 +282,28 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
     written.flush()
     assert written.complaint is None
     assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("more", [["--fused"], ["--conflict-every", "5"]])
+def test_a_comparison_that_cannot_be_made_is_refused_before_training(tmp_path, photos, capsys, more):
+    pytest.importorskip("pytorch_optimizer")
+    assert more[0] in error_line(capsys, arguments(photos, tmp_path / "run", "--compare", "muon", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_to_start_from_are_needed_once(tmp_path, photos, monkeypatch):
+    assert train_lic.main(arguments(photos, tmp_path / "first", "--steps", "2")) == 0
+    start = (tmp_path / "first" / "checkpoint.pth.tar").rename(tmp_path / "start.pth.tar")
+    stopped_at(monkeypatch, 2, arguments(photos, tmp_path / "run", "--steps", "4", "--init", str(start)))
+    start.unlink()
+    assert train_lic.main(["--resume", str(tmp_path / "run" / "checkpoint.pth.tar")]) == 0
+
+
+def test_the_best_of_a_killed_run_is_not_overwritten(tmp_path, photos, capsys):
+    folder = tmp_path / "run"
+    assert train_lic.main(arguments(photos, folder, "--steps", "2")) == 0
+    (folder / "checkpoint.pth.tar").unlink()
+    assert f"--resume {folder / 'checkpoint_best_loss.pth.tar'}" in error_line(capsys, arguments(photos, folder))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, photos, capsys):
