@@ -409,10 +409,32 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
         raise InputError("--patch-size takes one or two numbers")
     if options["batch_size"] % processes:
         raise InputError(f"--batch-size {options['batch_size']} cannot be shared equally by {processes} processes")
+    if state is None:
+        refuse_without_effect(given, options)
     if options["compare"] == options["optimizer"]:
         raise InputError(f"--compare {options['compare']}: that is --optimizer itself")
     check_device(options["device"])
     return options, state
+
+
+# An option, and the other that has to have one of these values, or any, for it to have an effect
+DEPENDS_ON = (
+    ("milestones", "schedule", ("multistep",)),
+    ("lr_decay", "schedule", ("plateau", "multistep")),
+    ("plateau_patience", "schedule", ("plateau",)),
+    ("no_precondition", "optimizer", ("soap", "muon")),
+    ("aux_learning_rate", "quantiles", ("adam",)),
+    ("compare_learning_rate", "compare", ()),
+)
+
+
+def refuse_without_effect(given: dict, options: dict) -> None:
+    """Raise InputError for an option that is given and would be passed over."""
+    for name, other, values in DEPENDS_ON:
+        has_effect = options[other] in values if values else options[other] is not None
+        if name in given and not has_effect:
+            needed = " ".join([f"--{other}", *([" or ".join(values)] if values else [])])
+            raise InputError(f"--{name.replace('_', '-')} has an effect with {needed} only")
 
 
 def command_line(options: dict) -> list[str]:

@@ -263,9 +263,18 @@ def train(options: dict, state: dict | None, world: World) -> int:
             check_optimizer(model, options, optimizer)  # that of --compare now, and not after days of training the first
         del model
         crops, eval_crops, whole = load_images(options)
-    folder = choose_folder(options) if world.first else None
-    with lock_folder(folder) if folder else contextlib.nullcontext():
-        return train_in(world.gather(folder)[0], options, state, world, crops, eval_crops, whole)
+    with contextlib.ExitStack() as held:
+        folder, problem = None, None
+        if world.first:
+            try:
+                folder = choose_folder(options)
+                held.enter_context(lock_folder(folder))
+            except InputError as error:
+                problem = str(error)
+        folder, problem = world.gather((folder, problem))[0]
+        if problem:  # all of them end by it
+            raise InputError(problem)
+        return train_in(folder, options, state, world, crops, eval_crops, whole)
 
 
 def train_in(

@@ -337,3 +337,18 @@ def test_a_finished_run_is_resumed_to_be_compared(tmp_path, photos, capsys):
     capsys.readouterr()
     for length in (["--steps", "2"], ["--epochs", "1", "--steps", "1"][2:]):
         assert "the checkpoint is already at step 3" in error_line(capsys, [*resumed, *length])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--milestones", "3"],
+        ["--schedule", "cosine", "--lr-decay", "0.1"],
+        ["--schedule", "multistep", "--plateau-patience", "3"],
+        ["--optimizer", "adam", "--no-precondition", "*.gamma"],
+        ["--quantiles", "bisection", "--aux-learning-rate", "1e-3"],
+        ["--compare-learning-rate", "1e-3"],
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path, capsys, options):
+    assert f"{options[-2]} has an effect with --" in error_line(capsys, [*TINY, "--save", str(tmp_path / "run"), *options])
