@@ -1,9 +1,10 @@
 """One training run of a CompressAI model: its step, its evaluations, what it checks and what it keeps."""
 
 import contextlib
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from lic_progress import Metrics, Progress
 from lic_stop import StopRequest, TrainingFailed
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.optim.swa_utils import AveragedModel
 
 from soap_opt.diagnostics import ConflictMeter, preconditioner_of
 
@@ -93,10 +93,8 @@ class Run:
         self.model = build_model(options["model"], options["widths"]).to(self.device)
         if options["init"] and not resumed:
             load_weights(self.model, Path(options["init"]), options["model"])
-        self.averaged = None
-        if options["ema"]:  # before forward methods are replaced: a copy's would be the original's
-            update = moving_average(options["ema"], lambda: self.step)
-            self.averaged = AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
+        # (Copied before forward methods are replaced: a copy's would be the original's.)
+        self.averaged = copy.deepcopy(self.model).requires_grad_(False) if options["ema"] else None
         if options["amp"]:
             entropy_models_in_float32(self.model, self.device.type)
         self.criterion = RateDistortionLoss(lmbda=options["lmbda"], metric=options["metric"])
@@ -153,7 +151,7 @@ class Run:
             aux_loss.backward()
             self.aux_optimizer.step()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            update_average(self.averaged, self.model, self.options["ema"], self.step)
         self.gradients.after_step(lambda: self.both_terms(x))
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
@@ -368,7 +366,7 @@ class Run:
         names = {p: name for name, p in self.model.named_parameters()}
         tensors = list(self.model.state_dict().items())
         if self.averaged is not None:
-            tensors += [("the average of " + n.removeprefix("module."), t) for n, t in self.averaged.state_dict().items()]
+            tensors += [("the average of " + n, t) for n, t in self.averaged.state_dict().items()]
         for optimizer in filter(None, (self.optimizer, self.aux_optimizer)):
             if hasattr(optimizer, "wait_for_refresh"):
                 optimizer.wait_for_refresh()
@@ -422,7 +420,6 @@ class Run:
         return {
             "state_dict": self.trained_model().state_dict(),
             "unaveraged": self.model.state_dict() if self.averaged is not None else None,
-            "n_averaged": int(self.averaged.n_averaged) if self.averaged is not None else 0,
             "optimizer": self.optimizer.state_dict(),
             "aux_optimizer": self.aux_optimizer.state_dict() if self.aux_optimizer is not None else None,
             "lr_scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
@@ -446,8 +443,7 @@ class Run:
     def load(self, state: dict) -> None:
         self.model.load_state_dict(state["unaveraged"] if state.get("unaveraged") else state["state_dict"])
         if self.averaged is not None:
-            self.averaged.module.load_state_dict(state["state_dict"])
-            self.averaged.n_averaged.fill_(state["n_averaged"])
+            self.averaged.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.aux_optimizer is not None:
             self.aux_optimizer.load_state_dict(state["aux_optimizer"])
@@ -476,7 +472,7 @@ class Run:
 
     def trained_model(self):
         """The module to evaluate and to keep: the averaged one where there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else self.averaged
 
     def entropy_coding_model(self):
         """A copy with the range coder's tables. On the CPU: encoder and decoder have to agree on every rounding."""
@@ -488,19 +484,20 @@ class Run:
         return model.eval()
 
 
-def moving_average(decay: float, step: Callable[[], int]):
-    """The exponential moving average's update for AveragedModel, with a shorter memory at the beginning, min(decay, (1 + n) /
-    (10 + n)) at step n: otherwise the random start would be in it for thousands of steps. The step is the host's:
-    AveragedModel's own count comes on the device, and reading it would make the host wait."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
-        if averaged[0].is_floating_point():  # (they come by dtype)
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step()) / (10 + step())))
-        else:
-            torch._foreach_copy_(averaged, current)
-
-    return update
+@torch.no_grad()
+def update_average(averaged: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Step `step`, counted from 0, of an exponential moving average of a model's parameters and buffers; those of integers are
+    copied. It begins with the first step's, and its memory is shorter at the beginning, min(decay, (1 + n) / (10 + n)) at step
+    n: otherwise the first steps would be in it for thousands. torch's AveragedModel copies its count to the device at each
+    step and dtype, for which the host waits.
+    """
+    pairs = list(zip((*averaged.parameters(), *averaged.buffers()), (*model.parameters(), *model.buffers()), strict=True))
+    mean = [(a, t) for a, t in pairs if a.is_floating_point() and step > 0]
+    copied = [(a, t) for a, t in pairs if not (a.is_floating_point() and step > 0)]
+    if mean:
+        torch._foreach_lerp_(*map(list, zip(*mean)), 1 - min(decay, (1 + step) / (10 + step)))
+    if copied:
+        torch._foreach_copy_(*map(list, zip(*copied)))
 
 
 @torch.no_grad()

@@ -187,3 +187,28 @@ def test_quickstart(examples):
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=True)
     first, last = (float(line.split()[-2]) for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]))
     assert first < 10 and last > 25
+
+
+def test_the_moving_average(tmp_path):
+    """Of all weights, by its formula from the second step on; a resumed run has the same."""
+    run = lic_training.Run(OPTIONS | {"ema": 0.15}, "soap", 1e-3)
+    expected = {}
+    for step, x in enumerate(torch.rand(4, 2, 3, 64, 64)):
+        run.train_step(x)
+        keep = min(0.15, (1 + step) / (10 + step)) if step else 0.0
+        for name, weight in run.model.named_parameters():
+            expected[name] = weight.detach().clone() if step == 0 else keep * expected[name] + (1 - keep) * weight.detach()
+    state = run.state()
+    for name, weight in expected.items():
+        torch.testing.assert_close(state["state_dict"][name], weight)
+    assert not torch.equal(state["state_dict"]["g_a.0.weight"], state["unaveraged"]["g_a.0.weight"])
+
+    torch.save(state, tmp_path / "state")
+    resumed = lic_training.Run(OPTIONS | {"ema": 0.15}, "soap", 1e-3)
+    resumed.load(torch.load(tmp_path / "state", weights_only=True))
+    x = torch.rand(2, 3, 64, 64)
+    torch.manual_seed(1)
+    run.train_step(x)
+    torch.manual_seed(1)
+    resumed.train_step(x)
+    torch.testing.assert_close(dict(resumed.averaged.named_parameters()), dict(run.averaged.named_parameters()), rtol=0, atol=0)
