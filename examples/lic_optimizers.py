@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import soap_opt.integrations.compressai  # noqa: F401  registers "SOAP" beside torch.optim's names
-from soap_opt.diagnostics import preconditioner_of
 
 OPTIMIZERS = {"soap": "SOAP", "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}  # ours -> the class
 LEARNING_RATES = {"soap": 3e-3, "adam": 1e-3, "adamw": 1e-3, "sgd": 1e-2, "muon": 2e-2}
@@ -127,21 +126,6 @@ def make_optimizers(
     if options["quantiles"] == "bisection" or not quantiles:
         return net, None
     return net, torch.optim.Adam(quantiles, lr=options["aux_learning_rate"])
-
-
-def check_optimizer(model: nn.Module, options: dict, name: str) -> None:
-    """Try whether this optimizer can be had with the options.
-
-    Raises:
-        InputError: it cannot.
-    """
-    optimizer, _ = make_optimizers(model, options, name, LEARNING_RATES[name])
-    if options["conflict_every"]:
-        try:
-            preconditioner_of(optimizer)
-        except TypeError as error:  # Muon
-            kind = type(optimizer).__name__
-            raise InputError(f"--conflict-every: no preconditioner of {kind} is known") from error
 
 
 class Schedule:

@@ -1,7 +1,9 @@
 """How a training run ends early: asked to by a signal, or because it cannot go on."""
 
 import signal
+import time
 
+ECHO = 2.0
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -13,13 +15,17 @@ class TrainingFailed(Exception):
 
 
 class StopRequest:
-    """Within it SIGINT, SIGTERM and SIGHUP only set `signal`, which the loop reads between steps; a second one acts at once.
+    """Within it SIGINT, SIGTERM and SIGHUP only set `signal`, which the loop reads between steps; a later SIGINT acts at once.
+
+    What comes within ECHO seconds is taken for the same request: a scheduler, a terminal and timeout(1) signal the whole process
+    group, and torchrun, which is part of it, hands the signal on to its processes.
 
     What the process ignores stays ignored: SIGHUP under nohup.
     """
 
     def __init__(self):
         self.signal: int = 0
+        self._since = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,9 +40,10 @@ class StopRequest:
         self._previous.clear()
 
     def _note(self, number: int, _frame) -> None:
-        if self.signal:
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > ECHO:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 class StopAtOnce(StopRequest):

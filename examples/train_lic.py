@@ -38,7 +38,7 @@ from lic_evaluation import (
     write_eval_json,
 )
 from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
-from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS, check_optimizer
+from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS
 from lic_plots import JpegLevel, plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
 from lic_stop import StopAtOnce, StopRequest, TrainingFailed
@@ -234,20 +234,23 @@ def how_to_resume(folder: Path) -> str:
 
 def how_to_go_on(checkpoints: Checkpoints, options: dict, optimizer: str, learning_rate: float) -> str:
     """What a run that failed leaves, and the commands that continue from it."""
-    found = checkpoints.newest()
-    if found is None:
-        return f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then."
-    path, step = found
-    resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
     if optimizer != options["optimizer"]:  # the comparison's has its defaults
         options = options | {name: None for name in OF_THE_OPTIMIZER} | {"optimizer_args": {}, "optimizer": optimizer}
-    anew = {"init": str(path), "learning_rate": float(f"{learning_rate / 3:.2g}")}
+    anew = {"learning_rate": float(f"{learning_rate / 3:.2g}")}
     anew |= dict.fromkeys(("resume", "save", "compare", "compare_learning_rate", "steps" if options["epochs"] else "epochs"))
+    found = checkpoints.newest()
+    if found is None:
+        return (
+            f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then. To "
+            f"begin anew with other options, for example:\n{command(*command_line(options | anew))}"
+        )
+    path, step = found
+    resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
     return (
         f"The last good checkpoint is of step {step}: {path}. To go on from it (a run on a CPU repeats itself to the bit):\n"
         f"{command('--resume', resume)}\n"
         "To start a new run from its weights, with other options, for example:\n"
-        f"{command(*command_line(options | anew))}"
+        f"{command(*command_line(options | anew | {'init': str(path)}))}"
     )
 
 
@@ -258,10 +261,6 @@ def train(options: dict, state: dict | None, world: World) -> int:
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
-        model = build_model(options["model"], options["widths"]).to(options["device"])
-        for optimizer in filter(None, (options["optimizer"], options["compare"])):
-            check_optimizer(model, options, optimizer)  # that of --compare now, and not after days of training the first
-        del model
         crops, eval_crops, whole = load_images(options)
     with contextlib.ExitStack() as held:
         folder, problem = None, None
@@ -303,6 +302,8 @@ def train_in(
         plan.append((other, options["compare_learning_rate"], name, other_state))
     runs: list[Run] = []
     metrics = Metrics(folder / "metrics.csv" if world.first else None)
+    for optimizer, _, _, start in plan[1:]:  # what the comparison cannot do is said now, not after days of training
+        Run(options, optimizer, 1.0, world, resumed=start is not None)
     for optimizer, learning_rate, name, start in plan:
         learning_rate = learning_rate or LEARNING_RATES[optimizer]
         run = Run(options, optimizer, learning_rate, world, resumed=start is not None)

@@ -122,6 +122,14 @@ def test_the_new_run_that_is_proposed_is_like_the_one_that_failed(tmp_path, phot
     assert train_lic.main([*proposed, "--save", str(tmp_path / "anew")]) == 0
 
 
+def test_a_failure_before_the_first_checkpoint(tmp_path, photos, capsys, monkeypatch):
+    spoil(monkeypatch, from_step=0)
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--optimizer", "adam", "--steps", "10")) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert "No checkpoint had been written yet" in told[-2] and "--init" not in told[-1]
+    assert "--optimizer adam" in told[-1] and "--learning-rate 0.00033" in told[-1]
+
+
 def test_an_evaluation_that_is_not_finite(tmp_path, photos, capsys, monkeypatch):
     nothing = {"loss": float("nan"), "bpp": float("nan"), "mse": 1.0, "psnr": 1.0}
     monkeypatch.setattr(lic_training, "evaluate", lambda *args: nothing)
@@ -284,19 +292,14 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("more", [["--fused"], ["--conflict-every", "5"]])
-def test_a_comparison_that_cannot_be_made_is_refused_before_training(tmp_path, photos, capsys, more):
-    pytest.importorskip("pytorch_optimizer")
-    assert more[0] in error_line(capsys, arguments(photos, tmp_path / "run", "--compare", "muon", *more))
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_to_start_from_are_needed_once(tmp_path, photos, monkeypatch):
+def test_weights_of_data_parallel_training(tmp_path, photos, capsys):
+    """What CompressAI's script saves where it used several GPUs."""
     assert train_lic.main(arguments(photos, tmp_path / "first", "--steps", "2")) == 0
-    start = (tmp_path / "first" / "checkpoint.pth.tar").rename(tmp_path / "start.pth.tar")
-    stopped_at(monkeypatch, 2, arguments(photos, tmp_path / "run", "--steps", "4", "--init", str(start)))
-    start.unlink()
-    assert train_lic.main(["--resume", str(tmp_path / "run" / "checkpoint.pth.tar")]) == 0
+    file = tmp_path / "compressai.pth.tar"
+    prefixed = {f"module.{key}": value for key, value in weights(tmp_path / "first" / "checkpoint.pth.tar").items()}
+    torch.save({"epoch": 3, "state_dict": prefixed, "loss": 1.0}, file)
+    assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "1", "--init", str(file))) == 0
+    assert "--init starts from its weights" in error_line(capsys, ["--resume", str(file)])
 
 
 def test_the_best_of_a_killed_run_is_not_overwritten(tmp_path, photos, capsys):
