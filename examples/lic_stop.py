@@ -17,8 +17,8 @@ class TrainingFailed(Exception):
 class StopRequest:
     """Within it SIGINT, SIGTERM and SIGHUP only set `signal`, which the loop reads between steps; a later SIGINT acts at once.
 
-    What comes within ECHO seconds is taken for the same request: a scheduler, a terminal and timeout(1) signal the whole process
-    group, and torchrun, which is part of it, hands the signal on to its processes.
+    What comes within ECHO seconds is taken for the same request: a scheduler, a terminal and timeout(1) signal the whole
+    process group, and torchrun, which is part of it, hands the signal on to its processes.
 
     What the process ignores stays ignored: SIGHUP under nohup.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lic_checkpoint
 import lic_progress
+import lic_stop
 import lic_training
 import pytest
 import torch
@@ -496,3 +497,18 @@ def test_a_log_has_a_line_a_minute(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0] == "SOAP step   220 of 1000: loss 1.0; 2 steps/s, 06:30 left"
+
+
+def test_a_signal_that_comes_twice(monkeypatch):
+    """To the process group and through torchrun: one request. A Ctrl-C some seconds later means it."""
+    now = [100.0]
+    monkeypatch.setattr(lic_stop.time, "monotonic", lambda: now[0])
+    with lic_stop.StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 60
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.signal == signal.SIGTERM
