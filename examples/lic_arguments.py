@@ -422,7 +422,6 @@ DEPENDS_ON = (
     ("milestones", "schedule", ("multistep",)),
     ("lr_decay", "schedule", ("plateau", "multistep")),
     ("plateau_patience", "schedule", ("plateau",)),
-    ("no_precondition", "optimizer", ("soap", "muon")),
     ("aux_learning_rate", "quantiles", ("adam",)),
     ("compare_learning_rate", "compare", ()),
 )

@@ -345,7 +345,6 @@ def test_a_finished_run_is_resumed_to_be_compared(tmp_path, photos, capsys):
         ["--milestones", "3"],
         ["--schedule", "cosine", "--lr-decay", "0.1"],
         ["--schedule", "multistep", "--plateau-patience", "3"],
-        ["--optimizer", "adam", "--no-precondition", "*.gamma"],
         ["--quantiles", "bisection", "--aux-learning-rate", "1e-3"],
         ["--compare-learning-rate", "1e-3"],
     ],

@@ -314,7 +314,7 @@ def test_initial_weights_of_compressai(tmp_path, capsys, photos):
         torch.save(saved, tmp_path / str(number))
         run = lic_training.Run(options | {"init": str(tmp_path / str(number)), "ema": 0.9}, "soap", 1e-3)
         assert_same(dict(run.model.state_dict()), dict(state))
-        assert_same(dict(run.averaged.module.state_dict()), dict(state))
+        assert_same(dict(run.averaged.state_dict()), dict(state))
     torch.save({"state_dict": [1.0]}, tmp_path / "list")
     with pytest.raises(InputError, match="list does not fit"):
         lic_training.Run(options | {"init": str(tmp_path / "list")}, "soap", 1e-3)
