@@ -196,7 +196,7 @@ def load_trained(path: Path | str, architecture: str | None = None, arguments: d
     name = architecture or options.get("model")
     if not name:
         raise InputError(
-            f"{path} does not say which model it holds: give its architecture (one of {', '.join(image_models())})"
+            f"{path} does not say which model it holds: give its --architecture (one of {', '.join(image_models())})"
         )
     name = resolve_model(name)
     if not isinstance(weights, dict):

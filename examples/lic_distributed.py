@@ -35,20 +35,22 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def join(self, device: str) -> str:
-        """Meet the others; returns this process's device."""
+    def device(self, name: str) -> str:
+        """This process's device, where --device is `name`."""
+        return f"cuda:{self.local_rank}" if self.size > 1 and name == "cuda" else name
+
+    def join(self, device: str) -> None:
+        """Meet the others."""
         if self.size == 1:
-            return device
+            return
         if device.startswith("cuda"):
             if device != "cuda":
                 raise InputError(f"--device {device}: under torchrun each process takes a GPU of its own; give --device cuda")
-            device = f"cuda:{self.local_rank}"
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(self.device(device))
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         # Small decisions (has a signal come?) are taken on the hosts: asking the GPUs would make them wait at every step.
         self._host_group = dist.new_group(backend="gloo") if device.startswith("cuda") else dist.group.WORLD
-        return device
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -56,7 +56,7 @@ def not_finite(named: list[tuple[str, Tensor]]) -> str | None:
     if not named:
         return None
     largest = torch._foreach_norm([t.detach() for _, t in named], ord=math.inf)  # one pass over all, NaN comes through
-    finite = torch.stack([x.to(named[0][1].device, torch.float64) for x in largest]).isfinite().tolist()
+    finite = torch.stack([x.isfinite().to(named[0][1].device) for x in largest]).tolist()
     return next((name for (name, _), fine in zip(named, finite, strict=True) if not fine), None)
 
 
@@ -88,7 +88,7 @@ class Run:
 
     def __init__(self, options: dict, optimizer: str, learning_rate: float, world: World | None = None, resumed: bool = False):
         self.options, self.optimizer_name, self.world = options, optimizer, world or World()
-        self.device = torch.device(options["device"])
+        self.device = torch.device(self.world.device(options["device"]))
         torch.manual_seed(options["seed"])
         self.model = build_model(options["model"], options["widths"]).to(self.device)
         if options["init"] and not resumed:
@@ -159,6 +159,8 @@ class Run:
         if measuring and self.meter.records and self.meter.records[-1]["step"] == self.step:  # (GradScaler passes steps over)
             alignments = {k: v for k, v in self.meter.records[-1].items() if k not in ("step", "seconds")}
             self.record("conflict", lr, alignments)
+            self.meter.records.clear()  # they are in the history; by parameter a long run would hold millions
+            self.meter.by_parameter.clear()
         mse = F.mse_loss(output["x_hat"].detach(), x)
         return {
             "loss": terms["loss"].detach(),
@@ -267,7 +269,7 @@ class Run:
     def means(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         """Over the steps of the window and all processes; of the steps whose loss is finite, where any is: what an optimizer
         passes over is counted, and does not blot out the others."""
-        stacked = {key: torch.stack([step[key] for step in window]).double() for key in window[0]}
+        stacked = {key: torch.stack([step[key] for step in window]) for key in window[0]}
         fine = torch.stack(list(stacked.values())).isfinite().all(0)
         if fine.any():
             stacked = {key: values[fine] for key, values in stacked.items()}
@@ -504,8 +506,12 @@ def update_average(averaged: nn.Module, model: nn.Module, decay: float, step: in
 def update_quantiles(model: nn.Module) -> None:
     """The entropy bottlenecks' quantiles to where the cumulative distributions say, by CompressAI's bisection. Their coder's
     tables are left as they are."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if hasattr(module, "_update_quantiles"):
+            places = torch.tensor([-1e5, -1.0, 0.0, 1.0, 1e5], device=module.quantiles.device)  # from end to end of its search
+            logits = module._logits_cumulative(places.expand(len(module.quantiles), 1, -1), stop_gradient=True)
+            if not logits.isfinite().all():  # it would search for ever
+                raise TrainingFailed(f"the cumulative distribution of {name} is not finite")
             module._update_quantiles()
 
 

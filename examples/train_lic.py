@@ -225,7 +225,9 @@ def keep_checkpoint(run: Run, kept: Path) -> None:
 
 
 def command(*arguments: str) -> str:
-    return "  " + shlex.join(["python", os.path.relpath(sys.argv[0]), *arguments])
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    how = ["python"] if processes == "1" else ["torchrun", "--nproc-per-node", processes]
+    return "  " + shlex.join([*how, os.path.relpath(sys.argv[0]), *arguments])
 
 
 def how_to_resume(folder: Path) -> str:
@@ -288,6 +290,9 @@ def train_in(
     """`train`, in the run's folder, which is this run's alone."""
     say = print if world.first else lambda *_, **__: None
     options["save"] = str(folder)
+    if world.first:
+        for leftover in (*folder.glob("*.tmp"), *folder.glob("*.new")):  # of a run that was killed while it saved
+            leftover.unlink()
     if options["left_out"] and world.first:
         (folder / "left-out.txt").write_text("\n".join(options["left_out"]) + "\n")
     say(f"{len(crops.files)} images to train on, {len(whole)} to evaluate on, {options['steps']} steps; {folder}/", flush=True)
@@ -348,6 +353,11 @@ def train_in(
         if skipped := {what: n for what, n in run.skipped().items() if n}:
             counts = " and ".join(f"{n} {what.replace('skipped_', '')}" for what, n in skipped.items())
             print(f"{OPTIMIZERS[run.optimizer_name]} passed over {counts} of single parameters (see optimizer.skipped_steps)")
+        if run.evaluations()[-1]["loss"] > run.blank_loss():
+            print(
+                f"{OPTIMIZERS[run.optimizer_name]}: warning: a model that sends nothing and paints grey has a loss of about "
+                f"{run.blank_loss():.0f}"
+            )
     if len(runs) == 2:
         print(summarise(*runs))
     print(f"Results are in {folder}/")
@@ -359,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     world = World()
     try:
         options, state = parse_options(parser, sys.argv[1:] if argv is None else argv, world.size)
-        options["device"] = world.join(options["device"])
+        world.join(options["device"])
         return train(options, state, world)
     except InputError as error:
         # One raised in a loader's worker arrives with that process's traceback in front of it.

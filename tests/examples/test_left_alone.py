@@ -176,18 +176,26 @@ def test_a_learning_rate_that_is_far_too_large(tmp_path, photos, capsys):
     assert re.search(r"stopped: (\S+ is not finite|SGD's loss \D*) at step 10", capsys.readouterr().err)
 
 
-def test_bisection_does_not_hang_on_what_is_not_finite(tmp_path, photos, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "entropy_bottleneck.matrices.0 is not finite at step 2"),
+        (1e38, "the cumulative distribution of entropy_bottleneck is not finite"),
+    ],
+)
+def test_bisection_does_not_hang_on_what_is_not_finite(tmp_path, photos, capsys, monkeypatch, value, message):
     step = lic_training.Run.train_step
 
     def spoilt(self, x):
         values = step(self, x)
         with torch.no_grad():
-            self.model.entropy_bottleneck.matrices[0].fill_(float("nan"))
+            for matrix in self.model.entropy_bottleneck.matrices:
+                matrix.fill_(value)
         return values
 
     monkeypatch.setattr(lic_training.Run, "train_step", spoilt)
     assert train_lic.main(arguments(photos, tmp_path / "run", "--steps", "2", "--quantiles", "bisection")) == 1
-    assert "entropy_bottleneck.matrices.0 is not finite at step 2" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # ---- checkpoints ----
