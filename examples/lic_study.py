@@ -354,7 +354,7 @@ class Study:
 
     def urgency(self, run: TrainingRun) -> float:
         """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts."""
-        return run.steps * (1 + run.seed) * (1 if run.label in (self.baseline, self.subject) else 3)
+        return run.steps * (1 + run.seed) * (1 if run.label in (self.baseline, self.subject) else 6)
 
     # ---- measuring what was trained ----
 
