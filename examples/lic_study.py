@@ -163,7 +163,8 @@ class Study:
         runs = []
         for part in self._parts("rates"):
             for label, rates in part["grid"].items():
-                for rate in rates:
+                middle = len(rates) // 2  # (from there outwards: an hour shows most)
+                for rate in sorted(rates, key=lambda rate, rates=rates, middle=middle: abs(rates.index(rate) - middle)):
                     for seed in part.get("seeds", [0]):
                         runs.append(self.run(label, "rates", fraction=part.get("fraction", 1.0), seed=seed, rate=float(rate)))
         return runs
