@@ -187,7 +187,7 @@ class Study:
                     return None
                 loss = results[run.name]["loss"]
                 losses.setdefault(run.rate, []).append(math.inf if loss is None else loss)
-        return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+        return min(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))
 
     def runs(self, results: dict[str, dict]) -> tuple[list[TrainingRun], int]:
         """All runs that can be named by now, in the order in which they should be made, and how many wait for a learning rate.
