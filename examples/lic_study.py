@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -152,7 +153,7 @@ class Study:
         lmbda, model = float(options.get("lambda", 0.013)), str(options.get("model", "bmshj2018-hyperprior"))
         variant = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in varied.items())
         parts = [Path(model.rpartition(":")[2]).name, label.lower().replace(" ", "-"), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
-        parts += [f"s{seed}"] + ([variant.replace(" ", "_").replace("/", "_")] if variant else [])
+        parts += [f"s{seed}"] + ([re.sub(r"[^\w=.,+-]+", "_", variant)] if variant else [])
         return TrainingRun(
             name="-".join(parts), label=label, options=options, steps=steps, fraction=fraction, lmbda=lmbda, seed=seed,
             rate=rate, model=model, variant=variant, experiments=[experiment], processes=self.processes,
