@@ -407,6 +407,7 @@ def test_measurements_survive_an_interruption(images, tmp_path):
 # ---- the command ----
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_compressai(bare, photos, tmp_path, capsys):
     folder = tmp_path / "out"
     arguments = command(folder, photos, bare, "--no-bitstreams", "--classic", "-a")

@@ -49,7 +49,7 @@ def spoil(monkeypatch, *, from_step: int, until: int = 10**9, value: float = flo
 # ---- what is not finite ----
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("soap", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, photos, capsys, monkeypatch, optimizer):
     """Says when and where, and what is left: a good checkpoint, the metrics until then, and the command to go on."""
     spoil(monkeypatch, from_step=12)
@@ -104,6 +104,7 @@ def test_what_soap_passes_over_is_counted(tmp_path, photos, capsys, monkeypatch)
     assert_finite(tmp_path / "run" / "checkpoint.pth.tar")
 
 
+@pytest.mark.slow
 def test_the_new_run_that_is_proposed_is_like_the_one_that_failed(tmp_path, photos, capsys, monkeypatch):
     """But for the learning rate and the weights that it starts from: its command is tried."""
     spoil(monkeypatch, from_step=4)
@@ -141,6 +142,7 @@ def test_an_evaluation_that_is_not_finite(tmp_path, photos, capsys, monkeypatch)
     assert metrics(folder)[-1]["split"] == "train"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["weight", "state"])
 def test_nothing_that_is_not_finite_replaces_a_checkpoint(tmp_path, photos, capsys, monkeypatch, where):
     folder = tmp_path / "run"
@@ -270,6 +272,7 @@ def test_a_full_disk(small_disk, photos, capsys):
     assert [row["step"] for row in metrics(folder) if row["split"] == "eval"] == ["10", "20", "30"]
 
 
+@pytest.mark.slow
 def test_the_checkpoint_before_the_last_gives_way(small_disk, photos):
     """Room for three, and a fourth while it is written: at the end it is made."""
     folder = small_disk(1_600_000)
@@ -301,6 +304,7 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_weights_of_data_parallel_training(tmp_path, photos, capsys):
     """What CompressAI's script saves where it used several GPUs."""
     assert train_lic.main(arguments(photos, tmp_path / "first", "--steps", "2")) == 0
@@ -311,6 +315,7 @@ def test_weights_of_data_parallel_training(tmp_path, photos, capsys):
     assert "--init starts from its weights" in error_line(capsys, ["--resume", str(file)])
 
 
+@pytest.mark.slow
 def test_the_best_of_a_killed_run_is_not_overwritten(tmp_path, photos, capsys):
     folder = tmp_path / "run"
     assert train_lic.main(arguments(photos, folder, "--steps", "2")) == 0
@@ -318,6 +323,7 @@ def test_the_best_of_a_killed_run_is_not_overwritten(tmp_path, photos, capsys):
     assert f"--resume {folder / 'checkpoint_best_loss.pth.tar'}" in error_line(capsys, arguments(photos, folder))
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path, photos, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -403,6 +409,7 @@ def test_killed_at_random_moments(tmp_path, photos, examples):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", ["4", "10"])
 def test_a_signal_during_an_evaluation(tmp_path, photos, monkeypatch, capsys, every):
     """The evaluation is given up, and made by the resumed run: the metrics are those of a run that was not stopped."""
@@ -438,6 +445,7 @@ def stopped_at(monkeypatch, step: int, options: list[str]) -> None:
         assert train_lic.main(options) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_every", ["100", "4"])
 def test_a_signal_before_the_last_evaluation(tmp_path, photos, monkeypatch, capsys, eval_every):
     """The resumed run has no step left, but an evaluation: its result is that of the last step, not of an earlier one."""
@@ -457,6 +465,7 @@ def test_the_best_is_kept_of_an_evaluation_that_a_resumed_run_makes(tmp_path, ph
     assert torch.load(folder / "checkpoint_best_loss.pth.tar", weights_only=True)["step"] == 4
 
 
+@pytest.mark.slow
 def test_the_learning_rate_falls_at_the_same_step_after_a_stop(tmp_path, photos, monkeypatch):
     """The evaluation that ends a plateau comes just before the checkpoint that the run resumes from."""
     options = ["--optimizer", "sgd", "--learning-rate", "1e-12", "--warmup-steps", "0", "--steps", "9", "--eval-every", "2"]
@@ -482,6 +491,7 @@ def test_the_learning_rate_falls_at_the_same_step_after_a_stop(tmp_path, photos,
     assert used[:9] == used[9:] == [1e-12] * 6 + [5e-13] * 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_written_anew_elsewhere(tmp_path, photos):
     """Under whatever name its checkpoint is."""
     folder = tmp_path / "run"

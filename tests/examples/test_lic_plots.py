@@ -21,6 +21,7 @@ def rows(measured: bool) -> list[dict]:
     return history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("auxiliary", "measured", "panels"), [(True, True, 11), (False, False, 7)])
 def test_a_panel_for_everything_that_there_is(tmp_path, monkeypatch, auxiliary, measured, panels):
     drawn = []

@@ -306,6 +306,7 @@ def test_the_model_is_not_changed_and_its_copy_is_quantised(examples):
     assert torch.equal(quantized.state_dict()[table], before[table])
 
 
+@pytest.mark.slow
 def test_sixteen_bits_are_next_to_float_and_fewer_are_worse(examples):
     model, x = random_model(), photo(examples, 0)
     reference = model(x[None] / 255)["x_hat"]
@@ -323,6 +324,7 @@ def test_sixteen_bits_are_next_to_float_and_fewer_are_worse(examples):
     assert torch.equal(unchanged(x[None] / 255)["x_hat"], reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "adaround"])
 def test_the_same_arguments_give_the_same_model(rounding, examples):
     model, images = random_model(), [photo(examples, 0), photo(examples, 1)]
@@ -330,6 +332,7 @@ def test_the_same_arguments_give_the_same_model(rounding, examples):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_adaround_reconstructs_better_than_nearest(examples):
     """In the model, too, with the layers before quantised: a layer's output on photographs that it was not calibrated on."""
     torch.manual_seed(0)
@@ -399,6 +402,7 @@ def test_weights_that_are_not_finite():
         quantize_module(model, [torch.rand(1, 3, 8, 8)], 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_bits", [8, 4])
 @pytest.mark.parametrize("name", ["bmshj2018-hyperprior", "mbt2018"])
 @torch.no_grad()

@@ -202,6 +202,7 @@ def known(tmp_path) -> tuple[Study, Path]:
     return study, data
 
 
+@pytest.mark.slow
 def test_the_report_answers_what_is_known(known, tmp_path, capsys):
     study, data = known
     lic_report.write_report(study, data, tmp_path / "report")

@@ -134,7 +134,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, photos, examples, ca
     assert "Results are in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_resume_with_more_steps(tmp_path, photos, schedule):
     """A finished run goes on when given more --steps; with a constant learning rate it is as if it had always had them."""
     options = [*TINY, "--dataset", str(photos), "--schedule", schedule, "--warmup-steps", "3"]

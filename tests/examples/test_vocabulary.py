@@ -164,6 +164,7 @@ def rates(monkeypatch) -> list[float]:
     return used
 
 
+@pytest.mark.slow
 def test_plateau_halves_after_patience_and_resumes_to_the_bit(tmp_path, photos, losses, rates):
     """Evaluations every step, falling until the third: the fourth to the sixth (patience 2 and one more) halve."""
     said = [5.0, 4.0, 3.0] + [3.0] * 6
@@ -288,6 +289,7 @@ def test_the_comparison_keeps_its_defaults(tmp_path, photos, runs):
 # ---- initial weights ----
 
 
+@pytest.mark.slow
 def test_initial_weights(tmp_path, photos, runs, capsys):
     """Training starts where the other run ended, whatever its optimizer, and goes on when the file is gone."""
     for optimizer in ("soap", "adam"):
@@ -364,6 +366,7 @@ def test_the_average_resumes_to_the_bit(tmp_path, photos, amp):
 # ---- quantiles ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--ema", "0.5"]])
 def test_bisection(tmp_path, photos, runs, more):
     """The quantiles are where the cumulative distribution is half the tail mass, a half, and all but half the tail mass; and
@@ -476,6 +479,7 @@ def test_other_optimizers_resume_to_the_bit(tmp_path, photos, optimizer):
 # ---- results ----
 
 
+@pytest.mark.slow
 def test_bitstreams(tmp_path, photos, capsys):
     train(tmp_path / "none", photos, "--steps", "1")
     names = {file.name for file in (tmp_path / "none").iterdir()}
