@@ -37,6 +37,7 @@ from soap_opt.diagnostics import OutlierMeter, basis_health
 from soap_opt.integrations.compressai import latents
 
 HERE = Path(__file__).resolve().parent
+RESUMABLE = {"save-every", "num-workers", "test-batch-size"}  # options that make no other run
 EXPERIMENTS = ("rates", "horizons", "curves", "ablations", "models", "comparisons")
 SETTINGS = {
     "title", "train", "optimizers", "baseline", "subject", "steps", "evaluations", "bars", "measure", "processes", *EXPERIMENTS
@@ -207,6 +208,8 @@ class Study:
                 return
             run = self.run(label, experiment, fraction=fraction, **settings)
             known = by_name.setdefault(run.name, run)
+            if known.options != run.options:
+                raise InputError(f"{self.path}: two different runs would be called {run.name}")
             if experiment not in known.experiments:
                 known.experiments.append(experiment)
 
@@ -260,15 +263,19 @@ class Study:
         return found
 
     def train(self, run: TrainingRun, threads: int, stop: threading.Event) -> str:
-        """Begin a run or go on with it, until it ends; "finished", "failed", "busy" or "stopped".
+        """Begin a run or go on with it, until it ends; "finished", "failed" (its numbers are no longer finite), "busy" or
+        "stopped".
 
         Raises:
-            InputError: train_lic.py refuses it, or dies.
+            InputError: train_lic.py refuses it, dies, or cannot write; or what is in the folder was begun with other options.
         """
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
+        self.check_options(run)
+        write_json(folder / "options.json", run.options)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with (folder / "log.txt").open("a") as log:
+            before = log.tell()
             command = run.command(folder)
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
@@ -280,15 +287,38 @@ class Study:
                     process.send_signal(signal.SIGTERM)
                     asked = True
                 time.sleep(0.2)
-        if process.returncode == 0 or process.returncode == 1 and "train_lic.py: stopped: " in (folder / "log.txt").read_text():
+        with (folder / "log.txt").open("rb") as log:
+            log.seek(before)  # what earlier attempts said is not about this one
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        last = next((line for line in reversed(lines) if line.startswith("train_lic.py: ")), lines[-1])
+        diverged = last.startswith("train_lic.py: stopped: ") and ": cannot save " not in last
+        if process.returncode == 0 or process.returncode == 1 and diverged:
             write_json(folder / "finished.json", self.outcome(run, process.returncode))
             return "finished" if process.returncode == 0 else "failed"
         if not asked:
-            last = (folder / "log.txt").read_text().strip().splitlines()[-1]
             if "another run is writing there" in last:  # of a study that was killed: its run has not been
                 return "busy"
             raise InputError(f"{run.name} ended with status {process.returncode}: {last} (all of it: {folder / 'log.txt'})")
         return "stopped"
+
+    def check_options(self, run: TrainingRun) -> None:
+        """A run's name does not say all of its options: what is in its folder has to be of this run, not of one that the study
+        asked for before its file, or --set, was changed.
+
+        Raises:
+            InputError: it was begun with other options.
+        """
+        try:
+            begun = json.loads((self.folder_of(run) / "options.json").read_text())
+        except (OSError, ValueError):
+            return  # not begun yet
+        pairs = {name: (begun.get(name) or None, run.options.get(name) or None) for name in begun | run.options}
+        if differing := {k: pair for k, pair in pairs.items() if k not in RESUMABLE and str(pair[0]) != str(pair[1])}:
+            changes = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in differing.items())
+            raise InputError(
+                f"{self.folder_of(run)} was begun with other options ({changes}): give the changed study another --save, or "
+                "remove that folder"
+            )
 
     def outcome(self, run: TrainingRun, status: int) -> dict:
         rows = [row for row in read_table(self.folder_of(run) / "metrics.csv") if row["split"] == "eval"]
@@ -307,6 +337,8 @@ class Study:
         def left() -> list[TrainingRun]:
             results = self.results()
             runs = [run for run in self.runs(results)[0] if only is None or only in run.experiments]
+            for run in runs:
+                self.check_options(run)
             runs = [run for run in runs if run.name not in results or (self.missing(run) and not results[run.name]["failed"])]
             return sorted(runs, key=lambda run: (run.name not in results, self.urgency(run)))
 
@@ -352,7 +384,10 @@ class Study:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return not left() and not (only is None and self.runs(self.results())[1])
+        waiting = self.runs(self.results())[1]
+        if only and waiting and not stop.is_set():
+            say(f"{waiting} runs wait for learning rates that are not known yet: make those first, with --only rates")
+        return not left() and not waiting
 
     def urgency(self, run: TrainingRun) -> float:
         """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts."""

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             complete = study.execute(options.jobs, options.threads, options.only, lambda line: print(line, flush=True))
         if study.results():
             study.collect(data)
-        if complete or study.results():
+        if study.results() or options.report:
             write_report(study, data, study.folder / "report" if not options.data else data)
     except InputError as error:
         parser.error(str(error))
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    if not complete and not options.only:
+    if not complete:
         print("stopped before all runs were done; the same command goes on")
         return 130
     return 0

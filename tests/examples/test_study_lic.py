@@ -334,3 +334,52 @@ def test_a_run_that_outlived_its_study_is_waited_for(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="no such thing"):
         study.train(run, 1, threading.Event())
+
+
+def test_a_study_that_was_changed_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
+    """A run's name does not hold its batch size."""
+    study = make_study(tmp_path)
+    run = study.rates()[0]
+    monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", "raise SystemExit('no such thing')"])
+    with pytest.raises(InputError, match="no such thing"):
+        study.train(run, 1, threading.Event())
+    write_json(study.folder_of(run) / "finished.json", {"failed": False, "loss": 1.0, "bpp": 0.5, "psnr": 27.0})
+    make_study(tmp_path).check_options(run)  # the same
+    changed = make_study(tmp_path, PLAN.replace("batch-size: 2", "batch-size: 4, save-every: 5"))
+    assert changed.rates()[0].name == run.name
+    with pytest.raises(InputError, match=r"begun with other options \(batch-size 2, now 4\): give the changed study another"):
+        changed.execute(1, 1, None, print)
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    models = "models: [{model: a.py:Net, optimizers: [SOAP]}, {model: b.py:Net, optimizers: [SOAP]}]\n"
+    study = make_study(tmp_path, PLAN + models)
+    with pytest.raises(InputError, match="two different runs would be called Net-soap-lr"):
+        study.runs({run.name: {"failed": False, "loss": run.rate} for run in study.rates()})
+
+
+def test_a_full_disk_is_not_a_run_that_diverged(tmp_path, monkeypatch):
+    study = make_study(tmp_path)
+    run = study.rates()[0]
+
+    def ends_with(message: str) -> None:
+        script = f"import sys; print({message!r}, file=sys.stderr); print('  and how to go on', file=sys.stderr); sys.exit(1)"
+        monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", script])
+
+    ends_with("train_lic.py: stopped: cannot save step 4: No space left on device")
+    with pytest.raises(InputError, match="No space left on device"):
+        study.train(run, 1, threading.Event())
+    assert run.name not in study.results()
+    ends_with("train_lic.py: stopped: Adam's loss is nan at step 4")
+    assert study.train(run, 1, threading.Event()) == "failed" and study.results()[run.name]["failed"]
+    ends_with("train_lic.py: cannot write the results: Read-only file system")  # the log still has what was before
+    with pytest.raises(InputError, match="Read-only"):
+        study.train(run, 1, threading.Event())
+
+
+def test_a_part_that_waits_says_for_what(tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(PLAN)
+    assert study_lic.main([str(path), "--save", str(tmp_path / "study"), "--only", "curves"]) == 130
+    out = capsys.readouterr().out
+    assert "wait for learning rates that are not known yet: make those first, with --only rates" in out
