@@ -4,6 +4,7 @@ only, so that it can be made again from what was kept of runs that are long gone
 import base64
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,12 +65,15 @@ class Data:
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean, and the range over seeds."""
-    values = [value for value in values if not math.isnan(value)]
-    if not values:
-        return "-"
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Mean, and the range over seeds; NaN is a run that failed."""
+    values = list(values)
+    finite = [value for value in values if not math.isnan(value)]
+    failed = f"{len(values) - len(finite)} of {len(values)} failed"
+    if not finite:
+        return failed if values else "-"
+    mean = f"{np.mean(finite):.{digits}f}"
+    text = mean if len(finite) == 1 else f"{mean} ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
+    return text if len(finite) == len(values) else f"{text}, {failed}"
 
 
 class Report:
@@ -100,8 +104,25 @@ class Report:
     def picture(self, name: str, caption: str) -> None:
         self.parts.append({"kind": "picture", "name": name, "caption": caption})
 
-    def claim(self, claim: str, bar: str, measured: str, holds: bool | None) -> None:
+    def claim(self, claim: str, bar: str, measured: str, holds: bool | None, experiment: str = "", table: str = "") -> None:
+        """experiment, table: what it rests on. While runs, or what is measured on them, are missing the claim is open, whatever
+        those that are there say."""
+        if experiment and (missing := self.missing(experiment, table)):
+            measured, holds = f"{measured} (so far; runs missing: {missing})", None
         self.claims.append({"claim": claim, "bar": bar, "measured": measured, "holds": holds})
+
+    def missing(self, experiment: str, table: str = "") -> int:
+        """How many runs of the baseline and of the subject the study asks for that the data do not have, in a table of theirs
+        neither. A run that failed is not missing: it cannot be measured."""
+        parts = self.study.plan.get(experiment) or []
+        wanted, key = set(), "fraction" if experiment == "horizons" else "lambda"
+        for part in parts if isinstance(parts, list) else [parts]:
+            labels = {self.study.baseline, self.study.subject} & set(part["optimizers"])
+            values = part["fractions"] if experiment == "horizons" else part["lambdas"]
+            wanted |= {(a, f"{v:g}", str(seed)) for a in labels for v in values for seed in part.get("seeds", [0])}
+        measured = self.data.rows(table) if table else self.data.runs
+        runs = [run for run in self.data.of(experiment) if run["run"] in measured or run["failed"] == "True"]
+        return len(wanted - {(run["optimizer"], f"{run[key]:g}", run["seed"]) for run in runs})
 
     def axes(self, columns: int, width: float = 5.2, height: float = 4.0):
         figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
@@ -128,6 +149,7 @@ class Report:
         rows = []
         for axis, fraction in zip(axes, fractions):
             ceiling = 0.0
+            at = [run["learning_rate"] for run in runs if run["fraction"] == fraction]
             for label in self.study.optimizers:
                 losses = defaultdict(list)
                 for run in runs:
@@ -160,13 +182,14 @@ class Report:
                 rates = sorted(means)
                 edge = " (at the edge of the grid)" if chosen in (rates[0], rates[-1]) and len(rates) > 1 else ""
                 rows.append([label, f"{fraction:g}", f"{len(rates)}", f"{chosen:g}{edge}", spread(losses[chosen])])
-            lowest = min(line.get_ydata().min() for line in axis.lines)
+            lowest = min((min(line.get_ydata()) for line in axis.lines if len(line.get_ydata())), default=1.0)
             axis.set(
                 xscale="log",
                 yscale="log",
                 xlabel="learning rate",
                 ylabel="final evaluation loss",
                 title=f"{round(fraction * self.study.steps):,} steps",
+                xlim=(0.7 * min(at), 1.4 * max(at)),
                 ylim=(0.93 * lowest, max(ceiling, 1.1 * lowest)),
             )
             axis.yaxis.set_major_formatter("{x:g}")
@@ -177,7 +200,8 @@ class Report:
         return best
 
     def speed(self) -> dict[str, float]:
-        """Seconds of a training step by optimizer, medians; of the processor with the most measurements. Says all of them."""
+        """An optimizer's training step in the baseline's, medians of ratios; where several machines were measured the longest
+        of them, so that no claim rests on the best. The table has all of them."""
         rows = read_table(self.data.folder / "speed.csv")
         machines = sorted({(row["processor"], row["threads"]) for row in rows})
         if not rows:
@@ -198,11 +222,12 @@ class Report:
                 ratio = f"{np.median(values / base):.2f}" if len(base) == len(values) else "-"
                 lines.append([machine[0], machine[1], label, f"{1000 * np.median(values):.1f}", ratio])
                 if len(base) == len(values):
-                    found[label] = float(np.median(values / base))
+                    found[label] = max(found.get(label, 0.0), float(np.median(values / base)))
         self.table(["processor", "threads", "optimizer", "ms a step", f"of {self.study.baseline}'s"], lines)
         self.text(
             "Batch, forward and backward pass and both optimizers, measured in turn, apart from the training runs; medians, "
-            "and medians of the ratios of single rounds. Time to a loss is steps times this."
+            "and medians of the ratios of single rounds. Time to a loss is steps times this; of several machines, the one "
+            "where the ratio is largest."
         )
         return found
 
@@ -216,14 +241,14 @@ class Report:
         losses: dict[str, dict[float, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
         for run in runs:
             losses[run["optimizer"]][run["fraction"]][run["seed"]] = run["loss"]
-        goals = losses[base].get(1.0, {})
+        goals = {seed: loss for seed, loss in losses[base].get(1.0, {}).items() if not math.isnan(loss)}
         figure, axes = self.axes((3 if speed else 2) if self.data.rows("evaluations") else 1)
         axis = axes[0]
         for label, by_fraction in losses.items():
             fractions = sorted(by_fraction)
-            means = [np.mean(list(by_fraction[f].values())) for f in fractions]
-            lows = [min(by_fraction[f].values()) for f in fractions]
-            highs = [max(by_fraction[f].values()) for f in fractions]
+            finite = {f: [loss for loss in by_fraction[f].values() if not math.isnan(loss)] for f in fractions}
+            fractions = [f for f in fractions if finite[f]]
+            means, lows, highs = ([of(finite[f]) for f in fractions] for of in (np.mean, min, max))
             axis.fill_between(fractions, lows, highs, color=self.colours[label], alpha=0.15, linewidth=0)
             axis.plot(fractions, means, "o-", color=self.colours[label], label=label)
         if goals:
@@ -238,7 +263,7 @@ class Report:
         )
         ticks = sorted({f for by_fraction in losses.values() for f in by_fraction})
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend()
@@ -247,8 +272,10 @@ class Report:
         self.save(
             figure,
             "steps.png",
-            "Left: final loss by length of training (band: range over seeds). Right: the evaluation "
-            "loss of the longest runs against the step, and against time as steps times the measured time of a step.",
+            "Left: final loss by length of training (band: range over seeds)."
+            + " Right: the evaluation loss of the longest runs against the step" * (len(axes) > 1)
+            + ", and against time as steps times the measured time of a step" * (len(axes) > 2)
+            + "." * (len(axes) > 1),
         )
         rows = []
         for label, by_fraction in losses.items():
@@ -271,6 +298,7 @@ class Report:
                     f"at most {100 * bar:g} %",
                     f"{100 * max(values):g} % ({', '.join(f'{100 * v:g}' for v in values)} % by seed)" if complete else steps,
                     complete and max(values) <= bar,
+                    "horizons",
                 )
                 bar = self.study.bars.get("time", 0.25)
                 if ratio:
@@ -280,6 +308,7 @@ class Report:
                         f"at most {100 * bar:g} %",
                         f"{max(spent):.0f} %" if complete else "not reached",
                         complete and max(spent) <= 100 * bar,
+                        "horizons",
                     )
         header = [
             "optimizer",
@@ -340,7 +369,9 @@ class Report:
                     f"BD-rate against {base} at equal steps",
                     f"{bar:g} % or better, the interval excluding 0",
                     self.describe(delta),
-                    delta.value <= bar and delta.high < 0,
+                    None if math.isnan(delta.value) else delta.value <= bar and delta.high < 0,
+                    "curves",
+                    "rd",
                 )
             for note in delta.notes:
                 self.text(f"{label}: {note}.")
@@ -440,13 +471,18 @@ class Report:
             for key, what in list(ALIGNMENTS.items())[1:]:
                 length = min(len(means[base][key]), len(means[subject][key]))
                 a, b = means[base][key][:length], means[subject][key][:length]
-                share = float(np.mean(b > a))
-                self.claim(
-                    f"alignment of {what}",
-                    f"above {base}'s for most of training",
-                    f"in {100 * share:.0f} % of measurements; mean {np.nanmean(b):+.3f} against {np.nanmean(a):+.3f}",
-                    share > 0.5,
-                )
+                both = np.isfinite(a) & np.isfinite(b)
+                if not both.any():
+                    continue
+                share = float(np.mean(b[both] > a[both]))
+                measured_ = f"in {100 * share:.0f} % of measurements; mean {b[both].mean():+.3f} against {a[both].mean():+.3f}"
+                holds: bool | None = share > 0.5
+                betas = [momentum(self.study.optimizers[label] | self.study.plan["train"]) for label in (subject, base)]
+                if key == "between_steps" and betas[0] != betas[1]:
+                    # Momentum alone brings consecutive updates together (ConflictMeter): of itself this is no finding.
+                    measured_ += f"; but momentum is {betas[0]:g} against {betas[1]:g}"
+                    holds = None if holds else False
+                self.claim(f"alignment of {what}", f"above {base}'s for most of training", measured_, holds, "horizons")
 
     def best_of(self, runs: list[dict]) -> dict[str, tuple[float, float]]:
         losses = defaultdict(lambda: defaultdict(list))
@@ -460,14 +496,24 @@ class Report:
     def outliers(self) -> None:
         measured = self.data.rows("outliers")
         base, subject = self.study.baseline, self.study.subject
-        by: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-        for name, rows in measured.items():
-            for row in rows:
-                for key in ("kurtosis_channels", "kurtosis", "max_over_median", "beyond_6_sigma"):
-                    by[self.data.runs[name]["optimizer"]][row["layer"]][key].append(number(row[key]))
-        if base not in by or subject not in by:
+        # Outliers grow with lambda and length: only runs that are alike but for the optimizer stand beside each other.
+        settings: dict[str, dict[tuple, str]] = defaultdict(dict)
+        for name in measured:
+            run = self.data.runs[name]
+            setting = tuple(run[key] for key in ("model", "variant", "steps", "lambda", "seed"))
+            settings[run["optimizer"]][setting] = name
+        common = settings[base].keys() & settings[subject].keys()
+        if not common:
             return
+        by: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        for label in (label for label in self.study.optimizers if common <= settings[label].keys()):
+            for row in (row for setting in common for row in measured[settings[label][setting]]):
+                for key in ("kurtosis_channels", "kurtosis", "max_over_median", "beyond_6_sigma"):
+                    by[label][row["layer"]][key].append(number(row[key]))
         self.section("Outliers")
+        self.text(f"Means over {len(common)} runs of each optimizer, alike in model, length, lambda and seed.")
+        if left_out := [label for label in self.study.optimizers if settings[label] and label not in by]:
+            self.text(f"Not measured on all of these runs, and left out: {', '.join(left_out)}.")
         layers = [layer for layer in by[base] if layer in by[subject]]
         mean = {
             label: {
@@ -524,6 +570,8 @@ class Report:
             f"{lower['max_over_median']} (max / median) of {len(layers)} layers and latents; latents "
             + ("lower in all three" if fine else "not lower in all three"),
             fine and most,
+            "curves" if self.data.of("curves") else "",
+            "outliers",
         )
 
     def quantization(self) -> None:
@@ -571,10 +619,14 @@ class Report:
                 figure, "quantization.png", "What quantisation costs each optimizer's models, against the same models in float."
             )
         pairs = [(s, losses[s].get(subject, math.nan), losses[s].get(base, math.nan)) for s in settings]
-        known = [(s, a, b) for s, a, b in pairs if not (math.isnan(a) or math.isnan(b))]
-        if known:
-            text = "; ".join(f"{s}: {a:+.1f} % against {b:+.1f} %" for s, a, b in known)
-            self.claim("BD-rate loss by quantisation", f"smaller than {base}'s", text, all(a < b for _, a, b in known))
+        if all(any(label in losses[s] for s in settings) for label in (base, subject)):
+            # No value of one of them alone: its quantised models no longer make a curve, which is not a small loss.
+            text = "; ".join(
+                f"{s}: " + " against ".join("none" if math.isnan(v) else f"{v:+.1f} %" for v in (a, b)) for s, a, b in pairs
+            )
+            verdicts = [None if math.isnan(a) and math.isnan(b) else math.isnan(b) or a < b for _, a, b in pairs]
+            holds = False if False in verdicts else None if None in verdicts else True
+            self.claim("BD-rate loss by quantisation", f"smaller than {base}'s", text, holds, "curves", "quantization")
 
     def ablations(self) -> None:
         runs = self.data.of("ablations")
@@ -633,7 +685,9 @@ class Report:
         speed = self.speed()
         self.horizons(speed)
         self.curves()
-        self.conflicts()
+        with warnings.catch_warnings():  # what has no direction in any seed (SOAP's first step) stays NaN, and is not drawn
+            warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN", RuntimeWarning)
+            self.conflicts()
         self.outliers()
         self.quantization()
         self.others("comparisons", "Other optimizers")
@@ -703,6 +757,13 @@ th { border-bottom: 2px solid #888 } img { max-width: 100% } figcaption { color:
 {% endif %}{% endfor %}
 </body></html>
 """  # noqa: E501
+
+
+def momentum(options: dict) -> float:
+    """Of the optimizer that these options of train_lic.py make: its first beta, or SGD's momentum."""
+    if betas := options.get("betas"):
+        return float(betas[0])
+    return 0.95 if options.get("optimizer", "soap") in ("soap", "muon") else 0.9
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import lic_report
@@ -17,6 +18,7 @@ import pytest
 import study_lic
 from lic_data import InputError
 from lic_study import Study, write_json, write_table
+from matplotlib.figure import Figure
 
 PLAN = """
 title: A small one
@@ -236,6 +238,103 @@ def test_a_report_of_the_first_runs_alone(known, tmp_path):
     write_table(tmp_path / "first" / "runs.csv", runs) if (tmp_path / "first").mkdir() is None else None
     lic_report.write_report(study, tmp_path / "first", tmp_path / "report")
     assert lic_report.summary(tmp_path / "report")["claims"] == []
+
+
+def changed(known, tmp_path, **change) -> tuple[dict[str, dict], str]:
+    """The claims and the text of a report from the known data with some tables changed: name -> function of its rows."""
+    study, data = known
+    for name, function in change.items():
+        rows = table(data / f"{name}.csv")
+        write_table(data / f"{name}.csv", function(rows))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())  # which takes most of the time
+        warnings.simplefilter("error", RuntimeWarning)
+        lic_report.write_report(study, data, tmp_path / "report")
+    claims = lic_report.summary(tmp_path / "report")["claims"]
+    return {claim["claim"]: claim for claim in claims}, (tmp_path / "report" / "report.md").read_text()
+
+
+STEPS, BETWEEN, LOSS = (
+    "steps to Adam's final evaluation loss",
+    "alignment of updates of two steps",
+    "BD-rate loss by quantisation",
+)
+
+
+def test_models_that_quantisation_ruins_are_no_small_loss(known, tmp_path):
+    """Their points are no curve any more: no BD-rate, which must not leave the setting out of the claim."""
+
+    def ruin(rows):
+        six = [row | {"setting": "6/6 nearest mse"} for row in rows if row["setting"] != "float"]
+        return rows + [row | {"psnr-rgb": 20 - float(row["bpp"])} if "-soap-" in row["run"] else row for row in six]
+
+    claims, _ = changed(known, tmp_path, quantization=ruin)
+    assert "6/6 nearest mse: none against +20.0 %" in claims[LOSS]["measured"] and claims[LOSS]["holds"] is False
+
+
+def test_claims_are_open_while_runs_are_missing(known, tmp_path):
+    def without(rows):
+        return [row for row in rows if (row["optimizer"], row["fraction"], row["seed"]) != ("Adam", "1", "1")]
+
+    claims, _ = changed(known, tmp_path, runs=without, quantization=lambda rows: [r for r in rows if "l0.02-" not in r["run"]])
+    assert claims[STEPS]["measured"] == "10 % (10 % by seed) (so far; runs missing: 1)" and claims[STEPS]["holds"] is None
+
+
+def test_momentum_is_not_taken_for_alignment(known, tmp_path):
+    def higher(rows):
+        return [row | {"between_steps": 0.97} if "-soap-" in row["run"] else row for row in rows]
+
+    claims, _ = changed(known, tmp_path, conflicts=higher)
+    assert claims[BETWEEN]["measured"].endswith("but momentum is 0.95 against 0.9") and claims[BETWEEN]["holds"] is None
+    known[0].optimizers["Adam"]["betas"] = [0.95, 0.999]
+    claims, _ = changed(known, tmp_path)
+    assert claims[BETWEEN]["holds"] is True
+
+
+def test_measurements_without_a_value_are_not_counted(known, tmp_path):
+    def early(rows):
+        return [row | {"preconditioned_shared": "nan"} if int(row["step"]) <= 60 else row for row in rows]
+
+    claims, _ = changed(known, tmp_path, conflicts=early)
+    assert claims["alignment of updates within a step"]["measured"].startswith("in 100 % of measurements")
+
+
+def test_runs_that_failed_are_told_of(known, tmp_path):
+    def fail(rows):
+        short = [row for row in rows if row["fraction"] == "0.1"]
+        return [row | {"failed": "True", "loss": "", "bpp": "", "psnr": ""} if row in short else row for row in rows]
+
+    claims, text = changed(known, tmp_path, runs=fail)
+    assert claims[STEPS]["measured"].startswith("100 %")
+    assert "2 of 2 failed" in text
+
+
+def test_a_seed_whose_baseline_failed_has_no_goal(known, tmp_path):
+    def fail(rows):
+        return [r | {"failed": "True", "loss": ""} if "-adam-lr0.001-100-l0.013-s1" in r["run"] else r for r in rows]
+
+    claims, _ = changed(known, tmp_path, runs=fail)
+    assert claims[STEPS]["measured"] == "10 % (10 % by seed)"
+
+
+def test_time_is_that_of_the_machine_on_which_it_is_longest(known, tmp_path):
+    def another(rows):
+        return [*rows, *(row | {"processor": "Z", "seconds_per_step": "1"} for row in rows)]
+
+    claims, _ = changed(known, tmp_path, speed=another)
+    assert claims["time to the same, optimizer included"]["measured"] == "150 %"  # 100 % on Z
+
+
+def test_outliers_are_compared_between_like_runs(known, tmp_path):
+    """A run of one optimizer alone, with a lambda of its own, changes nothing."""
+    study, data = known
+    alone = next(row for row in table(data / "runs.csv") if "-soap-" in row["run"] and row["fraction"] == "0.1")
+
+    def more(rows):
+        return rows + [rows[0] | {"run": alone["run"], "layer": layer, "kurtosis": 1e6} for layer in ("g_a.0", "y", "z")]
+
+    claims, text = changed(known, tmp_path, outliers=more)
+    assert claims["outliers"]["holds"] and "Means over 2 runs of each optimizer" in text
 
 
 # ---- running ----
