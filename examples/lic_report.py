@@ -782,9 +782,12 @@ def write_report(study: Study, data: Path, folder: Path) -> None:
     """All pictures, report.md, report.html (one file) and summary.json, from the tables in `data`.
 
     Raises:
-        InputError: no run has finished yet.
+        InputError: no run has finished yet, or the data are of optimizers that the study does not have.
     """
-    Report(study, Data(data), folder).write()
+    tables = Data(data)
+    if unknown := {run["optimizer"] for run in tables.runs.values()} - study.optimizers.keys():
+        raise InputError(f"{data} has runs of {', '.join(sorted(unknown))}, which {study.path} does not: another study's data?")
+    Report(study, tables, folder).write()
     print(f"The report is in {folder}/")
 
 

@@ -495,6 +495,7 @@ class Study:
         The first two periods of each are not counted: SOAP's first step makes its bases.
         """
         torch.set_num_threads(threads)
+        data.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
         results = self.results()
         trained, crops = {}, None
         labels = list(self.optimizers)

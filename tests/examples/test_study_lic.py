@@ -337,6 +337,13 @@ def test_outliers_are_compared_between_like_runs(known, tmp_path):
     assert claims["outliers"]["holds"] and "Means over 2 runs of each optimizer" in text
 
 
+def test_data_of_another_study(known, tmp_path):
+    study, data = known
+    del study.optimizers["SOAP"]
+    with pytest.raises(InputError, match="has runs of SOAP, which .*small.yaml does not: another study's data"):
+        lic_report.write_report(study, data, tmp_path / "report")
+
+
 # ---- running ----
 
 TINY = """
@@ -482,3 +489,13 @@ def test_a_part_that_waits_says_for_what(tmp_path, capsys):
     assert study_lic.main([str(path), "--save", str(tmp_path / "study"), "--only", "curves"]) == 130
     out = capsys.readouterr().out
     assert "wait for learning rates that are not known yet: make those first, with --only rates" in out
+
+
+@pytest.mark.slow
+def test_time_before_any_run(tmp_path):
+    """What was measured is kept, and there is nothing to report of yet."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    assert study_lic.main([str(path), "--save", str(tmp_path / "study"), "--time"]) == 0
+    rows = table(tmp_path / "study" / "data" / "speed.csv")
+    assert {row["optimizer"] for row in rows} == {"Adam", "SOAP"} and len(rows) == 24
