@@ -418,11 +418,15 @@ class Report:
         runs = [run for run in self.data.of("horizons", fraction=1.0) if run["run"] in measured]
         if not runs:
             runs = [run for run in self.data.of("rates") if run["run"] in measured]
+            of = {label: {run["fraction"] for run in runs if run["optimizer"] == label} for label in self.study.optimizers}
+            both = of[self.study.baseline] & of[self.study.subject]  # at one step the lengths decay differently
+            runs = [run for run in runs if run["fraction"] == max(both, default=None)]
             best = self.best_of(runs)
             runs = [run for run in runs if best.get(run["optimizer"]) == (run["fraction"], run["learning_rate"])]
         if not runs:
             return
         self.section("Conflicts")
+        self.text(f"Measured on runs of {runs[0]['steps']:,.0f} steps.")
         base, subject = self.study.baseline, self.study.subject
         figure, axes = self.axes(len(ALIGNMENTS))
         means: dict[str, dict[str, np.ndarray]] = defaultdict(dict)

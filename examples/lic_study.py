@@ -369,7 +369,9 @@ class Study:
                 loss = results.get(run.name, {}).get("loss")
                 say(f"{done} of {len(runs)} runs{later}: {run.name} {ended}" + (f", loss {loss:.4f}" if loss else ""))
 
-        previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A closed terminal too: it does not end the run in training, which is in a session of its own. (Not under nohup.)
+        caught = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
         try:
             while not stop.is_set() and (before := left()):
                 taken.clear()

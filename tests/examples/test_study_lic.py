@@ -337,6 +337,22 @@ def test_outliers_are_compared_between_like_runs(known, tmp_path):
     assert claims["outliers"]["holds"] and "Means over 2 runs of each optimizer" in text
 
 
+def test_conflicts_of_grids_are_compared_at_one_length(known, tmp_path):
+    """Adam's grid at full length is there before SOAP's: its steps are not SOAP's at the same place of the schedule."""
+
+    def grids(rows):
+        chosen = [row for row in table(known[1] / "runs.csv") if "rates" in row["experiments"]]
+        return [
+            rows[0] | {"run": run["run"], "step": step, "preconditioned_shared": 0.9 if run["fraction"] == "1" else 0.1}
+            for run in chosen for step in (10, 20)
+        ]  # fmt: skip
+
+    _, text = changed(known, tmp_path, conflicts=grids, runs=lambda rows: [r for r in rows if "rates" in r["experiments"]
+                                                                           and "horizons" not in r["experiments"]
+                                                                           or r["fraction"] == "0.1"])  # fmt: skip
+    assert "Measured on runs of 10 steps." in text and "+0.900 |" not in text.partition("## Conflicts")[2].partition("\n## ")[0]
+
+
 def test_data_of_another_study(known, tmp_path):
     study, data = known
     del study.optimizers["SOAP"]
@@ -364,8 +380,9 @@ measure:
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(tmp_path, examples):
-    """SIGTERM in the midst of a run, then two processes at once, which share the rest."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_killed_and_gone_on_with(tmp_path, examples, how):
+    """A signal in the midst of a run, then two processes at once, which share the rest."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     folder = tmp_path / "study"
@@ -384,7 +401,7 @@ def test_killed_and_gone_on_with(tmp_path, examples):
 
     process = begin()
     wait_for("runs/*/metrics.csv", process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(how)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped before all runs were done; the same command goes on" in stdout, stderr
 
