@@ -18,7 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -68,6 +68,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 PHOTOS = Path(__file__).resolve().parent / "photos" / "eval"
+# Options of train_lic.py in which the checkpoints of one curve should not differ, beside their steps.
+TRAINING = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "optimizer_args", "gradients", "refresh",
+            "precondition_frequency", "clip_max_norm", "batch_size", "patch_size", "ema")  # fmt: skip
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Checkpoint:
     seed: str
     step: int
     stored: Path
+    training: dict[str, object] = field(default_factory=dict)  # those of TRAINING that it names
 
     def setting(self) -> str:
         """The operating point that it belongs to; a checkpoint that names no lambda is one of its own."""
@@ -122,6 +126,7 @@ def inspect_checkpoint(path: Path, options: argparse.Namespace, images: ImageSet
             "lmbda": trained.options.get("lmbda"),
             "seed": str(trained.options.get("seed", "")),
             "step": trained.step,
+            "training": {name: trained.options[name] for name in TRAINING if name in trained.options},
         }
     return Checkpoint(path=path, stored=stored, **about)
 
@@ -181,6 +186,16 @@ def explicit_labels(texts: list[str]) -> dict[str, list[Path]]:
     return groups
 
 
+def unlike(checkpoints: list[Checkpoint]) -> str:
+    """In what else than lambda and seed the training of one curve's checkpoints differs; "" where it does not."""
+    named = [{"steps": c.step} | c.training for c in checkpoints]
+    values = {
+        name: list(dict.fromkeys(json.dumps(about[name], default=str) for about in named if name in about))
+        for name in dict.fromkeys(name for about in named for name in about)
+    }
+    return "; ".join(f"{name} {', '.join(of)}" for name, of in values.items() if len(of) > 1)
+
+
 def arrange(label: str, checkpoints: list[Checkpoint]) -> dict[str, dict[str, Checkpoint]]:
     """setting -> seed -> checkpoint."""
     points: dict[str, dict[str, Checkpoint]] = {}
@@ -215,6 +230,13 @@ def measure_curves(options: argparse.Namespace, images: ImageSet) -> tuple[list[
     if options.anchor and options.anchor not in [*groups, *codecs]:
         raise InputError(f"--anchor {options.anchor}: the curves are {', '.join([*groups, *codecs])}")
     plan = {label: arrange(label, checkpoints) for label, checkpoints in groups.items()}
+    for label, checkpoints in groups.items():
+        if differing := unlike(checkpoints):
+            print(
+                f"warning: the curve {label} mixes checkpoints of different training ({differing}); if that is not meant, tell "
+                "them apart by --curve LABEL=CHECKPOINT,..",
+                file=sys.stderr,
+            )
 
     runs = sum(len(checkpoints) for checkpoints in groups.values())
     total = len(images) * (runs + len(codecs) * len(CODEC_QUALITIES))

@@ -327,6 +327,19 @@ def checkpoints(photos, tmp_path_factory) -> list[Path]:
     return sorted(root.glob("*/checkpoint.pth.tar"))
 
 
+def test_a_curve_of_unlike_training_is_told_of():
+    """Seeds that are none: one was trained longer, and faster."""
+
+    def checkpoint(seed: str, step: int, **training) -> evaluate_lic.Checkpoint:
+        about = {"architecture": "a", "optimizer": "adam", "widths": {}, "metric": "mse", "lmbda": 0.01, "stored": Path("x")}
+        return evaluate_lic.Checkpoint(path=Path(seed), seed=seed, step=step, training=training, **about)
+
+    first = checkpoint("0", 6, learning_rate=1e-3, betas=(0.9, 0.95))
+    assert evaluate_lic.unlike([first, checkpoint("1", 6, learning_rate=1e-3, betas=[0.9, 0.95]), checkpoint("2", 6)]) == ""
+    other = checkpoint("1", 30, learning_rate=1e-2, betas=[0.9, 0.95])
+    assert evaluate_lic.unlike([first, other]) == "steps 6, 30; learning_rate 0.001, 0.01"
+
+
 def command(folder: Path, photos: Path, *arguments) -> list[str]:
     return [*map(str, arguments), "--images", str(photos / "test"), "--save", str(folder), "--resamples", "20"]
 
