@@ -540,6 +540,7 @@ class Report:
             axis.set_yticks(places + 0.4 - 0.4 / len(by), layers, size=8)
             axis.invert_yaxis()
             axis.set(xscale="log", title=f"kurtosis {what}")
+            axis.set_xlim(left=1)  # its least: bars that began elsewhere would lie about their ratio
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
             axis.legend()

@@ -353,6 +353,15 @@ def test_conflicts_of_grids_are_compared_at_one_length(known, tmp_path):
     assert "Measured on runs of 10 steps." in text and "+0.900 |" not in text.partition("## Conflicts")[2].partition("\n## ")[0]
 
 
+def test_bars_of_kurtosis_begin_at_its_least(known, tmp_path, monkeypatch):
+    study, data = known
+    report = lic_report.Report(study, lic_report.Data(data), tmp_path)
+    limits = []
+    monkeypatch.setattr(report, "save", lambda figure, *_: limits.extend(axis.get_xlim()[0] for axis in figure.axes))
+    report.outliers()
+    assert limits == [1, 1]
+
+
 def test_data_of_another_study(known, tmp_path):
     study, data = known
     del study.optimizers["SOAP"]
