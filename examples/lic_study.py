@@ -5,6 +5,8 @@ goes on where it was. What is measured afterwards on a trained model is a file b
 """
 
 import csv
+import functools
+import itertools
 import json
 import math
 import os
@@ -26,19 +28,29 @@ import torch
 import yaml
 from lic_arguments import CHECKPOINT, make_parser, parse_options
 from lic_checkpoint import load_trained, read_checkpoint
-from lic_data import InputError, RandomCrops, batches, find_dataset, read_image
-from lic_evaluation import forward_padded, image_set, rate_distortion, to_float
-from lic_optimizers import LEARNING_RATES
+from lic_data import InputError, RandomCrops, batches, centre_crop, find_dataset, read_image
+from lic_evaluation import ImageSet, forward_padded, image_set, rate_distortion, to_float
+from lic_optimizers import LEARNING_RATES, OPTIMIZERS
 from lic_quantization import quantize
 from lic_training import Run
-from torch import nn
+from torch import Tensor, nn
 
 from soap_opt.diagnostics import OutlierMeter, basis_health
 from soap_opt.integrations.compressai import latents
 
 HERE = Path(__file__).resolve().parent
 RESUMABLE = {"save-every", "num-workers", "test-batch-size"}  # options that make no other run
-EXPERIMENTS = ("rates", "horizons", "curves", "ablations", "models", "comparisons")
+MEASUREMENTS = ("rd", "outliers", "bases", "quantization")  # on trained models
+TABLES = ("runs", "evaluations", "conflicts", *MEASUREMENTS)
+PARTS = {  # of a study: what each has to have, and what it may have besides
+    "rates": ({"grid"}, {"fraction", "seeds"}),
+    "horizons": ({"fractions", "optimizers"}, {"seeds"}),
+    "curves": ({"lambdas", "optimizers"}, {"fraction", "seeds"}),
+    "ablations": ({"variants", "optimizers"}, {"fraction", "seeds"}),
+    "models": ({"model", "optimizers"}, {"fraction", "seeds"}),
+    "comparisons": ({"optimizers"}, {"fraction", "seeds"}),
+}
+EXPERIMENTS = tuple(PARTS)
 SETTINGS = {
     "title", "train", "optimizers", "baseline", "subject", "steps", "evaluations", "bars", "measure", "processes", *EXPERIMENTS
 }  # fmt: skip
@@ -89,6 +101,60 @@ class TrainingRun:
         return [*command, "--save", str(folder)]
 
 
+def check_plan(plan: object) -> None:
+    """Whether a study's file says something that can be done: an error after hours of training is a late one.
+
+    Raises:
+        InputError: what is not understood, and where.
+    """
+    has(plan, "the study", {"train", "optimizers", "baseline", "steps"}, SETTINGS)
+    options = {text[2:] for action in make_parser("")._actions for text in action.option_strings if text.startswith("--")}
+    if not isinstance(plan["steps"], int) or plan["steps"] < 1:
+        raise InputError(f"steps: {plan['steps']!r} is not a number of steps")
+    has(plan["train"], "train", set(), options)
+    has(plan["optimizers"], "optimizers", set(), None)
+    for label, arguments in plan["optimizers"].items():
+        has(arguments or {}, f"the optimizer {label!r}", set(), options)
+        if (name := (arguments or {}).get("optimizer", "soap")) not in OPTIMIZERS:
+            raise InputError(f"the optimizer {label!r}: {name} is none of {', '.join(OPTIMIZERS)}")
+    for what, label in (("baseline", plan["baseline"]), ("subject", plan.get("subject", "SOAP"))):
+        if label not in plan["optimizers"]:
+            raise InputError(f"the {what} {label!r} is none of {', '.join(plan['optimizers'])}")
+    for experiment, (needed, more) in PARTS.items():
+        parts = plan.get(experiment) or []
+        for part in parts if isinstance(parts, list) else [parts]:
+            has(part, experiment, needed, needed | more | (options if experiment == "models" else set()))
+            for label in [*part.get("grid", ()), *part.get("optimizers", ())]:
+                if label not in plan["optimizers"]:
+                    raise InputError(f"{experiment} names {label!r}, which is none of {', '.join(plan['optimizers'])}")
+            for variant in part.get("variants", ()):
+                has(variant, "a variant", set(), options | {"rate-factor"})
+            lists = {key: part[key] for key in ("seeds", "fractions", "lambdas") if key in part}
+            lists |= {f"grid: {label}": rates for label, rates in part.get("grid", {}).items()}
+            for name, values in (lists | {"fraction": [part.get("fraction", 1.0)]}).items():
+                try:
+                    fine = isinstance(values, list) and values and all(float(v) > 0 or name == "seeds" for v in values)
+                except (TypeError, ValueError):
+                    fine = False
+                if not fine:
+                    raise InputError(f"{experiment}: {name}: {values!r} is not a list of numbers above 0")
+
+
+def has(part: object, where: str, needed: set[str], allowed: set[str] | None) -> None:
+    """That a part of a study's file is a mapping with these keys (allowed None: with any).
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(part, dict):
+        raise InputError(f"{where} should be a mapping of names to values, not {part!r}")
+    if missing := needed - part.keys():
+        raise InputError(f"{where} has no {', '.join(map(repr, sorted(missing)))}")
+    if allowed is not None and (unknown := {str(key) for key in part} - allowed):
+        choices = f"one of {', '.join(sorted(allowed))}" if len(allowed) < 20 else "an option of train_lic.py"
+        raise InputError(f"{where}: {', '.join(sorted(unknown))} is not {choices}")
+
+
 class Study:
     """A study as its YAML file describes it, in a folder. changes: options of train_lic.py, other than the file's, of all runs.
 
@@ -101,15 +167,10 @@ class Study:
             plan = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
             raise InputError(f"cannot read the study {path}: {' '.join(str(error).split())}") from error
-        if not isinstance(plan, dict):
-            raise InputError(f"{path} is not a study: it holds a {type(plan).__name__}")
-        if unknown := plan.keys() - SETTINGS:
-            raise InputError(
-                f"{path}: {', '.join(sorted(unknown))} is not understood; a study has {', '.join(sorted(SETTINGS))}"
-            )
-        for name in ("train", "optimizers", "baseline", "steps"):
-            if name not in plan:
-                raise InputError(f"{path} has no {name!r}")
+        try:
+            check_plan(plan)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         plan["train"] |= changes or {}
         self.path, self.folder, self.plan = path, folder, plan
         self.processes: int = plan.get("processes", 1)
@@ -120,27 +181,6 @@ class Study:
         self.subject: str = plan.get("subject", "SOAP")
         self.steps: int = plan["steps"]
         self.bars: dict[str, float] = plan.get("bars", {})
-        for experiment in EXPERIMENTS:
-            for label in self._labels(plan.get(experiment)):
-                if label not in self.optimizers:
-                    raise InputError(f"{path}: {experiment} names {label!r}, which is none of {', '.join(self.optimizers)}")
-        for what, label in (("baseline", self.baseline), ("subject", self.subject)):
-            if label not in self.optimizers:
-                raise InputError(f"{path}: the {what} {label!r} is none of {', '.join(self.optimizers)}")
-        known = {option for action in make_parser("")._actions for option in action.option_strings}
-        for where in (plan["train"], *self.optimizers.values()):
-            for option in where:
-                if f"--{option}" not in known:
-                    raise InputError(f"{path}: train_lic.py has no option --{option}")
-
-    @staticmethod
-    def _labels(experiment: object) -> Iterable[str]:
-        if isinstance(experiment, dict):
-            yield from experiment.get("grid", {})
-            yield from experiment.get("optimizers", [])
-        elif isinstance(experiment, list):
-            for part in experiment:
-                yield from part.get("optimizers", [])
 
     # ---- which runs ----
 
@@ -356,9 +396,10 @@ class Study:
                 try:
                     with filelock.FileLock(folder / ".study-lock", timeout=0):
                         ended = "finished" if run.name in self.results() else self.train(run, threads, stop)
-                        if ended == "finished" and self.missing(run):
-                            say(f"{run.name}: measuring {', '.join(self.missing(run))}")
-                            self.measure(run)
+                        for name in self.missing(run) if ended == "finished" else ():
+                            if not stop.is_set():
+                                say(f"{run.name}: measuring {name}")
+                                self.measure(run, name)
                 except filelock.Timeout:
                     continue  # another process has it
                 with lock:
@@ -397,65 +438,91 @@ class Study:
 
     # ---- measuring what was trained ----
 
-    def images(self):
+    @functools.cached_property
+    def images(self) -> ImageSet:
         """The evaluation images: the photographs in this repository, and scikit-image's where the study says so."""
         paths = [Path(self.plan["train"].get("eval-dataset", HERE / "photos" / "eval"))]
         if names := self.plan.get("measure", {}).get("scikit-image", []):
             paths += [scikit_image_file(name) for name in names]
         return image_set(paths)
 
-    def wanted(self, run: TrainingRun) -> set[str]:
-        """What is to be measured on this run's model: "rd", "outliers", "quantization", "bases"."""
-        what = set()
-        for kind in ("rd", "outliers", "quantization", "bases"):
+    def wanted(self, run: TrainingRun) -> dict[str, dict]:
+        """What is to be measured on this run's model: the name of each measurement's file, and what it depends on besides the
+        model, of which "kind" is one of MEASUREMENTS."""
+        found: dict[str, dict] = {}
+        for kind in MEASUREMENTS:
             of = self.plan.get("measure", {}).get(kind)
-            if of and set(of.get("experiments", EXPERIMENTS)) & set(run.experiments):
-                if run.fraction >= of.get("from-fraction", 0) and (not of.get("optimizers") or run.label in of["optimizers"]):
-                    what.add(kind)
-        return what
+            if not of or not set(of.get("experiments", EXPERIMENTS)) & set(run.experiments):
+                continue
+            if run.fraction < of.get("from-fraction", 0) or run.label not in of.get("optimizers", self.optimizers):
+                continue
+            about = {"kind": kind, "images": self.images.digest}
+            if kind != "quantization":
+                found[kind] = about
+                continue
+            found["quantization-float"] = about | {"setting": "float"}
+            about |= {"calibration": of.get("calibration", 16)}
+            about |= {"iterations": of["iterations"]} if "iterations" in of else {}
+            for choice in itertools.product(of["bits"], of.get("rounding", ["nearest"]), of.get("ranges", ["mse"])):
+                setting = " ".join(choice)
+                found["quantization-" + re.sub(r"\W+", "-", setting)] = about | {"setting": setting}
+        return found
 
     def missing(self, run: TrainingRun) -> list[str]:
-        """What is wanted of the run's model and has not been measured."""
-        return [what for what in sorted(self.wanted(run)) if not (self.folder_of(run) / f"{what}.json").exists()]
+        """What is wanted of the run's model and has not been measured, or otherwise than it is wanted now."""
+        return [name for name, about in self.wanted(run).items() if self.measured(run, name).get("about") != about]
 
-    def measure(self, run: TrainingRun) -> None:
-        """What is `missing`, each into a JSON file in the run's folder."""
-        folder = self.folder_of(run)
-        trained = load_trained(folder / CHECKPOINT)
-        images = self.images()
-        pictures = [read_image(file) for file in images.files]
-        for what in self.missing(run):
-            rows = getattr(self, f"measure_{what}")(run, trained, pictures, images.names)
-            write_json(folder / f"{what}.json", rows)
+    def measured(self, run: TrainingRun, name: str) -> dict:
+        """A measurement's file: "about", as `wanted` says, and its "rows"; empty where there is none."""
+        try:
+            return json.loads((self.folder_of(run) / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
-    def measure_rd(self, run, trained, pictures, names) -> list[dict]:
-        return [{"image": name, **row} for name, row in zip(names, rate_distortion(trained.model, pictures))]
+    def measure(self, run: TrainingRun, name: str) -> None:
+        """One of the measurements that are wanted, into its file."""
+        about = self.wanted(run)[name]
+        trained = load_trained(self.folder_of(run) / CHECKPOINT)
+        rows = getattr(self, "measure_" + about["kind"])(run, trained.model, about)
+        write_json(self.folder_of(run) / f"{name}.json", {"about": about, "rows": rows})
 
-    def measure_outliers(self, run, trained, pictures, names) -> list[dict]:
-        return outliers(trained.model, pictures)
+    def measure_rd(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
+        pictures = (read_image(file) for file in self.images.files)
+        return [{"image": name, **row} for name, row in zip(self.images.names, rate_distortion(model, pictures))]
 
-    def measure_bases(self, run, trained, pictures, names) -> list[dict]:
+    def measure_outliers(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
+        return outliers(model, (read_image(file) for file in self.images.files))
+
+    def measure_bases(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
         if self.optimizers[run.label].get("optimizer", "soap") != "soap":
             return []
         state = read_checkpoint(self.folder_of(run) / CHECKPOINT)
-        resumed = Run(state["options"], "soap", run.rate)
+        resumed = Run(state["options"], "soap", run.rate, resumed=True)
         resumed.load(state)
         return [dict(row) for row in basis_health(resumed.optimizer, resumed.model)]
 
-    def measure_quantization(self, run, trained, pictures, names) -> list[dict]:
-        wanted = self.plan["measure"]["quantization"]
-        files = find_dataset(Path(self.plan["train"].get("dataset", HERE / "photos")))[0]
-        calibration = [read_image(file) for file in files[:: wanted.get("every", 12)]]
-        rows = [{"setting": "float", "image": n, **r} for n, r in zip(names, rate_distortion(trained.model, pictures))]
-        for bits in wanted["bits"]:
+    def measure_quantization(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
+        if about["setting"] != "float":
+            bits, rounding, ranges = about["setting"].split()
             weight_bits, activation_bits = map(int, bits.split("/"))
-            for rounding in wanted.get("rounding", ["nearest"]):
-                for ranges in wanted.get("ranges", ["mse"]):
-                    options = {"iterations": wanted["iterations"]} if "iterations" in wanted else {}
-                    model = quantize(trained.model, calibration, weight_bits, activation_bits, rounding, ranges, **options)
-                    setting = f"{bits} {rounding} {ranges}"
-                    rows += [{"setting": setting, "image": n, **r} for n, r in zip(names, rate_distortion(model, pictures))]
-        return rows
+            options = {"iterations": about["iterations"]} if "iterations" in about else {}
+            images = self.calibration_images(about["calibration"])
+            model = quantize(model, images, weight_bits, activation_bits, rounding, ranges, **options)
+        return [{"setting": about["setting"], **row} for row in self.measure_rd(run, model, about)]
+
+    def calibration_images(self, count: int) -> list[Tensor]:
+        """Centre crops of 256 pixels, as quantize_lic.py takes them, of `count` training images evenly spread; where one cannot
+        be read, of the next."""
+        files = find_dataset(Path(self.plan["train"].get("dataset", HERE / "photos")))[0]
+        images = []
+        for place in range(count):
+            for file in files[place * len(files) // count :]:
+                try:
+                    images.append(centre_crop(read_image(file), (256, 256)))
+                    break
+                except InputError:
+                    continue
+        return images
 
     # ---- tables ----
 
@@ -479,10 +546,10 @@ class Study:
                 elif row["split"] == "conflict":
                     names = ("step", "raw", "raw_shared", "preconditioned", "preconditioned_shared", "between_steps")
                     tables["conflicts"].append({"run": run.name, **{k: row[k] for k in names}})
-            for what in ("rd", "outliers", "quantization", "bases"):
-                path = self.folder_of(run) / f"{what}.json"
-                if path.exists():
-                    tables[what] += [{"run": run.name, **row} for row in json.loads(path.read_text())]
+            for name, about in self.wanted(run).items():
+                measured = self.measured(run, name)
+                if measured.get("about") == about:
+                    tables[about["kind"]] += [{"run": run.name, **row} for row in measured["rows"]]
         for name, rows in tables.items():
             if rows:
                 write_table(data / f"{name}.csv", rows)
@@ -538,10 +605,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-TABLES = ("runs", "evaluations", "conflicts", "rd", "outliers", "quantization", "bases")
-
-
-def outliers(model: nn.Module, pictures: list) -> list[dict]:
+def outliers(model: nn.Module, pictures: Iterable[Tensor]) -> list[dict]:
     """OutlierMeter's rows over whole images, of every layer and of the latents y and z."""
     with torch.no_grad(), OutlierMeter(model, **latents(model)) as meter:
         for picture in pictures:
