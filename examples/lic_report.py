@@ -457,7 +457,8 @@ class Report:
                 line += [f"{np.nanmean(mean):+.3f}", f"{np.nanmean(np.abs(values)):.3f}", f"{100 * np.mean(values < 0):.0f} %"]
             rows.append(line)
         for axis, what in zip(axes, ALIGNMENTS.values()):
-            axis.axhline(0, color="black", linewidth=0.6)
+            if axis is not axes[-1]:  # (there momentum keeps all near 1)
+                axis.axhline(0, color="black", linewidth=0.6)
             axis.set(xlabel="step", title=what, ylabel="alignment")
             axis.legend()
         self.save(

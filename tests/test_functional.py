@@ -510,6 +510,7 @@ def test_step_size(t):
     assert step_size(0.1, t, 0.9, 0.99, False) == 0.1
 
 
+@pytest.mark.slow
 @every_implementation
 @pytest.mark.parametrize("refresh", POLICIES)
 def test_bases_stay_orthogonal_over_hundreds_of_steps(flags, refresh):

@@ -138,6 +138,7 @@ def test_the_specification(dtype):
         assert eigenbasis.is_orthogonal(new.basis), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit",
     [
