@@ -48,6 +48,7 @@ from lic_evaluation import (
     read_stored,
     write_eval_json,
 )
+from lic_files import write_json
 from lic_models import image_models
 from lic_optimizers import OPTIMIZERS
 from lic_rd import (
@@ -313,14 +314,6 @@ def write_results(
         )
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
 
-    def finite(value):
-        """JSON knows no NaN."""
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     summary = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "compressai": compressai.__version__},
@@ -344,7 +337,7 @@ def write_results(
         ],
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }
-    (folder / "summary.json").write_text(json.dumps(finite(summary), indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     return text
 
 

@@ -16,10 +16,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from lic_data import InputError  # noqa: E402
+from lic_files import write_json  # noqa: E402
 from lic_plots import COLOURS  # noqa: E402
 from lic_rd import Curve, Delta, NoComparison, Point, bd_rate, bootstrap_delta, markdown  # noqa: E402
 from lic_rd_plot import plot_rd  # noqa: E402
-from lic_study import Study, read_table, write_json  # noqa: E402
+from lic_study import Study, read_table  # noqa: E402
 
 EXTRA_COLOURS = ["#8c6d1f", "#1b9e77", "#e7298a", "#7570b3", "#66a61e", "#a6761d"]
 ALIGNMENTS = {

@@ -30,6 +30,7 @@ from lic_arguments import CHECKPOINT, make_parser, parse_options
 from lic_checkpoint import load_trained, read_checkpoint
 from lic_data import InputError, RandomCrops, batches, centre_crop, find_dataset, read_image
 from lic_evaluation import ImageSet, forward_padded, image_set, rate_distortion, to_float
+from lic_files import write_json
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
 from lic_quantization import quantize
 from lic_training import Run
@@ -624,21 +625,6 @@ def scikit_image_file(name: str) -> Path:
     if not found:
         raise InputError(f"scikit-image carries no picture {name!r} in {folder.name}/")
     return found[0]
-
-
-def plain(value: object) -> object:
-    """JSON has no NaN and no infinity: None."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: object) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -15,7 +15,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -32,9 +31,11 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import torch
 from compressai.losses import RateDistortionLoss
+from lic_arguments import CHECKPOINT, Parser
 from lic_checkpoint import TrainedModel, load_trained
 from lic_data import InputError, centre_crop, find_images, read_image
 from lic_evaluation import code_image, evaluate, mean_results
+from lic_files import write_text
 from lic_quantization import FLOAT, ITERATIONS, PERCENTILE, RANGES, ROUNDINGS, quantize
 from lic_rd import NoComparison, bd_rate
 from matplotlib.ticker import SymmetricalLogLocator
@@ -43,7 +44,6 @@ from tqdm import tqdm
 
 PHOTOS = Path(__file__).resolve().parent / "photos"
 CALIBRATION_IMAGES = 16
-CHECKPOINT = "checkpoint.pth.tar"
 BD_POINTS = 4  # rate points that a Bjontegaard difference takes at the least
 MEASUREMENT = 2  # counts up when results measured before cannot stand beside new ones
 COLUMNS = [
@@ -80,11 +80,6 @@ def number(kind, low, high=math.inf, open_low=False):
 def bitstreams(text: str) -> int | None:
     """How many images to code: None for all."""
     return {"all": None, "none": 0}[text] if text in ("all", "none") else number(int, 0)(text)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage in front of it
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -261,12 +256,6 @@ def setting_name(row: dict) -> str:
     return f"W{row['weight_bits']}A{row['activation_bits']} {rounding}, {ranges}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
 def run(options: argparse.Namespace) -> int:
     models = []
     for path in options.checkpoints:
@@ -328,7 +317,7 @@ def run(options: argparse.Namespace) -> int:
                             raise InputError(f"{trained.path}: {error}") from error
                     row = setting | measure(model, criterion, images, options.bitstreams)
                     row["seconds"] = time.perf_counter() - started
-                    write_atomically(path, json.dumps(row, indent=2) + "\n")
+                    write_text(path, json.dumps(row, indent=2) + "\n")
                 rows.append(row | describe(trained, name, criterion))
                 progress.update()
                 progress.write(f"{name}, {setting_name(row)}: loss {row['loss']:.4f}, {row['seconds']:.0f} s")
@@ -462,13 +451,13 @@ def write_results(options: argparse.Namespace, rows: list[dict], curves: list[di
         f"\nMeans over {images} images, {coded} of them coded; calibrated on {calibration}. "
         "W: bits of the weights, A: of the activations.\n"
     )
-    write_atomically(folder / "ptq.md", text)
+    write_text(folder / "ptq.md", text)
     about = {
         "torch": torch.__version__, "calibration_images": calibration, "calibration_crop": options.calibration_crop,
         "percentile": options.percentile, "adaround_iterations": options.adaround_iterations, "seed": options.seed,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    write_atomically(folder / "ptq.json", json.dumps({"about": about, "rows": rows, "bd_rates": curves}, indent=2) + "\n")
+    write_text(folder / "ptq.json", json.dumps({"about": about, "rows": rows, "bd_rates": curves}, indent=2) + "\n")
     plot(folder / "ptq.png", rows, curves)
     print(text)
     print(f"Results are in {folder}/")

@@ -17,7 +17,8 @@ import lic_study
 import pytest
 import study_lic
 from lic_data import InputError
-from lic_study import Study, write_json, write_table
+from lic_files import write_json
+from lic_study import Study, write_table
 from matplotlib.figure import Figure
 
 PLAN = """
