@@ -218,8 +218,16 @@ def forward_once(model: nn.Module, height: int, width: int) -> None:
 # ---- building ----
 
 
+def literal(text: str) -> object:
+    """A value as Python writes it; what is no literal is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def literal_arguments(pairs: list[str]) -> dict:
-    """KEY=VALUE each, the value as Python writes it; what is no literal is a string.
+    """KEY=VALUE each.
 
     Raises:
         InputError: there is no KEY=, or one is given twice.
@@ -231,10 +239,7 @@ def literal_arguments(pairs: list[str]) -> dict:
             raise InputError(f"--model-args {pair}: write KEY=VALUE")
         if key in arguments:
             raise InputError(f"--model-args {pair}: {key} is given twice")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
+        arguments[key] = literal(value)
     return arguments
 
 

@@ -1,7 +1,6 @@
 """The optimizers that train_lic.py knows: their names, learning rates and arguments, which parameters each group holds, the
 schedule of the learning rate, and how the gradients of rate and distortion become one."""
 
-import ast
 import bisect
 import fnmatch
 import inspect
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from compressai.registry import OPTIMIZERS as REGISTRY
 from lic_data import InputError
+from lic_models import literal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -40,10 +40,7 @@ def parse_argument(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.replace("-", "_").isidentifier():
         raise ValueError(f"{text} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    return name, literal(value)
 
 
 def optimizer_arguments(options: dict, name: str) -> dict[str, object]:
@@ -231,9 +228,3 @@ class Gradients:
         if state:
             self._logits.copy_(state["logits"])
             self._logits_optimizer.load_state_dict(state["optimizer"])
-
-
-def schedule_factor(kind: str, warmup: int, total: int) -> Callable[[int], float]:
-    """The schedule without plateaus and milestones of one's own."""
-    options = {"schedule": kind, "warmup_steps": warmup, "lr_decay": 0.5, "milestones": None, "plateau_patience": 10}
-    return Schedule(options, total)

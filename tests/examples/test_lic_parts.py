@@ -14,7 +14,7 @@ import pytest
 import torch
 from compressai.entropy_models import EntropyModel
 from lic_checkpoint import Checkpoints, read_checkpoint
-from lic_optimizers import schedule_factor
+from lic_optimizers import Schedule
 from lic_stop import StopRequest
 from torchvision.transforms.functional import to_pil_image
 
@@ -86,6 +86,10 @@ def test_resume_is_exact(tmp_path, files, image, optimizer):
         assert a[key]["param_groups"][0]["lr"] == b[key]["param_groups"][0]["lr"]
     assert whole.evaluations()[-1]["loss"] == resumed.evaluations()[-1]["loss"]
     assert not (tmp_path / "rest.tmp").exists()
+
+
+def schedule_factor(kind: str, warmup: int, total: int) -> Schedule:
+    return Schedule(OPTIONS | {"schedule": kind, "warmup_steps": warmup}, total)
 
 
 def test_schedules():
