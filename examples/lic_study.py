@@ -44,9 +44,9 @@ RESUMABLE = {"save-every", "num-workers", "test-batch-size"}  # options that mak
 MEASUREMENTS = ("rd", "outliers", "bases", "quantization")  # on trained models
 TABLES = ("runs", "evaluations", "conflicts", *MEASUREMENTS)
 PARTS = {  # of a study: what each has to have, and what it may have besides
-    "rates": ({"grid"}, {"fraction", "seeds"}),
+    "rates": ({"grid"}, {"fraction", "seeds", "start", "lambda"}),
     "horizons": ({"fractions", "optimizers"}, {"seeds"}),
-    "curves": ({"lambdas", "optimizers"}, {"fraction", "seeds"}),
+    "curves": ({"lambdas", "optimizers"}, {"fraction", "seeds", "start"}),
     "ablations": ({"variants", "optimizers"}, {"fraction", "seeds"}),
     "models": ({"model", "optimizers"}, {"fraction", "seeds"}),
     "comparisons": ({"optimizers"}, {"fraction", "seeds"}),
@@ -69,6 +69,8 @@ class TrainingRun:
         variant: of an ablation, "option=value".
         experiments: what it belongs to.
         fraction: its steps as a part of the study's.
+        start: the name of the run whose weights it begins from; "" for new ones.
+        trained: how long the model has been trained at its end, as a part of the study's steps: with the start's.
     """
 
     name: str
@@ -83,6 +85,8 @@ class TrainingRun:
     variant: str = ""
     experiments: list[str] = field(default_factory=list)
     processes: int = 1
+    start: str = ""
+    trained: float = 0.0
 
     def command(self, folder: Path) -> list[str]:
         """To begin the run, or to go on with it."""
@@ -93,7 +97,8 @@ class TrainingRun:
         checkpoint = folder / CHECKPOINT
         if checkpoint.exists():
             return [*command, "--resume", str(checkpoint)]
-        for name, value in self.options.items():
+        start = {"init": str(folder.parent / self.start / CHECKPOINT)} if self.start else {}
+        for name, value in (self.options | start).items():
             if value is True:
                 command.append(f"--{name}")
             elif value is not False and value is not None:
@@ -128,6 +133,10 @@ def check_plan(plan: object) -> None:
             for label in [*part.get("grid", ()), *part.get("optimizers", ())]:
                 if label not in plan["optimizers"]:
                     raise InputError(f"{experiment} names {label!r}, which is none of {', '.join(plan['optimizers'])}")
+            if "start" in part:
+                has(part["start"], f"the start of {experiment}", {"optimizer"}, {"optimizer", "fraction"})
+                if (label := part["start"]["optimizer"]) not in plan["optimizers"]:
+                    raise InputError(f"{experiment} starts from {label!r}, which is none of {', '.join(plan['optimizers'])}")
             for variant in part.get("variants", ()):
                 has(variant, "a variant", set(), options | {"rate-factor"})
             lists = {key: part[key] for key in ("seeds", "fractions", "lambdas") if key in part}
@@ -185,8 +194,17 @@ class Study:
 
     # ---- which runs ----
 
-    def run(self, label: str, experiment: str, *, fraction: float = 1.0, seed: int = 0, rate: float, **changes) -> TrainingRun:
-        """The run of an optimizer; `changes` are options other than the study's."""
+    def run(
+        self,
+        label: str,
+        *experiments: str,
+        rate: float,
+        fraction: float = 1.0,
+        seed: int = 0,
+        start: TrainingRun | None = None,
+        **changes,
+    ) -> TrainingRun:
+        """The run of an optimizer, from the weights that `start` ends with; `changes` are options other than the study's."""
         steps = max(1, round(fraction * self.steps))
         options = {"steps": steps, "seed": seed, "bitstreams": "none"} | self.plan["train"] | self.optimizers[label]
         options |= {"learning-rate": rate, "eval-every": max(1, steps // self.plan.get("evaluations", 24))}
@@ -194,97 +212,131 @@ class Study:
         options |= changes
         lmbda, model = float(options.get("lambda", 0.013)), str(options.get("model", "bmshj2018-hyperprior"))
         variant = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in varied.items())
-        parts = [Path(model.rpartition(":")[2]).name, label.lower().replace(" ", "-"), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
+        parts = [Path(model.rpartition(":")[2]).name, slug(label), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
         parts += [f"s{seed}"] + ([re.sub(r"[^\w=.,+-]+", "_", variant)] if variant else [])
+        parts += [f"from-{slug(start.label)}-{start.steps}"] if start else []
         return TrainingRun(
             name="-".join(parts), label=label, options=options, steps=steps, fraction=fraction, lmbda=lmbda, seed=seed,
-            rate=rate, model=model, variant=variant, experiments=[experiment], processes=self.processes,
+            rate=rate, model=model, variant=variant, experiments=list(experiments), processes=self.processes,
+            start=start.name if start else "", trained=fraction + (start.trained if start else 0.0),
         )  # fmt: skip
 
-    def rates(self) -> list[TrainingRun]:
-        """The learning rate grids, each for the part `fraction` of the steps."""
+    def grid(self, part: dict, label: str, results: dict[str, dict]) -> list[TrainingRun] | None:
+        """An optimizer's runs of one of the learning rate grids; None while what they start from has no learning rate yet."""
         runs = []
-        for part in self._parts("rates"):
-            for label, rates in part["grid"].items():
-                middle = len(rates) // 2  # (from there outwards: an hour shows most)
-                for rate in sorted(rates, key=lambda rate, rates=rates, middle=middle: abs(rates.index(rate) - middle)):
-                    for seed in part.get("seeds", [0]):
-                        runs.append(self.run(label, "rates", fraction=part.get("fraction", 1.0), seed=seed, rate=float(rate)))
+        rates = part["grid"][label]
+        changes = {"lambda": part["lambda"]} if "lambda" in part else {}
+        # From the middle outwards: an hour shows most.
+        for rate in sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2)):
+            for seed in part.get("seeds", [0]):
+                start = self.start(part, seed, results)
+                if start is None and "start" in part:
+                    return None
+                fraction = part.get("fraction", 1.0)
+                runs.append(self.run(label, "rates", rate=float(rate), fraction=fraction, seed=seed, start=start, **changes))
         return runs
 
-    def _parts(self, experiment: str) -> list[dict]:
+    def start(self, part: dict, seed: int, results: dict[str, dict]) -> TrainingRun | None:
+        """The run whose weights those of a part with a "start" begin from: an optimizer's at its best rate, with the study's
+        lambda; None without one, or while its learning rate is not known."""
+        if not (start := part.get("start")):
+            return None
+        fraction = start.get("fraction", 1.0)
+        rate = self.best_rate(start["optimizer"], results, fraction)
+        return None if rate is None else self.run(start["optimizer"], rate=rate, fraction=fraction, seed=seed)
+
+    def parts(self, experiment: str) -> list[dict]:
         parts = self.plan.get(experiment) or []
         return parts if isinstance(parts, list) else [parts]
 
-    def best_rate(self, label: str, results: dict[str, dict], fraction: float = 1.0) -> float | None:
+    def best_rate(self, label: str, results: dict[str, dict], fraction: float = 1.0, start: dict | None = None) -> float | None:
         """Of the grid nearest in length to `fraction` (of two, the longer) the rate of the lowest mean final loss; the
-        optimizer's default where the study has no grid for it; None while the grid is not complete."""
-        grids = [run for run in self.rates() if run.label == label]
+        optimizer's default where the study has no grid for it; None while the grid is not complete.
+
+        start: as the part has it whose runs are to be made; a grid that starts from there goes before those that do not.
+        """
+        grids = [part for part in self.parts("rates") if label in part["grid"] and part.get("start") == start]
+        if not grids and start:
+            return self.best_rate(label, results, fraction)
         if not grids:
             return LEARNING_RATES[self.optimizers[label].get("optimizer", "soap")]
-        nearest = min({run.fraction for run in grids}, key=lambda f: (abs(math.log(f / fraction)), -f))
+        lengths = {part.get("fraction", 1.0) for part in grids}
+        nearest = min(lengths, key=lambda f: (abs(math.log(f / fraction)), -f))
         losses: dict[float, list[float]] = {}
-        for run in grids:
-            if run.fraction == nearest:
-                if run.name not in results:
+        for part in grids:
+            if part.get("fraction", 1.0) == nearest:
+                if (runs := self.grid(part, label, results)) is None:
                     return None
-                loss = results[run.name]["loss"]
-                losses.setdefault(run.rate, []).append(math.inf if loss is None else loss)
+                for run in runs:
+                    if run.name not in results:
+                        return None
+                    loss = results[run.name]["loss"]
+                    losses.setdefault(run.rate, []).append(math.inf if loss is None else loss)
         return min(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))
 
-    def runs(self, results: dict[str, dict]) -> tuple[list[TrainingRun], int]:
-        """All runs that can be named by now, in the order in which they should be made, and how many wait for a learning rate.
+    def runs(self, results: dict[str, dict]) -> tuple[list[TrainingRun], list[tuple[str, str]]]:
+        """All runs that can be named by now, and of those that wait for a learning rate the experiment and the optimizer.
 
         Runs that several experiments share are there once.
         """
         by_name: dict[str, TrainingRun] = {}
-        waiting = 0
+        waiting: list[tuple[str, str]] = []
 
-        def add(label: str, experiment: str, fraction: float = 1.0, **settings) -> None:
-            nonlocal waiting
-            if settings.get("rate") is None:
-                settings["rate"] = self.best_rate(label, results, fraction)
-            if settings["rate"] is None:
-                waiting += 1
-                return
-            run = self.run(label, experiment, fraction=fraction, **settings)
+        def keep(run: TrainingRun) -> None:
             known = by_name.setdefault(run.name, run)
-            if known.options != run.options:
+            if (known.options, known.start) != (run.options, run.start):
                 raise InputError(f"{self.path}: two different runs would be called {run.name}")
-            if experiment not in known.experiments:
-                known.experiments.append(experiment)
+            known.experiments += [experiment for experiment in run.experiments if experiment not in known.experiments]
 
-        for run in self.rates():
-            by_name.setdefault(run.name, run)
-        for part in self._parts("horizons"):
+        def add(label: str, experiment: str, part: dict, seed: int, **settings) -> None:
+            fraction = settings.pop("fraction", part.get("fraction", 1.0))
+            rate = settings.pop("rate", None) or self.best_rate(label, results, fraction, part.get("start"))
+            start = self.start(part, seed, results)
+            if start:
+                keep(start)
+            if rate is None or (start is None and "start" in part):
+                waiting.append((experiment, label))
+                return
+            keep(self.run(label, experiment, rate=rate, fraction=fraction, seed=seed, start=start, **settings))
+
+        for part in self.parts("rates"):
+            for label, rates in part["grid"].items():
+                runs = self.grid(part, label, results)
+                if runs is None:
+                    waiting += [("rates", label)] * len(rates) * len(part.get("seeds", [0]))
+                for run in runs or ():
+                    keep(run)
+                for seed in part.get("seeds", [0]):
+                    if start := self.start(part, seed, results):
+                        keep(start)
+        for part in self.parts("horizons"):
             for seed in part.get("seeds", [0]):
                 for fraction in part["fractions"]:
                     for label in part["optimizers"]:
-                        add(label, "horizons", fraction, seed=seed)
-        for part in self._parts("curves"):
+                        add(label, "horizons", part, seed, fraction=fraction)
+        for part in self.parts("curves"):
             for seed in part.get("seeds", [0]):
                 for lmbda in part["lambdas"]:
                     for label in part["optimizers"]:
-                        add(label, "curves", part.get("fraction", 1.0), seed=seed, **{"lambda": lmbda})
-        for part in self._parts("comparisons"):
+                        add(label, "curves", part, seed, **{"lambda": lmbda})
+        for part in self.parts("comparisons"):
             for seed in part.get("seeds", [0]):
                 for label in part["optimizers"]:
-                    add(label, "comparisons", part.get("fraction", 1.0), seed=seed)
-        for part in self._parts("models"):
+                    add(label, "comparisons", part, seed)
+        for part in self.parts("models"):
             for seed in part.get("seeds", [0]):
                 for label in part["optimizers"]:
                     options = {k: v for k, v in part.items() if k not in ("optimizers", "seeds", "fraction")}
-                    add(label, "models", part.get("fraction", 1.0), seed=seed, **options)
-        for part in self._parts("ablations"):
+                    add(label, "models", part, seed, **options)
+        for part in self.parts("ablations"):
             for label in part["optimizers"]:
-                fraction = part.get("fraction", 1.0)
-                best = self.best_rate(label, results, fraction)
+                best = self.best_rate(label, results, part.get("fraction", 1.0))
                 for seed in part.get("seeds", [0]):
-                    add(label, "ablations", fraction, seed=seed)  # what the variants differ from
+                    add(label, "ablations", part, seed)  # what the variants differ from
                     for options in part["variants"]:
                         options = dict(options)
                         factor = options.pop("rate-factor", 1)
-                        add(label, "ablations", fraction, seed=seed, rate=best and best * factor, **options)
+                        add(label, "ablations", part, seed, rate=best and best * factor, **options)
         return list(by_name.values()), waiting
 
     # ---- running them ----
@@ -313,7 +365,7 @@ class Study:
         folder = self.folder_of(run)
         folder.mkdir(parents=True, exist_ok=True)
         self.check_options(run)
-        write_json(folder / "options.json", run.options)
+        write_json(folder / "options.json", self.described(run))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with (folder / "log.txt").open("a") as log:
             before = log.tell()
@@ -342,6 +394,11 @@ class Study:
             raise InputError(f"{run.name} ended with status {process.returncode}: {last} (all of it: {folder / 'log.txt'})")
         return "stopped"
 
+    @staticmethod
+    def described(run: TrainingRun) -> dict[str, object]:
+        """What makes a run: its options, and what it starts from."""
+        return run.options | ({"start": run.start} if run.start else {})
+
     def check_options(self, run: TrainingRun) -> None:
         """A run's name does not say all of its options: what is in its folder has to be of this run, not of one that the study
         asked for before its file, or --set, was changed.
@@ -353,7 +410,8 @@ class Study:
             begun = json.loads((self.folder_of(run) / "options.json").read_text())
         except (OSError, ValueError):
             return  # not begun yet
-        pairs = {name: (begun.get(name) or None, run.options.get(name) or None) for name in begun | run.options}
+        now = self.described(run)
+        pairs = {name: (begun.get(name) or None, now.get(name) or None) for name in begun | now}
         if differing := {k: pair for k, pair in pairs.items() if k not in RESUMABLE and str(pair[0]) != str(pair[1])}:
             changes = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in differing.items())
             raise InputError(
@@ -377,9 +435,13 @@ class Study:
 
         def left() -> list[TrainingRun]:
             results = self.results()
-            runs = [run for run in self.runs(results)[0] if only is None or only in run.experiments]
+            every = self.runs(results)[0]
+            runs = [run for run in every if only is None or only in run.experiments]
+            starts = {run.start for run in runs}
+            runs += [run for run in every if run.name in starts and run not in runs]
             for run in runs:
                 self.check_options(run)
+            runs = [run for run in runs if not run.start or not results.get(run.start, {"failed": True})["failed"]]
             runs = [run for run in runs if run.name not in results or (self.missing(run) and not results[run.name]["failed"])]
             return sorted(runs, key=lambda run: (run.name not in results, self.urgency(run)))
 
@@ -407,7 +469,7 @@ class Study:
                     results = self.results()
                     runs, waiting = self.runs(results)
                     done = sum(r.name in results for r in runs)
-                later = f", {waiting} more when the learning rates are known" if waiting else ""
+                later = f", {len(waiting)} more when the learning rates are known" if waiting else ""
                 loss = results.get(run.name, {}).get("loss")
                 say(f"{done} of {len(runs)} runs{later}: {run.name} {ended}" + (f", loss {loss:.4f}" if loss else ""))
 
@@ -428,14 +490,22 @@ class Study:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        waiting = self.runs(self.results())[1]
+        runs, waiting = self.runs(results := self.results())
+        if lost := [run for run in runs if results.get(run.start, {}).get("failed")]:
+            say(
+                f"{len(lost)} runs cannot be made: {', '.join({run.start for run in lost})}, which they start from, had to stop"
+            )
         if only and waiting and not stop.is_set():
-            say(f"{waiting} runs wait for learning rates that are not known yet: make those first, with --only rates")
+            say(f"{len(waiting)} runs wait for learning rates that are not known yet: make those first, with --only rates")
         return not left() and not waiting
 
     def urgency(self, run: TrainingRun) -> float:
-        """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts."""
-        return run.steps * (1 + run.seed) * (1 if run.label in (self.baseline, self.subject) else 6)
+        """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts, and what
+        claims rest on before the rest."""
+        claims = run.label in (self.baseline, self.subject) and (
+            not run.experiments or {"rates", "horizons", "curves"} & set(run.experiments)
+        )
+        return run.steps * (1 + run.seed) * (1 if claims else 5)
 
     # ---- measuring what was trained ----
 
@@ -447,16 +517,23 @@ class Study:
             paths += [scikit_image_file(name) for name in names]
         return image_set(paths)
 
-    def wanted(self, run: TrainingRun) -> dict[str, dict]:
-        """What is to be measured on this run's model: the name of each measurement's file, and what it depends on besides the
-        model, of which "kind" is one of MEASUREMENTS."""
-        found: dict[str, dict] = {}
+    def measurements(self, run: TrainingRun) -> list[str]:
+        """Which of MEASUREMENTS are to be made on this run's model."""
+        found = []
         for kind in MEASUREMENTS:
             of = self.plan.get("measure", {}).get(kind)
             if not of or not set(of.get("experiments", EXPERIMENTS)) & set(run.experiments):
                 continue
-            if run.fraction < of.get("from-fraction", 0) or run.label not in of.get("optimizers", self.optimizers):
-                continue
+            if run.trained >= of.get("from-fraction", 0) and run.label in of.get("optimizers", self.optimizers):
+                found.append(kind)
+        return found
+
+    def wanted(self, run: TrainingRun) -> dict[str, dict]:
+        """What is to be measured on this run's model: the name of each measurement's file, and what it depends on besides the
+        model, of which "kind" is one of MEASUREMENTS."""
+        found: dict[str, dict] = {}
+        for kind in self.measurements(run):
+            of = self.plan["measure"][kind]
             about = {"kind": kind, "images": self.images.digest}
             if kind != "quantization":
                 found[kind] = about
@@ -538,7 +615,7 @@ class Study:
                 {
                     "run": run.name, "optimizer": run.label, "model": run.model, "variant": run.variant,
                     "experiments": " ".join(run.experiments), "learning_rate": run.rate, "steps": run.steps,
-                    "fraction": run.fraction, "lambda": run.lmbda, "seed": run.seed, **results[run.name],
+                    "fraction": run.fraction, "lambda": run.lmbda, "seed": run.seed, "start": run.start, **results[run.name],
                 }
             )  # fmt: skip
             for row in read_table(self.folder_of(run) / "metrics.csv"):
@@ -595,6 +672,10 @@ class Study:
         for label in labels:
             times = sorted(row["seconds_per_step"] for row in rows if row["optimizer"] == label)
             say(f"{label}: {1000 * times[len(times) // 2]:.1f} ms a training step (median of {rounds} periods of ten)")
+
+
+def slug(label: str) -> str:
+    return label.lower().replace(" ", "-")
 
 
 def processor() -> str:

@@ -71,7 +71,9 @@ def list_runs(study: Study) -> None:
     for run in runs:
         state = "failed" if results.get(run.name, {}).get("failed") else "done" if run.name in results else "to do"
         print(f"{state:6} {run.name}  ({', '.join(run.experiments)})\n       {shlex.join(run.command(study.folder_of(run)))}")
-    print(f"{sum(run.name in results for run in runs)} of {len(runs)} done, {waiting} more when the learning rates are known")
+    print(
+        f"{sum(run.name in results for run in runs)} of {len(runs)} done, {len(waiting)} more when the learning rates are known"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

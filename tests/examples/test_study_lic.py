@@ -40,6 +40,9 @@ ablations:
     seeds: [0]
     optimizers: [SOAP]
     variants: [{weight-decay: 0}, {clip-max-norm: 0, optimizer-args: max_grad_norm=1.0}, {betas: [0.9, 0.95]}, {rate-factor: 3}]
+measure:
+  outliers: {experiments: [curves]}
+  quantization: {experiments: [curves], bits: [8/8]}
 """
 
 
@@ -64,7 +67,7 @@ def finish(study: Study, losses) -> None:
 def test_the_runs_of_a_study(tmp_path):
     study = make_study(tmp_path)
     runs, waiting = study.runs({})
-    assert len(runs) == 2 * 2 * 2 + 2 and waiting > 0  # the grids; everything else waits for their best rates
+    assert len(runs) == 2 * 2 * 2 + 2 and waiting  # the grids; everything else waits for their best rates
     first = next(run for run in runs if run.rate == 1e-3)
     assert first.name == "bmshj2018-hyperprior-adam-lr0.001-10-l0.013-s0"
     command = first.command(tmp_path / "x")
@@ -78,7 +81,7 @@ def test_the_runs_of_a_study(tmp_path):
     results = study.results()
     assert (study.best_rate("Adam", results, 0.1), study.best_rate("Adam", results, 1.0)) == (2e-3, 1e-3)
     runs, waiting = study.runs(results)
-    assert waiting == 0
+    assert not waiting
     assert len({run.name for run in runs}) == len(runs)
     shared = next(run for run in runs if run.name == "bmshj2018-hyperprior-adam-lr0.002-10-l0.013-s0")
     assert shared.experiments == ["rates", "horizons"]  # made once
@@ -96,14 +99,83 @@ def test_a_rate_that_diverged_is_not_the_best(tmp_path):
     assert study.best_rate("Adam", study.results(), 0.1) == 1e-3
 
 
+STARTED = PLAN.replace("curves: {", "curves: {fraction: 0.5, start: {optimizer: SOAP}, ").replace(
+    "horizons:",
+    "  - {fraction: 0.5, start: {optimizer: SOAP}, lambda: 0.02, seeds: [0], grid: {Adam: [3.0e-4, 5.0e-4], SOAP: [5.0e-4]}}"
+    "\nhorizons:",
+)
+
+
+def test_runs_that_go_on_from_one_model(tmp_path):
+    """The curves begin from the model that SOAP ends with at full length, the same of each seed for all; they have a grid of
+    their own, which does not tell the others' learning rates."""
+    study = make_study(tmp_path, STARTED)
+    runs, waiting = study.runs({})
+    assert not any(run.start for run in runs) and waiting.count(("rates", "Adam")) == 2 and ("curves", "SOAP") in waiting
+    for _ in range(3):
+        finish(study, lambda run: run.rate)
+    results = study.results()
+    runs, waiting = study.runs(results)
+    assert not waiting
+    start = {"optimizer": "SOAP"}
+    assert (study.best_rate("Adam", results, 0.5, start), study.best_rate("Adam", results, 0.5)) == (3e-4, 1e-3)
+    curves = [run for run in runs if "curves" in run.experiments]
+    assert {(run.label, run.rate, run.steps, run.trained) for run in curves} == {
+        ("Adam", 3e-4, 50, 1.5),
+        ("SOAP", 5e-4, 50, 1.5),
+    }
+    first = next(run for run in runs if run.name == curves[0].start)
+    assert (first.label, first.steps, first.seed, first.start) == ("SOAP", 100, 0, "") and "horizons" in first.experiments
+    command = curves[0].command(study.folder_of(curves[0]))
+    assert command[command.index("--init") + 1] == str(study.folder_of(first) / lic_study.CHECKPOINT)
+    assert curves[0].name.endswith("-l0.02-s0-from-soap-100")
+    assert {"0.02"} == {f"{run.lmbda:g}" for run in runs if "rates" in run.experiments and run.start}
+
+
+def test_a_run_waits_for_what_it_starts_from(tmp_path, monkeypatch):
+    """It is not begun before; and never, where that had to stop."""
+    study = make_study(tmp_path, STARTED)
+    order, said = [], []
+
+    def train(run, threads, stop):
+        order.append(run)
+        failed = run.label == "SOAP" and run.steps == 100 and run.seed == 0 and not fine
+        loss = None if failed else run.rate
+        write_json(study.folder_of(run) / "finished.json", {"failed": failed, "loss": loss, "bpp": 0.5, "psnr": 27.0})
+        return "failed" if failed else "finished"
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "missing", lambda run: [])
+    fine = False
+    study.execute(2, 1, "curves", said.append)
+    assert order == []  # their learning rates are not known yet
+    study.execute(1, 1, None, said.append)
+    assert not any(run.start for run in order)
+    assert "cannot be made: bmshj2018-hyperprior-soap-lr0.001-100-l0.013-s0, which they start from, had to stop" in said[-1]
+    for path in study.folder.glob("runs/*/finished.json"):
+        path.unlink()
+    order.clear()
+    fine = True
+    assert study.execute(1, 1, None, said.append)
+    names = [run.name for run in order]
+    assert all(names.index(run.start) < names.index(run.name) for run in order if run.start)
+    assert sum(bool(run.start) for run in order) == 3 + 4 - 2  # the grid's and the curves', two of which are both
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("curves: {", "curves: {start: {optimizer: Eve}, ", "curves starts from 'Eve', which is none of Adam, SOAP"),
+        ("curves: {", "curves: {start: SOAP, ", "the start of curves should be a mapping of names to values, not 'SOAP'"),
         ("baseline: Adam", "baseline: Eve", "the baseline 'Eve' is none of Adam, SOAP"),
         ("curves:", "curved:", "the study: curved is not one of ablations, "),
         ("N: 8,", "channels: 8,", "train: channels is not an option of train_lic.py"),
         ("weight-decay: 0}", "weight-decy: 0}", "a variant: weight-decy is not an option of train_lic.py"),
-        ("seeds: [0], lambdas", "sedes: [0], lambdas", "curves: sedes is not one of fraction, lambdas, optimizers, seeds"),
+        (
+            "seeds: [0], lambdas",
+            "sedes: [0], lambdas",
+            "curves: sedes is not one of fraction, lambdas, optimizers, seeds, start",
+        ),
         ("fractions: [0.1, 1.0], ", "", "horizons has no 'fractions'"),
         ("SOAP: [1.0e-3, 4.0e-3]", "SOAP: fast", "rates: grid: SOAP: 'fast' is not a list of numbers above 0"),
         ("SOAP: {optimizer: soap}", "SOAP: {optimizer: soup}", "the optimizer 'SOAP': soup is none of soap, adam"),
@@ -132,7 +204,7 @@ def test_the_studies_that_come_along(path, tmp_path):
     for _ in range(3):
         finish(study, lambda run: run.rate)
     runs, waiting = study.runs(study.results())
-    assert waiting == 0 and runs
+    assert not waiting and runs
     parser = lic_study.make_parser("")
     for run in runs:
         command = run.command(tmp_path / "x")
@@ -298,6 +370,29 @@ def test_momentum_is_not_taken_for_alignment(known, tmp_path):
 
     claims, _ = changed(known, tmp_path, conflicts=higher)
     assert claims[BETWEEN]["measured"].endswith("but momentum is 0.95 against 0.9") and claims[BETWEEN]["holds"] is None
+
+    # An Adam of SOAP's momentum, in the comparisons beside it, says what is left of that: nothing.
+    study, data = known
+    study.optimizers["Adam 0.95"] = {"optimizer": "adam", "betas": [0.95, 0.95]}
+    soap = next(row for row in table(data / "runs.csv") if "-soap-" in row["run"] and row["fraction"] == "0.1")
+
+    def beside(rows):
+        mine = [{"run": run, "optimizer": label} for run, label in (("x", "Adam 0.95"), (soap["run"], "SOAP"))]
+        return [row for row in rows if row["run"] != soap["run"]] + [
+            soap | {"experiments": "comparisons"} | row for row in mine
+        ]
+
+    def aligned(rows):
+        like = next(row for row in rows if "-soap-" in row["run"])
+        return rows + [like | {"run": run, "between_steps": value} for run, value in (("x", 0.98), (soap["run"], 0.97))]
+
+    claims, text = changed(known, tmp_path, runs=beside, conflicts=aligned)
+    expected = "but momentum is 0.95 against 0.9; in 0 % of measurements; mean +0.970 against +0.980 with Adam 0.95, 10 steps"
+    assert claims[BETWEEN]["measured"].endswith(expected) and claims[BETWEEN]["holds"] is False
+    assert "Of runs of 10 steps:" in text
+    del study.optimizers["Adam 0.95"]
+    write_table(data / "runs.csv", [row for row in table(data / "runs.csv") if row["run"] != "x"])
+
     known[0].optimizers["Adam"]["betas"] = [0.95, 0.999]
     claims, _ = changed(known, tmp_path)
     assert claims[BETWEEN]["holds"] is True
@@ -346,7 +441,7 @@ def test_outliers_are_compared_between_like_runs(known, tmp_path):
         return rows + [rows[0] | {"run": alone["run"], "layer": layer, "kurtosis": 1e6} for layer in ("g_a.0", "y", "z")]
 
     claims, text = changed(known, tmp_path, outliers=more)
-    assert claims["outliers"]["holds"] and "Means over 2 runs of each optimizer" in text
+    assert claims["outliers"]["holds"] and "From scratch: means over 2 runs of each optimizer" in text
 
 
 def test_conflicts_of_grids_are_compared_at_one_length(known, tmp_path):
@@ -365,12 +460,47 @@ def test_conflicts_of_grids_are_compared_at_one_length(known, tmp_path):
     assert "Measured on runs of 10 steps." in text and "+0.900 |" not in text.partition("## Conflicts")[2].partition("\n## ")[0]
 
 
+def test_outliers_of_a_shared_start_are_not_an_optimizers_own(known, tmp_path):
+    """They stand in the table beside those from scratch; the claim rests on these."""
+    study, data = known
+    curves = [row for row in table(data / "runs.csv") if "curves" in row["experiments"]]
+
+    def more(rows):
+        return rows + [row | {"run": row["run"] + "-from-soap-100", "start": "s"} for row in curves]
+
+    def worse(rows):
+        return rows + [row | {"run": row["run"] + "-from-soap-100", "kurtosis": 50} for row in rows]
+
+    claims, text = changed(known, tmp_path, runs=more, outliers=worse)
+    assert claims["outliers"]["holds"]
+    assert "From scratch: means over 2 runs" in text and "From a shared start: means over 2 runs" in text
+    assert [line.split("|")[5].strip() for line in text.splitlines() if "| from a shared start |" in line] == ["50.00"] * 4
+
+
+def test_quantisation_of_models_from_scratch(known, tmp_path):
+    """Their loss before and after: bpp of 0.2 and a level of 27 dB, then 0.3."""
+    study, data = known
+    ends = [row for row in table(data / "runs.csv") if "horizons" in row["experiments"] and row["fraction"] == "1"]
+
+    def more(rows):
+        settings = {"float": 0.2, "8/8 nearest mse": 0.3}
+        return rows + [
+            {"run": run["run"], "setting": setting, "image": "0", "psnr-rgb": 27, "bpp": bpp + (run["optimizer"] == "SOAP")}
+            for run in ends for setting, bpp in settings.items()
+        ]  # fmt: skip
+
+    claims, _ = changed(known, tmp_path, quantization=more)
+    before = 0.013 * 255**2 * 10**-2.7 + 0.2
+    claim = claims["loss by quantisation, relative, of models from scratch"]
+    assert claim["measured"] == f"8/8 nearest mse: {10 / (before + 1):+.1f} % against {10 / before:+.1f} %" and claim["holds"]
+
+
 def test_bars_of_kurtosis_begin_at_its_least(known, tmp_path, monkeypatch):
     study, data = known
     report = lic_report.Report(study, lic_report.Data(data), tmp_path)
     limits = []
     monkeypatch.setattr(report, "save", lambda figure, *_: limits.extend(axis.get_xlim()[0] for axis in figure.axes))
-    report.outliers()
+    lic_report.outliers(report)
     assert limits == [1, 1]
 
 
@@ -455,7 +585,7 @@ def test_the_quick_study(tmp_path, capsys):
 def test_a_stop_ends_a_run_in_training(tmp_path, monkeypatch):
     """The run's process is told once, and what it leaves is no result."""
     study = make_study(tmp_path)
-    run = study.rates()[0]
+    run = study.runs({})[0][0]
     stop = threading.Event()
     told = tmp_path / "told"
     script = (
@@ -469,7 +599,7 @@ def test_a_stop_ends_a_run_in_training(tmp_path, monkeypatch):
 
 def test_a_run_that_outlived_its_study_is_waited_for(tmp_path, monkeypatch):
     study = make_study(tmp_path)
-    run = study.rates()[0]
+    run = study.runs({})[0][0]
     refusal = "train_lic.py: error: --save x: another run is writing there; choose another folder"
     monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", f"import sys; sys.exit({refusal!r})"])
     assert study.train(run, 1, threading.Event()) == "busy"
@@ -483,14 +613,14 @@ def test_a_run_that_outlived_its_study_is_waited_for(tmp_path, monkeypatch):
 def test_a_study_that_was_changed_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
     """A run's name does not hold its batch size."""
     study = make_study(tmp_path)
-    run = study.rates()[0]
+    run = study.runs({})[0][0]
     monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", "raise SystemExit('no such thing')"])
     with pytest.raises(InputError, match="no such thing"):
         study.train(run, 1, threading.Event())
     write_json(study.folder_of(run) / "finished.json", {"failed": False, "loss": 1.0, "bpp": 0.5, "psnr": 27.0})
     make_study(tmp_path).check_options(run)  # the same
     changed = make_study(tmp_path, PLAN.replace("batch-size: 2", "batch-size: 4, save-every: 5"))
-    assert changed.rates()[0].name == run.name
+    assert changed.runs({})[0][0].name == run.name
     with pytest.raises(InputError, match=r"begun with other options \(batch-size 2, now 4\): give the changed study another"):
         changed.execute(1, 1, None, print)
 
@@ -499,12 +629,12 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
     models = "models: [{model: a.py:Net, optimizers: [SOAP]}, {model: b.py:Net, optimizers: [SOAP]}]\n"
     study = make_study(tmp_path, PLAN + models)
     with pytest.raises(InputError, match="two different runs would be called Net-soap-lr"):
-        study.runs({run.name: {"failed": False, "loss": run.rate} for run in study.rates()})
+        study.runs({run.name: {"failed": False, "loss": run.rate} for run in study.runs({})[0]})
 
 
 def test_a_full_disk_is_not_a_run_that_diverged(tmp_path, monkeypatch):
     study = make_study(tmp_path)
-    run = study.rates()[0]
+    run = study.runs({})[0][0]
 
     def ends_with(message: str) -> None:
         script = f"import sys; print({message!r}, file=sys.stderr); print('  and how to go on', file=sys.stderr); sys.exit(1)"
