@@ -545,3 +545,17 @@ def centre_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
     h, w = min(h or H, H), min(w or W, W)
     top, left = (H - h) // 2, (W - w) // 2
     return image[..., top : top + h, left : left + w]
+
+
+def spread_crops(files: list[Path], count: int, side: int = 256) -> list[Tensor]:
+    """Centre crops [3, side, side] of `count` of the images, evenly spread, for calibration; where one cannot be read, of the
+    next that can."""
+    images = []
+    for place in range(count):
+        for file in files[place * len(files) // count :]:
+            try:
+                images.append(centre_crop(read_image(file), (side, side)))
+                break
+            except InputError:
+                continue
+    return images

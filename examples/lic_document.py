@@ -15,9 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from lic_data import InputError  # noqa: E402
+from lic_files import read_table  # noqa: E402
 from lic_plots import COLOURS  # noqa: E402
 from lic_rd import markdown  # noqa: E402
-from lic_study import Study, read_table  # noqa: E402
+from lic_study import Study  # noqa: E402
 
 EXTRA_COLOURS = ["#8c6d1f", "#1b9e77", "#e7298a", "#7570b3", "#66a61e", "#a6761d"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from lic_document import Report, number, spread
-from lic_study import read_table
+from lic_files import read_table
 
 ALIGNMENTS = {
     "raw_shared": "gradients",

@@ -1,43 +1,24 @@
-"""A study of optimizers on learned image compression: which runs a YAML file asks for, running them, and their data as tables.
+"""A study of optimizers on learned image compression: which runs a YAML file asks for, and which are there.
 
 Every run is a command of train_lic.py in a folder of its own, so that it can be repeated by hand, and a study that is killed
 goes on where it was. What is measured afterwards on a trained model is a file beside its checkpoint.
 """
 
-import csv
 import functools
 import itertools
 import json
 import math
-import os
-import platform
 import re
-import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import filelock
-import torch
 import yaml
-from lic_arguments import CHECKPOINT, make_parser, parse_options
-from lic_checkpoint import load_trained, read_checkpoint
-from lic_data import InputError, RandomCrops, batches, centre_crop, find_dataset, read_image
-from lic_evaluation import ImageSet, forward_padded, image_set, rate_distortion, to_float
-from lic_files import write_json
+from lic_arguments import CHECKPOINT, make_parser
+from lic_data import InputError
+from lic_evaluation import ImageSet, image_set
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
-from lic_quantization import quantize
-from lic_training import Run
-from torch import Tensor, nn
-
-from soap_opt.diagnostics import OutlierMeter, basis_health
-from soap_opt.integrations.compressai import latents
 
 HERE = Path(__file__).resolve().parent
 RESUMABLE = {"save-every", "num-workers", "test-batch-size"}  # options that make no other run
@@ -166,7 +147,8 @@ def has(part: object, where: str, needed: set[str], allowed: set[str] | None) ->
 
 
 class Study:
-    """A study as its YAML file describes it, in a folder. changes: options of train_lic.py, other than the file's, of all runs.
+    """A study as its YAML file describes it, in a folder: which runs it asks for, which of them are there, and what is to be
+    measured on their models. changes: options of train_lic.py, other than the file's, of all runs.
 
     Raises:
         InputError: the file cannot be read or says what is not understood.
@@ -355,159 +337,7 @@ class Study:
                 continue
         return found
 
-    def train(self, run: TrainingRun, threads: int, stop: threading.Event) -> str:
-        """Begin a run or go on with it, until it ends; "finished", "failed" (its numbers are no longer finite), "busy" or
-        "stopped".
-
-        Raises:
-            InputError: train_lic.py refuses it, dies, or cannot write; or what is in the folder was begun with other options.
-        """
-        folder = self.folder_of(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.check_options(run)
-        write_json(folder / "options.json", self.described(run))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with (folder / "log.txt").open("a") as log:
-            before = log.tell()
-            command = run.command(folder)
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            # In a session of its own: Ctrl-C is for this process, which hands it on once.
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-            asked = False
-            while process.poll() is None:
-                if stop.is_set() and not asked:
-                    process.send_signal(signal.SIGTERM)
-                    asked = True
-                time.sleep(0.2)
-        with (folder / "log.txt").open("rb") as log:
-            log.seek(before)  # what earlier attempts said is not about this one
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        last = next((line for line in reversed(lines) if line.startswith("train_lic.py: ")), lines[-1])
-        diverged = last.startswith("train_lic.py: stopped: ") and ": cannot save " not in last
-        if process.returncode == 0 or process.returncode == 1 and diverged:
-            write_json(folder / "finished.json", self.outcome(run, process.returncode))
-            return "finished" if process.returncode == 0 else "failed"
-        if not asked:
-            if "another run is writing there" in last:  # of a study that was killed: its run has not been
-                return "busy"
-            raise InputError(f"{run.name} ended with status {process.returncode}: {last} (all of it: {folder / 'log.txt'})")
-        return "stopped"
-
-    @staticmethod
-    def described(run: TrainingRun) -> dict[str, object]:
-        """What makes a run: its options, and what it starts from."""
-        return run.options | ({"start": run.start} if run.start else {})
-
-    def check_options(self, run: TrainingRun) -> None:
-        """A run's name does not say all of its options: what is in its folder has to be of this run, not of one that the study
-        asked for before its file, or --set, was changed.
-
-        Raises:
-            InputError: it was begun with other options.
-        """
-        try:
-            begun = json.loads((self.folder_of(run) / "options.json").read_text())
-        except (OSError, ValueError):
-            return  # not begun yet
-        now = self.described(run)
-        pairs = {name: (begun.get(name) or None, now.get(name) or None) for name in begun | now}
-        if differing := {k: pair for k, pair in pairs.items() if k not in RESUMABLE and str(pair[0]) != str(pair[1])}:
-            changes = ", ".join(f"{name} {was}, now {now}" for name, (was, now) in differing.items())
-            raise InputError(
-                f"{self.folder_of(run)} was begun with other options ({changes}): give the changed study another --save, or "
-                "remove that folder"
-            )
-
-    def outcome(self, run: TrainingRun, status: int) -> dict:
-        rows = [row for row in read_table(self.folder_of(run) / "metrics.csv") if row["split"] == "eval"]
-        last = rows[-1] if rows else {}
-        failed = status != 0 or not rows or int(last["step"]) != run.steps
-        values = {key: None if failed else float(last[key]) for key in ("loss", "bpp", "psnr")}
-        return {"failed": failed, **values}
-
-    def execute(self, jobs: int, threads: int, only: str | None, say: Callable[[str], None]) -> bool:
-        """Make all runs that are left, `jobs` at a time, measuring each as it ends; whether all are done. Another process may
-        work on the same study: a run belongs to whoever has its folder's lock."""
-        stop, lock = threading.Event(), threading.Lock()
-        taken: set[str] = set()  # in this pass, by this process or another
-        torch.set_num_threads(threads)
-
-        def left() -> list[TrainingRun]:
-            results = self.results()
-            every = self.runs(results)[0]
-            runs = [run for run in every if only is None or only in run.experiments]
-            starts = {run.start for run in runs}
-            runs += [run for run in every if run.name in starts and run not in runs]
-            for run in runs:
-                self.check_options(run)
-            runs = [run for run in runs if not run.start or not results.get(run.start, {"failed": True})["failed"]]
-            runs = [run for run in runs if run.name not in results or (self.missing(run) and not results[run.name]["failed"])]
-            return sorted(runs, key=lambda run: (run.name not in results, self.urgency(run)))
-
-        def next_run() -> TrainingRun | None:
-            with lock:
-                run = next((run for run in left() if run.name not in taken), None)
-                if run is not None:
-                    taken.add(run.name)
-                return run
-
-        def work() -> None:
-            while not stop.is_set() and (run := next_run()) is not None:
-                folder = self.folder_of(run)
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    with filelock.FileLock(folder / ".study-lock", timeout=0):
-                        ended = "finished" if run.name in self.results() else self.train(run, threads, stop)
-                        for name in self.missing(run) if ended == "finished" else ():
-                            if not stop.is_set():
-                                say(f"{run.name}: measuring {name}")
-                                self.measure(run, name)
-                except filelock.Timeout:
-                    continue  # another process has it
-                with lock:
-                    results = self.results()
-                    runs, waiting = self.runs(results)
-                    done = sum(r.name in results for r in runs)
-                later = f", {len(waiting)} more when the learning rates are known" if waiting else ""
-                loss = results.get(run.name, {}).get("loss")
-                say(f"{done} of {len(runs)} runs{later}: {run.name} {ended}" + (f", loss {loss:.4f}" if loss else ""))
-
-        # A closed terminal too: it does not end the run in training, which is in a session of its own. (Not under nohup.)
-        caught = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
-        try:
-            while not stop.is_set() and (before := left()):
-                taken.clear()
-                with ThreadPoolExecutor(jobs) as pool:
-                    workers = [pool.submit(work) for _ in range(jobs)]
-                    for worker in as_completed(workers):
-                        if error := worker.exception():
-                            stop.set()
-                            raise error
-                if {run.name for run in left()} == {run.name for run in before}:
-                    stop.wait(10)  # all of them are other processes'
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        runs, waiting = self.runs(results := self.results())
-        if lost := [run for run in runs if results.get(run.start, {}).get("failed")]:
-            say(
-                f"{len(lost)} runs cannot be made: {', '.join({run.start for run in lost})}, which they start from, had to stop"
-            )
-        if only and waiting and not stop.is_set():
-            say(f"{len(waiting)} runs wait for learning rates that are not known yet: make those first, with --only rates")
-        return not left() and not waiting
-
-    def urgency(self, run: TrainingRun) -> float:
-        """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts, and what
-        claims rest on before the rest."""
-        claims = run.label in (self.baseline, self.subject) and (
-            not run.experiments or {"rates", "horizons", "curves"} & set(run.experiments)
-        )
-        return run.steps * (1 + run.seed) * (1 if claims else 5)
-
-    # ---- measuring what was trained ----
+    # ---- what is to be measured on trained models ----
 
     @functools.cached_property
     def images(self) -> ImageSet:
@@ -557,142 +387,9 @@ class Study:
         except (OSError, ValueError):
             return {}
 
-    def measure(self, run: TrainingRun, name: str) -> None:
-        """One of the measurements that are wanted, into its file."""
-        about = self.wanted(run)[name]
-        trained = load_trained(self.folder_of(run) / CHECKPOINT)
-        rows = getattr(self, "measure_" + about["kind"])(run, trained.model, about)
-        write_json(self.folder_of(run) / f"{name}.json", {"about": about, "rows": rows})
-
-    def measure_rd(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
-        pictures = (read_image(file) for file in self.images.files)
-        return [{"image": name, **row} for name, row in zip(self.images.names, rate_distortion(model, pictures))]
-
-    def measure_outliers(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
-        return outliers(model, (read_image(file) for file in self.images.files))
-
-    def measure_bases(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
-        if self.optimizers[run.label].get("optimizer", "soap") != "soap":
-            return []
-        state = read_checkpoint(self.folder_of(run) / CHECKPOINT)
-        resumed = Run(state["options"], "soap", run.rate, resumed=True)
-        resumed.load(state)
-        return [dict(row) for row in basis_health(resumed.optimizer, resumed.model)]
-
-    def measure_quantization(self, run: TrainingRun, model: nn.Module, about: dict) -> list[dict]:
-        if about["setting"] != "float":
-            bits, rounding, ranges = about["setting"].split()
-            weight_bits, activation_bits = map(int, bits.split("/"))
-            options = {"iterations": about["iterations"]} if "iterations" in about else {}
-            images = self.calibration_images(about["calibration"])
-            model = quantize(model, images, weight_bits, activation_bits, rounding, ranges, **options)
-        return [{"setting": about["setting"], **row} for row in self.measure_rd(run, model, about)]
-
-    def calibration_images(self, count: int) -> list[Tensor]:
-        """Centre crops of 256 pixels, as quantize_lic.py takes them, of `count` training images evenly spread; where one cannot
-        be read, of the next."""
-        files = find_dataset(Path(self.plan["train"].get("dataset", HERE / "photos")))[0]
-        images = []
-        for place in range(count):
-            for file in files[place * len(files) // count :]:
-                try:
-                    images.append(centre_crop(read_image(file), (256, 256)))
-                    break
-                except InputError:
-                    continue
-        return images
-
-    # ---- tables ----
-
-    def collect(self, data: Path) -> None:
-        """All data of the finished runs as CSV tables in `data`: what the report is made from, and what is kept."""
-        data.mkdir(parents=True, exist_ok=True)
-        results = self.results()
-        runs = [run for run in self.runs(results)[0] if run.name in results]
-        tables: dict[str, list[dict]] = {name: [] for name in TABLES}
-        for run in runs:
-            tables["runs"].append(
-                {
-                    "run": run.name, "optimizer": run.label, "model": run.model, "variant": run.variant,
-                    "experiments": " ".join(run.experiments), "learning_rate": run.rate, "steps": run.steps,
-                    "fraction": run.fraction, "lambda": run.lmbda, "seed": run.seed, "start": run.start, **results[run.name],
-                }
-            )  # fmt: skip
-            for row in read_table(self.folder_of(run) / "metrics.csv"):
-                if row["split"] == "eval":
-                    tables["evaluations"].append({"run": run.name, **{k: row[k] for k in ("step", "loss", "bpp", "psnr")}})
-                elif row["split"] == "conflict":
-                    names = ("step", "raw", "raw_shared", "preconditioned", "preconditioned_shared", "between_steps")
-                    tables["conflicts"].append({"run": run.name, **{k: row[k] for k in names}})
-            for name, about in self.wanted(run).items():
-                measured = self.measured(run, name)
-                if measured.get("about") == about:
-                    tables[about["kind"]] += [{"run": run.name, **row} for row in measured["rows"]]
-        for name, rows in tables.items():
-            if rows:
-                write_table(data / f"{name}.csv", rows)
-
-    # ---- time ----
-
-    def measure_speed(self, rounds: int, threads: int, data: Path, say: Callable[[str], None]) -> None:
-        """Seconds of a training step (batch, forward, backward, both optimizers) of each optimizer, in turn, `rounds` times a
-        period of ten steps, so that what else the machine does meets all alike. Into speed.csv, beside what other machines or
-        numbers of threads gave.
-
-        The first two periods of each are not counted: SOAP's first step makes its bases.
-        """
-        torch.set_num_threads(threads)
-        data.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
-        results = self.results()
-        trained, crops = {}, None
-        labels = list(self.optimizers)
-        for label in labels:
-            run = self.run(label, "timing", rate=self.best_rate(label, results) or 1e-3)
-            command = run.command(self.folder / "nowhere")
-            options, _ = parse_options(make_parser(""), command[command.index(str(HERE / "train_lic.py")) + 1 :])
-            options["conflict_every"] = 0
-            if crops is None:
-                files = find_dataset(Path(options["dataset"] or HERE / "photos"))[0]
-                crops = RandomCrops(files, tuple((options["patch_size"] * 2)[:2]), 0)
-            trained[label] = Run(options, options["optimizer"], run.rate)
-            trained[label].model.train()
-        batch_size = options["batch_size"]
-        rows = []
-        for turn in range(rounds + 2):
-            for label, run in trained.items():
-                started = time.perf_counter()
-                for batch in batches(crops, 10 * turn, 10 * turn + 10, batch_size, 0, False):
-                    run.train_step(to_float(batch))
-                seconds = (time.perf_counter() - started) / 10
-                if turn >= 2:
-                    rows.append({"optimizer": label, "round": turn - 2, "seconds_per_step": seconds})
-        about = {"processor": processor(), "threads": threads, "model": options["model"]}
-        kept = [row for row in read_table(data / "speed.csv") if any(row[key] != str(value) for key, value in about.items())]
-        write_table(data / "speed.csv", kept + [about | row for row in rows])
-        for label in labels:
-            times = sorted(row["seconds_per_step"] for row in rows if row["optimizer"] == label)
-            say(f"{label}: {1000 * times[len(times) // 2]:.1f} ms a training step (median of {rounds} periods of ten)")
-
 
 def slug(label: str) -> str:
     return label.lower().replace(" ", "-")
-
-
-def processor() -> str:
-    """The processor's name, as Linux has it; elsewhere Python's."""
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return names[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def outliers(model: nn.Module, pictures: Iterable[Tensor]) -> list[dict]:
-    """OutlierMeter's rows over whole images, of every layer and of the latents y and z."""
-    with torch.no_grad(), OutlierMeter(model, **latents(model)) as meter:
-        for picture in pictures:
-            forward_padded(model, to_float(picture)[None])
-        return [dict(row) for row in meter.table()]
 
 
 def scikit_image_file(name: str) -> Path:
@@ -706,35 +403,6 @@ def scikit_image_file(name: str) -> Path:
     if not found:
         raise InputError(f"scikit-image carries no picture {name!r} in {folder.name}/")
     return found[0]
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError:
-        return []
-
-
-def shortened(value: object) -> object:
-    """Six digits of a float: the tables are committed."""
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return value if value.lstrip("-").isdigit() else f"{number:.6g}"
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({key: shortened(value) for key, value in row.items()} for row in rows)
-    os.replace(unfinished, path)
 
 
 def all_studies() -> Iterator[Path]:

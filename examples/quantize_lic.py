@@ -31,13 +31,13 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import torch
 from compressai.losses import RateDistortionLoss
-from lic_arguments import CHECKPOINT, Parser
+from lic_arguments import CHECKPOINT, Parser, bitstreams
 from lic_checkpoint import TrainedModel, load_trained
-from lic_data import InputError, centre_crop, find_images, read_image
+from lic_data import InputError, centre_crop, find_images, read_image, spread_crops
 from lic_evaluation import code_image, evaluate, mean_results
 from lic_files import write_text
 from lic_quantization import FLOAT, ITERATIONS, PERCENTILE, RANGES, ROUNDINGS, quantize
-from lic_rd import NoComparison, bd_rate
+from lic_rd import NoComparison, bd_rate, markdown
 from matplotlib.ticker import SymmetricalLogLocator
 from torch import Tensor
 from tqdm import tqdm
@@ -75,11 +75,6 @@ def number(kind, low, high=math.inf, open_low=False):
 
     parse.__name__ = kind.__name__  # argparse's "invalid int value"
     return parse
-
-
-def bitstreams(text: str) -> int | None:
-    """How many images to code: None for all."""
-    return {"all": None, "none": 0}[text] if text in ("all", "none") else number(int, 0)(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -223,7 +218,7 @@ def calibration_images(text: str, side: int) -> list[Tensor]:
     count = int(text)
     if not 1 <= count <= len(files):
         raise InputError(f"--calibration {text}: there are 1 to {len(files)} training photographs, or give a folder")
-    return [centre_crop(read_image(files[i * len(files) // count]), (side, side)) for i in range(count)]
+    return spread_crops(files, count, side)
 
 
 def loss_of(trained: TrainedModel, lmbda: float | None) -> RateDistortionLoss:
@@ -408,12 +403,6 @@ def rd_point(row: dict) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left, the others to the right."""
-    rule = "|---|" + "---:|" * (len(header) - 1)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
-
-
 def rows_table(rows: list[dict]) -> str:
     coded = all("bpp" in row for row in rows)
     header = ["checkpoint", "lambda", "setting", "loss", "loss, %", "bpp, estimated", "PSNR, forward"]
@@ -426,7 +415,7 @@ def rows_table(rows: list[dict]) -> str:
             line += [f"{row['bpp']:.4f}", f"{row['bpp_increase_percent']:+.2f}", f"{row['psnr']:.3f}"]
             line += [f"{row['psnr_change']:+.3f}"]
         lines.append(line)
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def curves_table(curves: list[dict]) -> str:
@@ -434,7 +423,7 @@ def curves_table(curves: list[dict]) -> str:
     for curve in curves:
         rate = f"{curve['bd_rate_percent']:+.2f}" if "bd_rate_percent" in curve else f"none: {curve['note']}"
         lines.append([curve["curve"], curve["setting"], str(curve["lambdas"]), rate])
-    return table(["curve", "setting", "lambdas", "BD-rate against float, %"], lines)
+    return markdown(["curve", "setting", "lambdas", "BD-rate against float, %"], lines)
 
 
 def write_results(options: argparse.Namespace, rows: list[dict], curves: list[dict], calibration: int) -> None:

@@ -23,6 +23,8 @@ from lic_arguments import Parser, argument, positive
 from lic_data import InputError
 from lic_report import write_report
 from lic_study import EXPERIMENTS, Study, all_studies
+from lic_study_measure import collect, measure_speed
+from lic_study_runs import execute
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -90,12 +92,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         complete = True
         if options.time:
-            study.measure_speed(rounds=12, threads=options.threads, data=data, say=print)
+            measure_speed(study, rounds=12, threads=options.threads, data=data, say=print)
         elif not options.report:
             (study.folder / "runs").mkdir(parents=True, exist_ok=True)
-            complete = study.execute(options.jobs, options.threads, options.only, lambda line: print(line, flush=True))
+            complete = execute(study, options.jobs, options.threads, options.only, lambda line: print(line, flush=True))
         if study.results():
-            study.collect(data)
+            collect(study, data)
         if study.results() or options.report:
             write_report(study, data, study.folder / "report" if not options.data else data)
     except InputError as error:

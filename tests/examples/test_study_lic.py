@@ -14,11 +14,13 @@ from pathlib import Path
 
 import lic_report
 import lic_study
+import lic_study_runs
 import pytest
 import study_lic
 from lic_data import InputError
-from lic_files import write_json
-from lic_study import Study, write_table
+from lic_files import write_json, write_table
+from lic_study import Study
+from lic_study_runs import check_options, execute, train
 from matplotlib.figure import Figure
 
 PLAN = """
@@ -137,26 +139,26 @@ def test_a_run_waits_for_what_it_starts_from(tmp_path, monkeypatch):
     study = make_study(tmp_path, STARTED)
     order, said = [], []
 
-    def train(run, threads, stop):
+    def train(study, run, threads, stop):
         order.append(run)
         failed = run.label == "SOAP" and run.steps == 100 and run.seed == 0 and not fine
         loss = None if failed else run.rate
         write_json(study.folder_of(run) / "finished.json", {"failed": failed, "loss": loss, "bpp": 0.5, "psnr": 27.0})
         return "failed" if failed else "finished"
 
-    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(lic_study_runs, "train", train)
     monkeypatch.setattr(study, "missing", lambda run: [])
     fine = False
-    study.execute(2, 1, "curves", said.append)
+    execute(study, 2, 1, "curves", said.append)
     assert order == []  # their learning rates are not known yet
-    study.execute(1, 1, None, said.append)
+    execute(study, 1, 1, None, said.append)
     assert not any(run.start for run in order)
     assert "cannot be made: bmshj2018-hyperprior-soap-lr0.001-100-l0.013-s0, which they start from, had to stop" in said[-1]
     for path in study.folder.glob("runs/*/finished.json"):
         path.unlink()
     order.clear()
     fine = True
-    assert study.execute(1, 1, None, said.append)
+    assert execute(study, 1, 1, None, said.append)
     names = [run.name for run in order]
     assert all(names.index(run.start) < names.index(run.name) for run in order if run.start)
     assert sum(bool(run.start) for run in order) == 3 + 4 - 2  # the grid's and the curves', two of which are both
@@ -593,7 +595,7 @@ def test_a_stop_ends_a_run_in_training(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", script])
     threading.Timer(1.0, stop.set).start()
-    assert study.train(run, 1, stop) == "stopped"
+    assert train(study, run, 1, stop) == "stopped"
     assert told.exists() and run.name not in study.results()
 
 
@@ -602,12 +604,12 @@ def test_a_run_that_outlived_its_study_is_waited_for(tmp_path, monkeypatch):
     run = study.runs({})[0][0]
     refusal = "train_lic.py: error: --save x: another run is writing there; choose another folder"
     monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", f"import sys; sys.exit({refusal!r})"])
-    assert study.train(run, 1, threading.Event()) == "busy"
+    assert train(study, run, 1, threading.Event()) == "busy"
     monkeypatch.setattr(
         type(run), "command", lambda self, folder: [sys.executable, "-c", "import sys; sys.exit('no such thing')"]
     )
     with pytest.raises(InputError, match="no such thing"):
-        study.train(run, 1, threading.Event())
+        train(study, run, 1, threading.Event())
 
 
 def test_a_study_that_was_changed_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
@@ -616,13 +618,13 @@ def test_a_study_that_was_changed_is_not_taken_for_the_one_before(tmp_path, monk
     run = study.runs({})[0][0]
     monkeypatch.setattr(type(run), "command", lambda self, folder: [sys.executable, "-c", "raise SystemExit('no such thing')"])
     with pytest.raises(InputError, match="no such thing"):
-        study.train(run, 1, threading.Event())
+        train(study, run, 1, threading.Event())
     write_json(study.folder_of(run) / "finished.json", {"failed": False, "loss": 1.0, "bpp": 0.5, "psnr": 27.0})
-    make_study(tmp_path).check_options(run)  # the same
+    check_options(make_study(tmp_path), run)  # the same
     changed = make_study(tmp_path, PLAN.replace("batch-size: 2", "batch-size: 4, save-every: 5"))
     assert changed.runs({})[0][0].name == run.name
     with pytest.raises(InputError, match=r"begun with other options \(batch-size 2, now 4\): give the changed study another"):
-        changed.execute(1, 1, None, print)
+        execute(changed, 1, 1, None, print)
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path):
@@ -642,13 +644,13 @@ def test_a_full_disk_is_not_a_run_that_diverged(tmp_path, monkeypatch):
 
     ends_with("train_lic.py: stopped: cannot save step 4: No space left on device")
     with pytest.raises(InputError, match="No space left on device"):
-        study.train(run, 1, threading.Event())
+        train(study, run, 1, threading.Event())
     assert run.name not in study.results()
     ends_with("train_lic.py: stopped: Adam's loss is nan at step 4")
-    assert study.train(run, 1, threading.Event()) == "failed" and study.results()[run.name]["failed"]
+    assert train(study, run, 1, threading.Event()) == "failed" and study.results()[run.name]["failed"]
     ends_with("train_lic.py: cannot write the results: Read-only file system")  # the log still has what was before
     with pytest.raises(InputError, match="Read-only"):
-        study.train(run, 1, threading.Event())
+        train(study, run, 1, threading.Event())
 
 
 def test_a_part_that_waits_says_for_what(tmp_path, capsys):
