@@ -250,8 +250,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         choices=("adam", "bisection"),
         default="adam",
         help="of the entropy bottlenecks: by Adam on the auxiliary loss at each step, as CompressAI's script does, or by "
-        "CompressAI's bisection before each evaluation and at the end, which is exact after few steps too, where Adam at 1e-3 is "
-        "still on its way (default: %(default)s)",
+        "CompressAI's bisection before each evaluation and at the end, which is exact after few steps too, where Adam is still "
+        "on its way (default: %(default)s)",
     )
     add("--aux-learning-rate", type=positive(float), default=1e-3, metavar="LR", help="of the quantiles (default: %(default)s)")
     add(

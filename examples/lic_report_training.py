@@ -89,7 +89,8 @@ def limits(axis) -> tuple[float, float]:
 def step_times(report: Report) -> dict[str, float]:
     """An optimizer's training step in the baseline's, medians of ratios; where several machines were measured the longest
     of them, so that no claim rests on the best. The table has all of them."""
-    rows = read_table(report.data.folder / "speed.csv")
+    model = report.study.plan["train"].get("model", "bmshj2018-hyperprior")
+    rows = [row for row in read_table(report.data.folder / "speed.csv") if row["model"] == model]
     machines = sorted({(row["processor"], row["threads"]) for row in rows})
     if not rows:
         return {}
@@ -364,28 +365,28 @@ def ablations(report: Report) -> None:
     if not runs:
         return
     report.section("Ablations")
+    results = report.data.results()
     by = defaultdict(list)
     for run in runs:
         by[run["optimizer"], run["fraction"], run["variant"], run["learning_rate"]].append(run)
     rows = []
     for (label, fraction, variant, rate), group in sorted(by.items(), key=lambda item: item[0]):
-        plain_runs = [run for (a, f, v, _), g in by.items() if (a, f, v) == (label, fraction, "") for run in g]
-        reference = {run["seed"]: run["loss"] for run in plain_runs}
+        best = report.study.best_rate(label, results, fraction)
+        reference = {run["seed"]: run["loss"] for run in by[label, fraction, "", best]} if best else {}
         changes = [100 * (run["loss"] / reference[run["seed"]] - 1) for run in group if run["seed"] in reference]
-        change = spread(changes, 1) + " %" if variant and changes else ""
+        plain = not variant and rate == best
         rows.append(
             [
                 label,
-                f"{round(fraction * report.study.steps):,}",
-                variant or "(as it is)",
+                f"{group[0]['steps']:,.0f}",
+                variant or ("(as it is)" if plain else "learning rate"),
                 f"{rate:g}",
                 spread([run["loss"] for run in group]),
-                change,
+                "" if plain or not changes else spread(changes, 1) + " %",
             ]
         )
-    report.table(
-        ["optimizer", "steps", "changed", "rate", "final loss (range over seeds)", "against as it is, seed by seed"], rows
-    )
+    header = ["optimizer", "steps", "changed", "rate", "final loss (range over seeds)", "against as it is, seed by seed"]
+    report.table(header, rows)
 
 
 def others(report: Report, experiment: str, title: str) -> None:
