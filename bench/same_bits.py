@@ -3,8 +3,8 @@
     python -m bench.same_bits                 compare with bench/results/same_bits.json
     python -m bench.same_bits --write         write that file
 
-Results depend on the processor, on PyTorch and on the number of threads (one here), so that the file holds for one machine: write
-it with the code before a change, compare with the code after it.
+Results depend on the processor, on PyTorch and on the number of threads (one here), so that the file holds for one machine:
+write it with the code before a change, compare with the code after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
