@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from soap_opt.refresh import unit_flops
 from soap_opt.refresh_basis import refresh_bases_
+from soap_opt.schedule import unit_flops
 
 from .models import Problem
 from .peers import Contestant, peer_versions

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soap_opt import kernel_configs, launch
 from soap_opt.launch import TILES, Tables, make_tables
-from soap_opt.plan import Layout, layout_of
+from soap_opt.layout import Layout, layout_of
 
 from .reference import ReferenceSOAP
 from .results import environment

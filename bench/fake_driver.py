@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import soap_opt
-from soap_opt import _ext, functional, fused_cuda, launch, soap, work
+from soap_opt import functional, fused_cuda, launch
 
 
 class FakeDriver:
@@ -142,11 +142,7 @@ def fake_driver(capability: int = 90, counting: bool = True) -> Iterator[Record]
 @contextlib.contextmanager
 def triton_path_on_cpu() -> Iterator[None]:
     """``fused=True`` takes the Triton path for float32 state on the CPU, and first gradients go as on CUDA."""
-    with contextlib.ExitStack() as stack:
-        for module in (functional, soap, work):
-            stack.enter_context(mock.patch.object(module, "runs_triton", lambda exp_avg: exp_avg.dtype == torch.float32))
-        stack.enter_context(mock.patch.object(functional, "all_on_cpu", lambda tensors: False))
-        stack.enter_context(mock.patch.object(_ext, "unavailable", lambda device_type: None))
+    with mock.patch.object(functional, "device_type_of", lambda tensor: "cuda"):
         yield
 
 

@@ -270,7 +270,7 @@ def counts() -> list[Row]:
     """
     from compressai.zoo import image_models
 
-    from soap_opt.plan import layout_of
+    from soap_opt.layout import layout_of
 
     models = [("bmshj2018-factorized", 3), ("bmshj2018-hyperprior", 3), ("mbt2018-mean", 3), ("cheng2020-attn", 3)]
     shapes = {}

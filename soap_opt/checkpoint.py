@@ -11,32 +11,16 @@ import torch
 from torch import Tensor
 
 from .eigenbasis import full_precision_matmul, project
-from .fused_cuda import steps_on_device
-from .plan import Layout, layout_of, memory_order, outside_modes
+from .gradients import state_dtype
+from .layout import Layout, layout_of, memory_order, outside_modes
+from .options import DEFAULTS, SHAPING, Options
+from .state import expected_state, step_device
 
 if TYPE_CHECKING:
     from .soap import SOAP
 
 # What a state_dict of another optimizer looks like, for an error that helps
 _ORIGINAL_KEYS = ("GG", "Q")
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, ...], torch.dtype, torch.device | None]]:
-    """Keys, shapes, dtypes and devices (None: any) of what a step reads and writes."""
-    dtype, device = state_dtype(param), param.device
-    matrices = zip(layout.gram_keys, layout.basis_keys, layout.sizes)
-    return [
-        ("exp_avg", tuple(param.shape), dtype, device),
-        ("exp_avg_sq", tuple(param.shape), dtype, device),
-        *((key, (d, d), dtype, device) for gram, basis, d in matrices for key in (gram, basis)),
-        ("step", (), torch.float32, None),
-        *((key, (), torch.int64, None) for key in layout.offset_keys),
-    ]
 
 
 def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any] | None:
@@ -72,9 +56,7 @@ def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any]
 
 
 def _layout_for(param: Tensor, options: dict[str, Any]) -> Layout:
-    from .options import LAYOUT_OPTIONS  # late: its imports lead here
-
-    return layout_of(tuple(param.shape), memory_order(param), **{name: options[name] for name in LAYOUT_OPTIONS})
+    return layout_of(tuple(param.shape), memory_order(param), **{name: options[name] for name in SHAPING})
 
 
 def _restore_param(
@@ -126,8 +108,7 @@ def _number(param: Tensor, key: str, value: Any, options: dict[str, Any], descri
     dtype, device = torch.int64, torch.device("cpu")
     if key == "step":
         dtype = torch.float32
-        if options.get("capturable") or options.get("fused") or steps_on_device(options, param):
-            device = param.device
+        device = step_device(param, Options.of({**DEFAULTS, **options}))
     elif key == "initialized":
         dtype = torch.bool
     value = torch.as_tensor(value).to(dtype=dtype, device=device)
@@ -186,11 +167,8 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
 
 def _differences(raw: dict[str, Any], group: dict[str, Any]) -> list[str]:
     """Where the state's own frequency or beta, which the original obeys, is not the group's, which is used from now on."""
-    beta = group["shampoo_beta"]
-    used = {
-        "precondition_frequency": group["precondition_frequency"],
-        "shampoo_beta": group["betas"][1] if beta is None or beta < 0 else beta,
-    }
+    options = Options.of(group)
+    used = {"precondition_frequency": options.precondition_frequency, "shampoo_beta": options.gram_beta}
     return [
         f"the state's {name} is {raw[name]}, the group's is {value}, which is used from now on"
         for name, value in used.items()

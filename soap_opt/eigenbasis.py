@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Layout
+from .layout import Layout
 
 # Grams up to this size are decomposed as one batch. Beyond it LAPACK in a loop is no slower
 # (14 matrices of 128: 3.6 ms in a loop, 4.7 ms as one batch, 2 cores), and stacking would copy them.

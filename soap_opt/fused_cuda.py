@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -16,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _ext, refresh_basis
+from . import refresh_basis
+from .batch import Batch, Skipped
 from .host_side import ParameterList, parameter_list
 from .kernel_configs import ACCELERATOR, HIGH_PRECISION, PRECISION
 from .launch import (
@@ -30,9 +28,9 @@ from .launch import (
     make_tables,
     padded,
 )
+from .layout import Layout
+from .options import SCRATCH_LIMIT, Options
 from .overlap import Overlap
-from .plan import Layout
-from .refresh import tolerance_of
 from .refresh_cuda import (
     Buffers,
     DeviceTable,
@@ -46,53 +44,20 @@ from .refresh_cuda import (
     scratch_of_stream,
     to_device,
 )
-from .skipped import Skipped
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
 
-# Bytes of the two scratch buffers of one plan. Larger models are stepped piece by piece.
-SCRATCH_LIMIT = 1 << 31
 
-
-def steps_on_device(options: dict[str, Any], param: Tensor) -> bool:
-    """Whether this path serves the parameter of a group: t, the guard and found_inf are the device's business then."""
-    if param.device.type != "cuda" or param.dtype == torch.float64 or options.get("foreach") is not None:
-        return False
-    return bool(options.get("fused")) or (options.get("fused") is None and _ext.is_default("cuda"))
-
-
-@dataclass(frozen=True)
-class GroupOptions:
-    """A param group's options, in the words of :func:`soap_opt.functional.soap`."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    shampoo_beta: float
-    eps: float
-    weight_decay: float
-    precondition_frequency: int
-    normalize_grads: bool
-    correct_bias: bool
-    refresh: str
-    refresh_tolerance: float
-    maximize: bool
-    max_grad_norm: float | None = None
-
-    @property
-    def tolerance(self) -> float:
-        """For soap_opt::refresh_basis_."""
-        return tolerance_of(self.refresh, self.refresh_tolerance)
-
-    def row(self, first: int, count: int, lr: float) -> list[float]:
-        """In the order of launch.LR and those after it. first, count: the group's parameters."""
-        logs = [math.log(beta) if beta > 0 else -math.inf for beta in (self.beta1, self.beta2)]
-        return [
-            lr, self.weight_decay, *logs, -1.0 if self.maximize else 1.0, self.correct_bias, self.max_grad_norm or 0.0,
-            first, count, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - self.shampoo_beta, self.eps, self.normalize_grads,
-            0.0,
-        ]  # fmt: skip
+def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
+    """A param group's row in the table of options, in the order of launch.LR and those after it. first, count: the group's
+    parameters."""
+    o = options
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in o.betas]
+    return [
+        lr, o.weight_decay, *logs, -1.0 if o.maximize else 1.0, o.correct_bias, o.max_grad_norm or 0.0, first, count,
+        1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.gram_beta, o.eps, o.normalize_grads, 0.0,
+    ]  # fmt: skip
 
 
 # What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads, number of the group
@@ -145,16 +110,15 @@ class Plan:
             self.scratch = scratch_of_stream(self.one.device)
         return [*(buffer.data_ptr() for buffer in self.scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
 
-    def send_options(self, groups: list[tuple[int, GroupOptions]]) -> None:
+    def send_options(self, groups: list[tuple[Options, list[int]]]) -> None:
         """Nothing is sent that is there. A learning rate on the device is copied there, by every replay of a graph too."""
-        device, rows, on_device, first = self.one.device, [], [], 0
-        for number, (count, options) in enumerate(groups):
+        device, rows, on_device = self.one.device, [], []
+        for number, (options, own) in enumerate(groups):
             lr = options.lr
             if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
                 on_device.append((number, lr))
                 lr = -1.0  # which no learning rate is: the next one on the host is sent, whatever it is
-            rows.append(options.row(first, count, float(lr)))
-            first += count
+            rows.append(row_of(options, own[0], len(own), float(lr)))
         table = np.asarray(rows, dtype=np.float32)
         self.options.send(table)
         for number, lr in on_device:
@@ -216,74 +180,28 @@ def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
 
 
 def fused_cuda_soap(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grams: list[Tensor],
-    bases: list[Tensor],
-    refresh_offsets: list[Tensor],
-    state_steps: list[Tensor],
-    layouts: list[Layout],
-    grad_scale: Tensor | None,
-    groups: list[tuple[int, GroupOptions]],
-    *,
-    found_inf: Tensor | None = None,
-    precision: str = "highest",
-    overlap: Overlap | None = None,
-    capturable: bool = False,
-    scratch_limit: int = SCRATCH_LIMIT,
+    batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None = None, overlap: Overlap | None = None
 ) -> Skipped:
-    """:func:`soap_opt.functional._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches,
+    """:func:`soap_opt.single_tensor._single_tensor_soap` for float32 state on one device, at most 1 + 2 * max_order launches,
     however many param groups the parameters belong to.
 
-    Models that need more than ``scratch_limit`` bytes of scratch take so many for each piece. Arguments as there. The result
-    is empty: unusable gradients and failed refreshes are counted on the device (:func:`soap_opt.host_side.counts`). Refreshes
-    come after, in one call of the compiled operator; with ``overlap`` they run behind, and whoever reads the state waits for it
-    first. With ``capturable`` a step is made ready for being recorded into a CUDA graph; while one is recorded nothing touches
-    the host, and the device decides what is due.
+    The result is empty: unusable gradients and failed refreshes are counted on the device
+    (:func:`soap_opt.host_side.counts`). Refreshes come after, in one call of the compiled operator; with ``overlap`` they run
+    behind, and whoever reads the state waits for it first. With ``capturable`` a step is made ready for being recorded into a
+    CUDA graph; while one is recorded nothing touches the host, and the device decides what is due.
 
     Args:
-        groups: the number of neighbouring parameters that belong to a param group, and its options; these agree in what
-            :attr:`GroupOptions.tolerance` is.
+        batch: what one plan may hold (:func:`pieces_of`); the groups agree in :meth:`Options.agree_on_cuda`.
+        grad_scale: as there.
         found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable.
+        overlap: what runs refreshes behind the step, where ``overlap_refresh`` asks for it.
     """
-    from .functional import _multi_tensor_soap, by_parameter, clipping_scale  # late: functional imports this file
-
-    how = {
-        "found_inf": found_inf, "precision": precision, "overlap": overlap, "capturable": capturable,
-        "scratch_limit": scratch_limit,
-    }  # fmt: skip
-    pieces = pieces_of(tuple(layouts), scratch_limit)
-    if len(pieces) > 1 or is_too_large(layouts[0]):
-        columns = (params, grads, exp_avgs, exp_avg_sqs)
-        matrices = [by_parameter(column, layouts) for column in (grams, bases, refresh_offsets)]
-
-        def part(of: Sequence[int]) -> list[list[Any]]:
-            lists = [[column[i] for i in of] for column in columns]
-            lists += [[matrix for i in of for matrix in column[i]] for column in matrices]
-            return lists + [[column[i] for i in of] for column in (state_steps, layouts)]
-
-        skipped = Skipped([], [])
-        if len(groups) > 1:
-            first = 0
-            for count, options in groups:
-                of = range(first, first + count)
-                skipped.extend(fused_cuda_soap(*part(of), grad_scale, [(count, options)], **how), of)
-                first += count
-            return skipped
-        ((_, options),) = groups
-        if options.max_grad_norm is not None:
-            grad_scale = clipping_scale(grads, grad_scale, options.max_grad_norm)
-            options = replace(options, max_grad_norm=None)
-        for piece in pieces:
-            if not is_too_large(layouts[piece[0]]):
-                fused_cuda_soap(*part(piece), grad_scale, [(len(piece), options)], **{**how, "scratch_limit": sys.maxsize})
-            elif found_inf is None or float(found_inf) == 0:
-                named = {name: value for name, value in vars(options).items() if name != "max_grad_norm"}
-                named["lr"] = float(options.lr)
-                skipped.extend(_multi_tensor_soap(*part(piece), grad_scale, **named), piece)
-        return skipped
+    params, grads, exp_avgs, exp_avg_sqs = batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs
+    grams, bases, refresh_offsets = batch.grams, batch.bases, batch.refresh_offsets
+    state_steps, layouts, groups = batch.state_steps, batch.layouts, batch.groups()
+    common = batch.options[0]
+    precision, capturable = common.precision, common.capturable
+    overlap = overlap if common.overlap_refresh else None
 
     device = params[0].device
     known = parameter_list(exp_avgs, layouts)
@@ -299,7 +217,7 @@ def fused_cuda_soap(
     own[:, -1] = known.skipped
     matrices = [matrix.data_ptr() for column in (bases, grams) for matrix in column]
     recording = is_recording(device)
-    of_parameter = [(number, options) for number, (count, options) in enumerate(groups) for _ in range(count)]
+    of_parameter = [(number, options) for number, (options, own) in enumerate(groups) for _ in own]
     key = (
         tuple(layouts),
         tuple(grad.dtype for grad in grads),
@@ -342,14 +260,14 @@ def fused_cuda_soap(
     # What torch's own in-place operators do: a graph that holds a tensor raises when it is asked for gradients
     increment_version([*params, *exp_avgs, *exp_avg_sqs, *grams])
     usable = plan.scalars[:, USABLE]  # [P], 1 or 0
-    tolerance = groups[0][1].tolerance
+    tolerance = common.tolerance
     phases = known.phases(
         refresh_offsets,
         [options.precondition_frequency for _, options in of_parameter],
         [options.refresh == "together" for _, options in of_parameter],
     )
     if recording:
-        gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
+        gram, basis = (batch.by_parameter(column) for column in (grams, bases))
         plan.graph_refresh.run(exp_avgs, exp_avg_sqs, gram, basis, phases, steps, layouts, plan.scalars, tolerance)
         plan.under_way = False
         return Skipped([], [])
@@ -358,7 +276,7 @@ def fused_cuda_soap(
     due = known.due(t, phases)
     if not due:
         return Skipped([], [])
-    gram, basis = (by_parameter(column, layouts) for column in (grams, bases))
+    gram, basis = (batch.by_parameter(column) for column in (grams, bases))
     increment_version([basis[i][k] for i, k in due])
     state = (due, exp_avgs, exp_avg_sqs, gram, basis, layouts, usable, tolerance)
     if refresh_basis.unavailable(device.type) is not None:

@@ -17,8 +17,8 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .launch import USABLE
-from .plan import Layout
-from .refresh import due_units
+from .layout import Layout
+from .schedule import due_units
 
 # Lists kept for one first parameter: lists differ while some parameters have no gradient.
 MAX_LISTS = 8

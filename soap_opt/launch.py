@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .kernel_configs import CONFIGS, architecture_of, config_of
-from .plan import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH, Layout
+from .layout import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH, Layout
 
 # Columns of a row of problems
 X = 0  # pointer to what is read: a gradient, or scratch

@@ -1,17 +1,16 @@
-"""Options of a param group: what is checked, what an older state lacks, and what a step wants to know of them."""
+"""The hyper-parameters of a param group: the one list of them, their defaults, and what they may be."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Integral
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from .fused_cuda import SCRATCH_LIMIT
-from .refresh import POLICIES, tolerance_of
-
-# Options that decide the shapes, or the meaning, of what is in the state
-LAYOUT_OPTIONS = ("max_precond_dim", "merge_dims", "precondition_1d", "data_format")
+from .schedule import POLICIES, tolerance_of
 
 REFUSED = {
     "amsgrad": "the running maximum of v would mix coordinates of different eigenbases after every refresh",
@@ -19,98 +18,145 @@ REFUSED = {
     "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
 }
 
-# Options that state written by an older version may lack, for objects unpickled from one
-ADDED_DEFAULTS: dict[str, Any] = {
-    "shampoo_beta": None,
-    "data_format": "channels_first",
-    "refresh": "staggered",
-    "refresh_tolerance": 0.01,
-    "refresh_start": 0,
-    "maximize": False,
-    "max_grad_norm": None,
-    "precision": "highest",
-    "overlap_refresh": True,
-    "scratch_limit": SCRATCH_LIMIT,
-    "capturable": False,
-    "foreach": None,
-    "fused": None,
-}
-
-
 LARGEST_LR = 3.4e38  # what float32 holds
 
-
-def check_options(options: dict[str, Any]) -> None:
-    """Check the options of a param group, in torch's wording; raises ValueError (RuntimeError for foreach with fused)."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
-    if not 0.0 <= lr <= LARGEST_LR:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= options["eps"]:
-        raise ValueError(f"Invalid epsilon value: {options['eps']}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas}")
-    for i, beta in enumerate(betas):
-        if isinstance(beta, Tensor):
-            raise ValueError(f"betas must be floats, but index {i} is a Tensor: {beta}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not 0.0 <= options["weight_decay"]:
-        raise ValueError(f"Invalid weight_decay value: {options['weight_decay']}")
-    beta = options["shampoo_beta"]
-    if beta is not None and not beta < 1.0:
-        raise ValueError(f"Invalid shampoo_beta value: {beta}")
-    for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("refresh_start", 0), ("scratch_limit", 0)):
-        if isinstance(options[name], bool) or not isinstance(options[name], Integral) or options[name] < least:
-            raise ValueError(f"Invalid {name} value: {options[name]} (an integer of at least {least})")
-    if options["data_format"] not in ("channels_first", "channels_last"):
-        raise ValueError(f"Invalid data_format: {options['data_format']!r} (channels_first or channels_last)")
-    if options["refresh"] not in POLICIES:
-        raise ValueError(f"Invalid refresh policy: {options['refresh']!r} (one of {', '.join(POLICIES)})")
-    if not 0.0 <= options["refresh_tolerance"]:
-        raise ValueError(f"Invalid refresh_tolerance value: {options['refresh_tolerance']}")
-    if options["max_grad_norm"] is not None and not 0.0 < options["max_grad_norm"]:
-        raise ValueError(f"Invalid max_grad_norm value: {options['max_grad_norm']}")
-    if options["precision"] not in ("highest", "high"):
-        raise ValueError(f"Invalid precision: {options['precision']!r} (highest or high)")
-    if options["foreach"] and options["fused"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+# Bytes of the two scratch buffers of one CUDA plan. Larger models are stepped piece by piece.
+SCRATCH_LIMIT = 1 << 31
 
 
-def shampoo_beta(group: dict[str, Any]) -> float:
-    beta = group["shampoo_beta"]
-    return group["betas"][1] if beta is None or beta < 0 else beta
+def _option(role: str, default: Any) -> Any:
+    """A hyper-parameter. role: what it decides, see :func:`names_of`."""
+    return field(default=default, metadata={"role": role})
 
 
-def step_options(group: dict[str, Any], clip: bool) -> dict[str, Any]:
-    """What :func:`soap_opt.functional.soap` wants to know of a group, whatever implementation runs."""
-    beta1, beta2 = group["betas"]
-    names = (
-        "lr eps weight_decay precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize"
-    ).split()
-    return {
-        **{name: group[name] for name in names},
-        "beta1": beta1,
-        "beta2": beta2,
-        "shampoo_beta": shampoo_beta(group),
-        "max_grad_norm": group["max_grad_norm"] if clip else None,
-    }
+_own, _step, _shape, _call, _group, _path = (partial(_option, r) for r in ("own", "step", "shape", "call", "group", "path"))
 
 
-def list_kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What groups must agree in to be stepped together by the C++ engine or the multi-tensor path: all that a step wants to
-    know but lr and weight_decay, which every parameter may have of its own."""
-    names = (
-        "shampoo_beta eps precondition_frequency normalize_grads correct_bias refresh refresh_tolerance maximize foreach fused"
-    ).split()
-    return (*group["betas"], *(group[name] for name in names))
+@dataclass(frozen=True)
+class Options:
+    """The hyper-parameters of a param group, in the order and with the meanings of :class:`soap_opt.SOAP`'s arguments.
+
+    Each has a role, which says what parameters have to agree in to be stepped by one call:
+
+    - own: nothing; every parameter may have another value.
+    - step: the arithmetic of a step. One for all parameters of a call on the CPU; the CUDA kernels read a row a group.
+    - shape: the shapes, or the meaning, of state. Pinned as soon as there is some.
+    - call: what a call of the CUDA path does for all of its parameters.
+    - group: what is said of a group as a whole.
+    - path: which implementation runs.
+    """
+
+    lr: float | Tensor = _own(3e-3)
+    betas: tuple[float, float] = _step((0.95, 0.95))
+    eps: float = _step(1e-8)
+    weight_decay: float = _own(0.01)
+    shampoo_beta: float | None = _step(None)
+    precondition_frequency: int = _step(10)
+    max_precond_dim: int = _shape(10000)
+    merge_dims: bool = _shape(False)
+    precondition_1d: bool = _shape(False)
+    normalize_grads: bool = _step(False)
+    data_format: str = _shape("channels_first")
+    correct_bias: bool = _step(True)
+    refresh: str = _step("staggered")
+    refresh_tolerance: float = _step(0.01)
+    refresh_start: int = _group(0)
+    maximize: bool = _step(False)
+    max_grad_norm: float | None = _group(None)
+    precision: str = _call("highest")
+    overlap_refresh: bool = _call(True)
+    scratch_limit: int = _call(SCRATCH_LIMIT)
+    capturable: bool = _call(False)
+    foreach: bool | None = _path(None)
+    fused: bool | None = _path(None)
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Options:
+        """Of a param group, which names them all."""
+        return cls(*_VALUES(group))
+
+    def check(self) -> None:
+        """Check the values, in torch's wording.
+
+        Raises:
+            ValueError: one is out of its range.
+            RuntimeError: foreach and fused together.
+        """
+        lr = self.lr
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+            lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
+        if not 0.0 <= lr <= LARGEST_LR:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if not 0.0 <= self.eps:
+            raise ValueError(f"Invalid epsilon value: {self.eps}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}")
+        for i, beta in enumerate(self.betas):
+            if isinstance(beta, Tensor):
+                raise ValueError(f"betas must be floats, but index {i} is a Tensor: {beta}")
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        if not 0.0 <= self.weight_decay:
+            raise ValueError(f"Invalid weight_decay value: {self.weight_decay}")
+        if self.shampoo_beta is not None and not self.shampoo_beta < 1.0:
+            raise ValueError(f"Invalid shampoo_beta value: {self.shampoo_beta}")
+        for name, least in (("precondition_frequency", 1), ("max_precond_dim", 0), ("refresh_start", 0), ("scratch_limit", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"Invalid {name} value: {value} (an integer of at least {least})")
+        if self.data_format not in ("channels_first", "channels_last"):
+            raise ValueError(f"Invalid data_format: {self.data_format!r} (channels_first or channels_last)")
+        if self.refresh not in POLICIES:
+            raise ValueError(f"Invalid refresh policy: {self.refresh!r} (one of {', '.join(POLICIES)})")
+        if not 0.0 <= self.refresh_tolerance:
+            raise ValueError(f"Invalid refresh_tolerance value: {self.refresh_tolerance}")
+        if self.max_grad_norm is not None and not 0.0 < self.max_grad_norm:
+            raise ValueError(f"Invalid max_grad_norm value: {self.max_grad_norm}")
+        if self.precision not in ("highest", "high"):
+            raise ValueError(f"Invalid precision: {self.precision!r} (highest or high)")
+        if self.foreach and self.fused:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    @property
+    def beta1(self) -> float:
+        """Decay rate of m."""
+        return self.betas[0]
+
+    @property
+    def beta2(self) -> float:
+        """Decay rate of v."""
+        return self.betas[1]
+
+    @property
+    def gram_beta(self) -> float:
+        """Decay rate of the Grams: shampoo_beta, or beta2 where that says nothing."""
+        beta = self.shampoo_beta
+        return self.betas[1] if beta is None or beta < 0 else beta
+
+    @property
+    def tolerance(self) -> float:
+        """The share off the diagonal up to which a due basis is passed over; below 0: none is."""
+        return tolerance_of(self.refresh, self.refresh_tolerance)
+
+    def agree_on_cpu(self) -> tuple[Any, ...]:
+        """What groups must agree in for one call of the C++ engine or the multi-tensor path."""
+        return _STEP_AND_PATH(self.__dict__)
+
+    def agree_on_cuda(self) -> tuple[Any, ...]:
+        """What groups must agree in for one call of the CUDA path: what is said of the call, and what is passed over when due,
+        since one call refreshes all."""
+        return (self.tolerance, *_CALL(self.__dict__))
 
 
-def step_kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What groups must agree in to be stepped together on CUDA: everything that GroupOptions does not hold for each of them,
-    and what is passed over when due, since one call refreshes all. The last is scratch_limit."""
-    names = ("precision", "overlap_refresh", "capturable", "scratch_limit")
-    return tolerance_of(group["refresh"], group["refresh_tolerance"]), *(group[name] for name in names)
+def names_of(*roles: str) -> tuple[str, ...]:
+    """The options of these roles, in their order; all without any."""
+    return tuple(f.name for f in fields(Options) if not roles or f.metadata["role"] in roles)
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+SHAPING = names_of("shape")
+_VALUES = itemgetter(*names_of())
+_STEP_AND_PATH = itemgetter(*names_of("step", "path"))
+_CALL = itemgetter(*names_of("call"))

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from .plan import outside_modes
+from .gradients import state_dtype
+from .layout import layout_of, outside_modes
+from .options import SHAPING
 
 # A first step that takes longer is warned of: nobody expects it of an optimizer's first step.
 LONG_FIRST_STEP = 5.0  # seconds
@@ -69,6 +71,47 @@ def is_dataless(tensor: Tensor) -> bool:
 def is_dtensor(tensor: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where it is not imported
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def first_step_costs(
+    params: Sequence[Any], group: dict[str, Any], cubes: int, describe: Callable[[int], str]
+) -> tuple[int, str | None]:
+    """What the eigendecompositions of a group's first step cost, and a warning where they, and those of the groups before, will
+    keep it for seconds: once, when they become so many.
+
+    Args:
+        params: tensors or (name, tensor).
+        group: all options.
+        cubes: of the sizes of the Grams before these, added up.
+        describe: of a place in params.
+
+    Returns:
+        cubes with these, and the text or None.
+    """
+    tensors = [param[1] if isinstance(param, tuple) else param for param in params]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    shaping = {name: group[name] for name in SHAPING}
+    sizes = [
+        (size, place)
+        for place, param in enumerate(tensors)
+        if not is_lazy(param)
+        for size in layout_of(tuple(param.shape), tuple(range(param.dim())), **shaping).sizes
+    ]
+    more = cubes + sum(size**3 for size, place in sizes if tensors[place].device.type == "cpu")
+    seconds = first_step_seconds(more)
+    if seconds > LONG_FIRST_STEP and not first_step_seconds(cubes) > LONG_FIRST_STEP:
+        duration = f"about {seconds:.0f} s on this machine"
+    elif any(size > LARGE_MODE and tensors[place].device.type != "cpu" for size, place in sizes):
+        duration = "much time"
+    else:
+        return more, None
+    size, place = max(sizes)
+    bytes_of_state = sum(2 * d * d * state_dtype(tensors[owner]).itemsize for d, owner in sizes)
+    return more, (
+        f"SOAP's first step will take {duration}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix "
+        f"for {describe(place)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below "
+        f"{size} leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else "")
+    )
 
 
 def first_step_seconds(cubes: int) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .eigenbasis import full_precision_matmul, project, project_back, same_for_all_threads
-from .functional import prepare_gradient
-from .plan import Layout
+from .gradients import prepare_gradient
+from .layout import Layout
 
 if TYPE_CHECKING:
     from .soap import SOAP

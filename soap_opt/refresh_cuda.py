@@ -28,7 +28,8 @@ from .launch import (
     make_reexpress_tables,
     padded,
 )
-from .plan import KRONECKER_MAX_FACTOR, Layout
+from .layout import KRONECKER_MAX_FACTOR, Layout
+from .multi_tensor import refresh_units
 
 if TYPE_CHECKING:
     from .fused_cuda import Plan
@@ -484,10 +485,7 @@ def refresh_due_through_torch(
 ) -> None:
     """:func:`refresh_due` where the operator is not built: torch's QR, one size after the other, and the host waits to hear
     which units "adaptive" wants."""
-    from .functional import _refresh_units  # late: functional imports fused_cuda, which imports this file
-
-    policy = "adaptive" if tolerance >= 0 else "staggered"
-    done, failed = _refresh_units(due, grams, bases, policy, tolerance)
+    done, failed = refresh_units(due, grams, bases, tolerance)
     for i in failed:
         # (a stepped parameter's alone: a step that was skipped was not due)
         failures = followed(exp_avgs[i]).failed

@@ -5,24 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
+from .batch import Skipped
 from .host_side import counts as counted_on_device
-
-
-class Skipped(NamedTuple):
-    """What a step left as it was."""
-
-    steps: list[int]  # parameters whose gradient is not usable (functional.is_usable): nothing of them changed
-    refreshes: list[int]  # parameters with a basis that could not be refreshed: it, m and v stay; once for each
-
-    def extend(self, other: Skipped, places: Sequence[int]) -> None:
-        """Add what was left of some of the parameters. places: of these in the list of all."""
-        for own, more in zip(self, other):
-            own.extend(places[i] for i in more)
-
 
 TEXTS = (  # of each of the two
     "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. "

@@ -1,40 +1,31 @@
-"""class SOAP: argument checks, state, step. The mathematics is in functional.py and eigenbasis.py."""
+"""class SOAP: its arguments, its state as torch.optim has it, and the order of a step."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from . import _ext, compiled, refresh_basis
-from .checkpoint import expected_state, restore_state, state_dtype
-from .eigenbasis import EigenDecompositionError, full_precision_matmul, init_bases
-from .functional import clipping_scale, first_grams, runs_triton, soap, use_fused
-from .fused_cuda import SCRATCH_LIMIT, GroupOptions, fused_cuda_soap, steps_on_device
-from .options import (
-    ADDED_DEFAULTS,
-    LAYOUT_OPTIONS,
-    REFUSED,
-    check_options,
-    shampoo_beta,
-    step_options,
-)
+from . import compiled
+from .checkpoint import restore_state
+from .eigenbasis import full_precision_matmul
+from .functional import Path, path_of, require_fused, step_batch
+from .gradients import clipping_scale
+from .init import initialize, step_dataless
+from .layout import Layout
+from .options import DEFAULTS, REFUSED, SCRATCH_LIMIT, Options, names_of
 from .overlap import Overlap
-from .parameters import LARGE_MODE, LONG_FIRST_STEP, check_params, describe_place, first_step_seconds, is_dataless
-from .plan import Layout, layout_of, memory_order, outside_modes
+from .parameters import check_params, describe_place, first_step_costs
 from .precondition import precondition
-from .refresh import complete_offsets, unit_flops
-from .skipped import Skipped, Skips, users_stacklevel
-from .work import Work, check_capture, keep_on_host, together
+from .skipped import Skips, users_stacklevel
+from .state import Layouts, add_missing_offsets, explain_misfit, keep_on_host, step_tensor
+from .work import Work, batch_of, check_capture, together, with_grad
 
 
 class SOAP(Optimizer):
@@ -156,42 +147,18 @@ class SOAP(Optimizer):
         fused: bool | None = None,
         **unsupported: Any,
     ) -> None:
+        given = locals()
         for name, value in unsupported.items():
             if name not in REFUSED:
                 raise TypeError(f"SOAP.__init__() got an unexpected keyword argument {name!r}")
             if value:
                 raise TypeError(f"SOAP does not support {name}={value!r}: {REFUSED[name]}")
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "shampoo_beta": shampoo_beta,
-            "precondition_frequency": precondition_frequency,
-            "max_precond_dim": max_precond_dim,
-            "merge_dims": merge_dims,
-            "precondition_1d": precondition_1d,
-            "normalize_grads": normalize_grads,
-            "data_format": data_format,
-            "correct_bias": correct_bias,
-            "refresh": refresh,
-            "refresh_tolerance": refresh_tolerance,
-            "refresh_start": refresh_start,
-            "maximize": maximize,
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-            "overlap_refresh": overlap_refresh,
-            "scratch_limit": scratch_limit,
-            "capturable": capturable,
-            "foreach": foreach,
-            "fused": fused,
-        }
-        check_options(defaults)
+        defaults = {name: given[name] for name in names_of()} | {"betas": tuple(betas)}
+        Options.of(defaults).check()
         self._overlap = Overlap()
         self._number, self._traced_params = compiled.register(self), []
         self._skips = Skips()
-        self._layouts: dict[Tensor, tuple[tuple[Any, ...], Layout, tuple[int, ...]]] = {}  # derived, see plan.py
-        self._option_tuples: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._layouts = Layouts()
         self._cubes = 0  # of the sizes of all Grams: what a first step takes goes with it
         super().__init__(params, defaults)
         self._support_amp_scaling()
@@ -199,7 +166,9 @@ class SOAP(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are checked like the constructor's. Late parameters take the lightest refresh phase."""
         if isinstance(param_group, dict) and "params" in param_group:
-            check_options({**self.defaults, **param_group})
+            group = {**self.defaults, **param_group}
+            options = Options.of(group)
+            options.check()
             if not isinstance(param_group["params"], (Tensor, set)):
                 param_group["params"] = list(param_group["params"])
             params = param_group["params"]
@@ -209,40 +178,12 @@ class SOAP(Optimizer):
             for param in params:
                 tensor = param[1] if isinstance(param, tuple) else param
                 if isinstance(tensor, Tensor):
-                    _require_fused({**self.defaults, **param_group}, tensor.device.type)
-            tensors = [param[1] if isinstance(param, tuple) else param for param in params]
-            self._warn_of_first_step([param for param in tensors if isinstance(param, Tensor)], param_group, describe)
+                    require_fused(options, tensor)
+            self._cubes, warning = first_step_costs(params, group, self._cubes, describe)
+            if warning is not None:  # before the parameters join, because a warning may be an exception
+                warnings.warn(warning, stacklevel=users_stacklevel())
         super().add_param_group(param_group)
         self._traced_params = compiled.all_params(self)
-
-    def _warn_of_first_step(self, params: list[Tensor], options: dict[str, Any], describe: Callable[[int], str]) -> None:
-        """Warn where the eigendecompositions of these parameters, and of those before them, will keep a first step for seconds:
-        once, when they become so many. Comes before the parameters join, because a warning may be an exception."""
-        group = {**self.defaults, **options}
-        shaping = {name: group[name] for name in LAYOUT_OPTIONS}
-        sizes = [
-            (size, place)
-            for place, param in enumerate(params)
-            if not is_lazy(param)
-            for size in layout_of(tuple(param.shape), tuple(range(param.dim())), **shaping).sizes
-        ]
-        on_cpu = [size for size, place in sizes if params[place].device.type == "cpu"]
-        before, self._cubes = self._cubes, self._cubes + sum(size**3 for size in on_cpu)
-        seconds = first_step_seconds(self._cubes)
-        if seconds > LONG_FIRST_STEP and not first_step_seconds(before) > LONG_FIRST_STEP:
-            time = f"about {seconds:.0f} s on this machine"
-        elif any(size > LARGE_MODE and params[place].device.type != "cpu" for size, place in sizes):
-            time = "much time"
-        else:
-            return
-        size, place = max(sizes)
-        bytes_of_state = sum(2 * each * each * state_dtype(params[owner]).itemsize for each, owner in sizes)
-        warnings.warn(
-            f"SOAP's first step will take {time}: of {len(sizes)} Grams to decompose the largest is the {size} x {size} matrix "
-            f"for {describe(place)}; Grams and bases are {bytes_of_state >> 20} MiB of state. max_precond_dim below "
-            f"{size} leaves such modes alone" + (", so does merge_dims=False" if group["merge_dims"] else ""),
-            stacklevel=users_stacklevel(),
-        )
 
     def _support_amp_scaling(self) -> None:
         """As torch's optimizers do: with ``fused=True`` GradScaler hands its scale and found_inf to the step. Otherwise it
@@ -292,10 +233,10 @@ class SOAP(Optimizer):
     ) -> None:
         # Every check comes before the first change.
         keep_on_host(self.state.values())
-        work = [self._with_grad(group, given) for group in self.param_groups]
+        work = [with_grad(self, group, given) for group in self.param_groups]
         device_types = {param.device.type for w in work for param in w.params}
         if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in {type(p) for w in work for p in w.params}):
-            work = [self._step_dataless(w) for w in work]
+            work = [step_dataless(self, w) for w in work]
         pending = [
             (w.group, param, grad)
             for w in work
@@ -305,7 +246,7 @@ class SOAP(Optimizer):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             check_capture(work, [param for _, param, _ in pending], self._describe)
         # Where the kernels look at found_inf, the host need not wait
-        if found_inf is not None and (pending or not all(steps_on_device(w.group, p) for w in work for p in w.params)):
+        if found_inf is not None and (pending or not all(map(_looks_at_found_inf, work))):
             if float(found_inf) != 0:
                 return
             found_inf = None
@@ -314,14 +255,32 @@ class SOAP(Optimizer):
             if pending:
                 groups = {id(group) for group, _, _ in pending}
                 for i, w in enumerate(work):
-                    limit = w.group["max_grad_norm"]
+                    limit = w.options.max_grad_norm
                     if limit is not None and id(w.group) in groups:  # else the steady step knows all norms itself
                         scales[i] = clipping_scale(w.grads, grad_scale, limit)
-                self._initialize(pending, {id(w.group): scale for w, scale in zip(work, scales)})
+                initialize(self, pending, {id(w.group): scale for w, scale in zip(work, scales)})
                 waiting = {param for _, param, _ in pending}
                 work = [w.where([p not in waiting for p in w.params]) for w in work]
             for works, scale in together([(w, scale) for w, scale in zip(work, scales) if w.params]):
-                self._steady_step(works, scale, found_inf, clip=scale is grad_scale)
+                self._steady_step(works, scale, found_inf, clipped=scale is not grad_scale)
+
+    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clipped: bool) -> None:
+        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clipped: by grad_scale."""
+        try:
+            batch = batch_of(works)
+            skipped = step_batch(
+                batch.with_options(max_grad_norm=None) if clipped else batch, grad_scale, found_inf, self._overlap
+            )
+        except (RuntimeError, KeyError) as error:
+            for work in works:
+                for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
+                    try:
+                        explain_misfit(param, grad, state, layout, self._describe(param))
+                    except RuntimeError as explained:
+                        raise explained from error
+            raise
+        if any(skipped):
+            self._skips.add([param for work in works for param in work.params], skipped)
 
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
         """How often a gradient was not usable (not finite, or its squared norm overflowed): its parameter stayed as it was.
@@ -448,57 +407,26 @@ class SOAP(Optimizer):
             self._skips.counts = tuple(map(dict, counts))
         self._support_amp_scaling()
         self.__dict__.setdefault("_cubes", 0)
-        self._layouts, self._option_tuples = {}, {}
+        self._layouts = Layouts()
         restored = self.__dict__.pop("_restored", None)
         if restored is not None:
             self.state.update(restored)
         for group in self.param_groups:
-            for name, default in {**ADDED_DEFAULTS, **self.defaults}.items():
+            for name, default in {**DEFAULTS, **self.defaults}.items():  # (an older version knew fewer)
                 group.setdefault(name, default)
             for param in group["params"]:
                 param_state = self.state.get(param)
                 if param_state:
                     if not torch.is_tensor(param_state["step"]):
-                        param_state["step"] = _step_tensor(float(param_state["step"]), param, group)
+                        param_state["step"] = step_tensor(float(param_state["step"]), param, Options.of(group))
                     self._layout(param, group)  # from here on the options that shape the state are pinned
-        self._add_missing_offsets()
+        add_missing_offsets(self)
 
     # ---- state ----------------------------------------------------------------------------------------------------------
 
     def _layout(self, param: Tensor, group: dict[str, Any]) -> Layout:
-        """The parameter's layout, anew where its shape or memory format is another; raises where that, or an option that shapes
-        the state, was changed under existing state."""
-        options = self._known_options(group)
-        known, shape, stride = self._layouts.get(param), tuple(param.shape), param.stride()
-        if known is not None and known[0] is options and known[1].shape == shape and known[2] == stride:
-            return known[1]
-        state = self.state.get(param)
-        if state and tuple(state["exp_avg"].shape) != shape:
-            raise ValueError(
-                f"{self._describe(param)} had the shape {tuple(state['exp_avg'].shape)} when its state was made: to go on with "
-                f"another, forget that state (del optimizer.state[param]) or make a new optimizer"
-            )
-        if known is not None and state and known[0] is not options:
-            changed = [
-                f"{name} from {old!r} to {new!r}" for name, old, new in zip(LAYOUT_OPTIONS, known[0], options) if old != new
-            ]
-            raise ValueError(
-                f"{self._describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
-                "step, or put the parameter into a new optimizer"
-            )
-        order = memory_order(torch.empty_like(param, device="meta"))  # the state's
-        if state and memory_order(state["exp_avg"]) != order:
-            # model.to(memory_format=..) after the first step: the state follows, as it would after load_state_dict
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key].data = torch.empty_like(param, dtype=state[key].dtype).copy_(state[key])
-        layout = layout_of(shape, order, **dict(zip(LAYOUT_OPTIONS, options)))
-        self._layouts[param] = (options, layout, stride)
-        return layout
-
-    def _known_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The group's options that shape the state; the same tuple for equal ones."""
-        options = tuple(group[name] for name in LAYOUT_OPTIONS)
-        return self._option_tuples.setdefault(options, options)
+        """See :meth:`soap_opt.state.Layouts.of`."""
+        return self._layouts.of(param, group, self.state.get(param), self._describe)
 
     def _describe(self, param: Tensor) -> str:
         """'parameter 3 (layer.weight) of shape (4, 4)', counted over all groups."""
@@ -511,253 +439,7 @@ class SOAP(Optimizer):
             before += len(group["params"])
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _with_grad(self, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> Work:
-        """The group's parameters that have a gradient, after every check that could fail. given: as for :meth:`_step`."""
-        check_options(group)
-        # One tuple for all that are equal, so that identity tells them apart: this loop is a good part of a step of thousands
-        # of small tensors, and everything in it is looked up once.
-        options = self._known_options(group)
-        params, tensors, grads, states, layouts = [], [], [], [], []
-        strided, known_layout, known_state = torch.strided, self._layouts.get, self.state.get
-        for param in group["params"]:
-            if given is None:
-                tensor, grad = param, param.grad
-            else:
-                tensor, grad = given.get(param, (param, None))
-            if grad is None:
-                continue
-            if grad.layout is not strided:
-                raise RuntimeError(
-                    f"SOAP does not support sparse gradients, but that of {self._describe(param)} is {grad.layout}"
-                )
-            known = known_layout(param)
-            # (a matrix has no memory formats to choose from)
-            if (
-                known is None
-                or known[0] is not options
-                or known[1].shape != param.shape
-                or (len(known[2]) > 2 and known[2] != param.stride())
-            ):
-                layouts.append(self._layout(param, group))
-            else:
-                layouts.append(known[1])
-            params.append(param)
-            tensors.append(tensor)
-            grads.append(grad)
-            states.append(known_state(param))
-        work = Work(group, params, tensors, grads, states, layouts)
-        for device_type in {param.device.type for param in work.params} if group["fused"] else ():
-            _require_fused(group, device_type)
-        return work
 
-    def _allocate(self, params: list[tuple[dict[str, Any], Tensor]]) -> None:
-        """State without Grams and bases, in which initialized is False, for each of the parameters that has none."""
-        new = [(group, p) for group, p in params if not self.state.get(p)]
-        offsets = self._refresh_offsets() if new else {}
-        for group, param in new:
-            layout = self._layout(param, group)
-            dtype = state_dtype(param)
-            state = self.state[param]
-            state["step"] = _step_tensor(0.0, param, group)
-            state["initialized"] = torch.tensor(False, device="cpu")
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            for key, offset in zip(layout.offset_keys, offsets[param]):
-                state[key] = torch.tensor(offset, dtype=torch.int64, device="cpu")
-
-    def _add_missing_offsets(self) -> None:
-        """Offsets for state that came without them: a checkpoint of the original implementation."""
-        offsets = None
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                for place, mode in enumerate(self._layout(param, group).modes if state else ()):
-                    if f"refresh_offset_{mode}" not in state:
-                        offsets = offsets or self._refresh_offsets()
-                        state[f"refresh_offset_{mode}"] = torch.tensor(offsets[param][place], dtype=torch.int64, device="cpu")
-
-    @outside_modes()
-    def _refresh_offsets(self) -> dict[Tensor, list[int]]:
-        """Refresh offsets of every parameter's modes: those in the state, and balanced ones where there are none."""
-        offsets: dict[Tensor, list[int]] = {}
-        for frequency in sorted({group["precondition_frequency"] for group in self.param_groups}):
-            owners: list[Tensor] = []
-            flops: list[float] = []
-            known: list[int | None] = []
-            starts: list[int] = []
-            for group in self.param_groups:
-                if group["precondition_frequency"] == frequency:
-                    for param in group["params"]:
-                        if is_lazy(param):  # its shape, and what that costs, are not known yet
-                            continue
-                        layout, state = self._layout(param, group), self.state.get(param, {})
-                        offsets[param] = []
-                        for mode, size in zip(layout.modes, layout.sizes):
-                            offset = state.get(f"refresh_offset_{mode}")
-                            owners.append(param)
-                            flops.append(unit_flops(layout.numel, size))
-                            known.append(None if offset is None else int(offset))
-                            starts.append(group["refresh_start"])
-            for param, offset in zip(owners, complete_offsets(flops, known, frequency, starts)):
-                offsets[param].append(offset)
-        return offsets
-
-    def _initialize(self, pending: list[tuple[dict[str, Any], Tensor, Tensor]], scales: dict[int, Tensor | None]) -> None:
-        """The first gradient: G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i.
-
-        Args:
-            pending: group, parameter, gradient.
-            scales: of each group, by its id: what the gradients are divided by.
-        """
-        usable: list[tuple[dict[str, Any], Tensor]] = []
-        unusable: list[Tensor] = []
-        grams: list[Tensor] = []
-        owners: list[tuple[Tensor, str, str]] = []  # of each Gram: the parameter, the keys of the Gram and of its basis
-        zeros: set[Tensor] = set()
-        kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor], list[Tensor]]] = {}
-        for group, param, grad in pending:
-            if grad.shape != param.shape:
-                raise ValueError(
-                    f"the gradient of {self._describe(param)} is of shape {tuple(grad.shape)}: it was made before the "
-                    "parameter got its shape; zero_grad() and backward() make another"
-                )
-            _, params, gradients = kinds.setdefault((id(group), state_dtype(param)), (group, [], []))
-            params.append(param)
-            gradients.append(grad)
-        engine = True
-        for (_, dtype), (group, params, gradients) in kinds.items():
-            layouts = [self._layout(p, group) for p in params]
-            how = group["foreach"], group["fused"]
-            compiled = all(refresh_basis.unavailable(grad.device.type) is None for grad in gradients)
-            engine = engine and compiled and use_fused(gradients, *how)
-            made = first_grams(gradients, layouts, dtype, *how, scales[id(group)], shampoo_beta(group))
-            for param, layout, (outers, says_something) in zip(params, layouts, made):
-                if outers is None:
-                    unusable.append(param)
-                    continue
-                usable.append((group, param))
-                if not says_something:
-                    zeros.add(param)
-                grams += outers
-                owners += [(param, *keys) for keys in zip(layout.gram_keys, layout.basis_keys)]
-        wanted = [i for i, (param, _, _) in enumerate(owners) if param not in zeros]
-        try:
-            engine = engine and len({gram.device for gram in grams}) == 1
-            bases = dict(zip(wanted, init_bases([grams[i] for i in wanted], fused=engine)))
-        except EigenDecompositionError as error:
-            param, key, _ = owners[wanted[error.index]]
-            state = self.state.get(param)
-            raise RuntimeError(
-                f"SOAP: eigh failed on the Gram of mode {key[5:]} of {self._describe(param)} at step "
-                f"{int(state['step']) if state else 0}, in {state_dtype(param)} and in float64 ({error}); "
-                "nothing has changed"
-            ) from error
-
-        self._skips.add(unusable, Skipped(list(range(len(unusable))), []))
-        self._allocate(usable)
-        for i, (param, gram_key, basis_key) in enumerate(owners):
-            state = self.state[param]
-            if param not in zeros or gram_key not in state:  # (a second gradient of zeros finds them in place)
-                state[gram_key] = grams[i]
-                state[basis_key] = bases[i] if i in bases else torch.zeros_like(grams[i])
-        for _, param in usable:
-            if param not in zeros:
-                self.state[param]["initialized"].fill_(True)
-
-    def _explain(self, works: list[Work], error: Exception) -> None:
-        """Raise with the parameter's name, the cause and what to do where gradient or state do not fit a parameter."""
-        remedy = (
-            "Where the model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
-            "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
-        )
-        for work in works:
-            for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
-                what = f"SOAP cannot step {self._describe(param)}, {param.dtype} on {param.device}: "
-                if grad.shape != param.shape:
-                    raise RuntimeError(f"{what}its gradient is of shape {tuple(grad.shape)}") from error
-                for key, shape, dtype, device in expected_state(param, layout):
-                    value = state.get(key)
-                    if value is None:
-                        raise RuntimeError(f"{what}its state lacks {key}. {remedy}") from error
-                    fits = tuple(value.shape) == shape and value.dtype == dtype and device in (None, value.device)
-                    if not fits:
-                        raise RuntimeError(
-                            f"{what}its state {key} is {tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, "
-                            f"{dtype} is needed. {remedy}"
-                        ) from error
-
-    def _step_dataless(self, work: Work) -> Work:
-        """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
-        dataless = [is_dataless(param) for param in work.params]
-        for param, layout in compress(zip(work.params, work.layouts), dataless):
-            state = self.state.get(param)
-            if state:
-                with outside_modes() if not is_dataless(state["step"]) else nullcontext():
-                    state["step"] += 1
-                continue
-            with outside_modes():
-                self._allocate([(work.group, param)])
-                self.state[param]["initialized"].fill_(True)
-            state = self.state[param]
-            for keys in (layout.gram_keys, layout.basis_keys):
-                state.update({key: param.new_zeros(d, d, dtype=state_dtype(param)) for key, d in zip(keys, layout.sizes)})
-        return work.where([not without for without in dataless])
-
-    def _lists(self, works: list[Work]) -> tuple[list[Any], ...]:
-        """What :func:`soap_opt.functional.soap` takes of them."""
-        states = [state for work in works for state in work.states]
-        layouts = [layout for work in works for layout in work.layouts]
-        return (
-            [tensor for work in works for tensor in work.tensors],
-            [grad for work in works for grad in work.grads],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state[key] for state, layout in zip(states, layouts) for key in layout.gram_keys],
-            [state[key] for state, layout in zip(states, layouts) for key in layout.basis_keys],
-            [state[key] for state, layout in zip(states, layouts) for key in layout.offset_keys],
-            [state["step"] for state in states],
-            layouts,
-        )
-
-    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clip: bool = True) -> None:
-        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clip: grad_scale does not clip
-        already."""
-        group = works[0].group
-        how = {
-            "found_inf": found_inf,
-            "precision": group["precision"],
-            "overlap": self._overlap if group["overlap_refresh"] else None,
-            "capturable": group["capturable"],
-            "scratch_limit": group["scratch_limit"],
-        }
-        options = [step_options(work.group, clip) for work in works]
-        try:
-            lists = self._lists(works)
-            fused = use_fused(lists[2][:1], group["foreach"], group["fused"])
-            if len(works) > 1 and fused and runs_triton(lists[2][0]):
-                counted = [(len(work.params), GroupOptions(**each)) for work, each in zip(works, options)]
-                skipped = fused_cuda_soap(*lists, grad_scale, counted, **how)
-            else:
-                if len(works) > 1:
-                    for name in ("lr", "weight_decay"):
-                        options[0][name] = [float(each[name]) for each, work in zip(options, works) for _ in work.params]
-                flags = {"foreach": group["foreach"], "fused": group["fused"]}
-                skipped = soap(*lists, **flags, grad_scale=grad_scale, **options[0], **how)
-        except (RuntimeError, KeyError) as error:
-            self._explain(works, error)
-            raise
-        if any(skipped):
-            self._skips.add([param for work in works for param in work.params], skipped)
-
-
-def _step_tensor(value: float, param: Tensor, group: dict[str, Any]) -> Tensor:
-    # float32 always: torch.set_default_dtype must not decide what a checkpoint holds
-    device = param.device if group["capturable"] or group["fused"] or steps_on_device(group, param) else "cpu"
-    return torch.tensor(value, dtype=torch.float32, device=device)
-
-
-def _require_fused(group: dict[str, Any], device_type: str) -> None:
-    if group["fused"]:
-        reason = _ext.unavailable(device_type)
-        if reason is not None:
-            raise RuntimeError(f"fused=True cannot be met: {reason}")
+def _looks_at_found_inf(work: Work) -> bool:
+    """Whether the kernels that step these parameters do."""
+    return all(path_of(param, work.options, layout) is Path.CUDA for param, layout in zip(work.params, work.layouts))

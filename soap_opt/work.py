@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import refresh_basis
-from .functional import runs_triton, use_fused
-from .fused_cuda import steps_on_device
+from .batch import Batch
+from .functional import Path, path_of, require_fused
 from .launch import is_too_large
-from .options import list_kind, step_kind
-from .plan import Layout
+from .layout import Layout
+from .options import Options
+
+if TYPE_CHECKING:
+    from .soap import SOAP
 
 
 class Work(NamedTuple):
-    """A group's parameters that have a gradient. Parallel lists: an object for each parameter would keep Python's garbage
-    collector busy for a third of a step of 2,000 small ones."""
+    """A group's parameters that have a gradient, as parallel lists (see :class:`soap_opt.batch.Batch`)."""
 
     group: dict[str, Any]
+    options: Options
     params: list[Tensor]
     tensors: list[Tensor]  # what is updated: the parameters, or what stands for them in a compiled graph
     grads: list[Tensor]
@@ -29,7 +32,70 @@ class Work(NamedTuple):
     layouts: list[Layout]
 
     def where(self, wanted: list[bool]) -> Work:
-        return Work(self.group, *(list(compress(column, wanted)) for column in self[1:]))
+        return Work(self.group, self.options, *(list(compress(column, wanted)) for column in self[2:]))
+
+
+def with_grad(optimizer: SOAP, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> Work:
+    """The group's parameters that have a gradient, after every check that could fail.
+
+    Args:
+        given: of each parameter with a gradient the tensor that is updated and the gradient; None takes the parameters
+            themselves and ``p.grad``.
+    """
+    options = Options.of(group)
+    options.check()
+    layouts = optimizer._layouts
+    # This loop is a good part of a step of thousands of small tensors, and everything in it is looked up once.
+    shaping, pinned_of, state_of, strided = layouts.shaping(group), layouts.pinned.get, optimizer.state.get, torch.strided
+    work = Work(group, options, [], [], [], [], [])
+    for param in group["params"]:
+        if given is None:
+            tensor, grad = param, param.grad
+        else:
+            tensor, grad = given.get(param, (param, None))
+        if grad is None:
+            continue
+        if grad.layout is not strided:
+            raise RuntimeError(
+                f"SOAP does not support sparse gradients, but that of {optimizer._describe(param)} is {grad.layout}"
+            )
+        pinned, state = pinned_of(param), state_of(param)
+        # (a matrix has no memory formats to choose from)
+        if (
+            pinned is None
+            or pinned.shaping is not shaping
+            or pinned.layout.shape != param.shape
+            or (len(pinned.stride) > 2 and pinned.stride != param.stride())
+        ):
+            work.layouts.append(layouts.of(param, group, state, optimizer._describe))
+        else:
+            work.layouts.append(pinned.layout)
+        work.params.append(param)
+        work.tensors.append(tensor)
+        work.grads.append(grad)
+        work.states.append(state)
+    if options.fused:
+        for param in {param.device.type: param for param in work.params}.values():
+            require_fused(options, param)
+    return work
+
+
+def batch_of(works: Sequence[Work]) -> Batch:
+    """What a step takes of parameters that are initialised."""
+    states = [state for work in works for state in work.states]
+    layouts = [layout for work in works for layout in work.layouts]
+    return Batch(
+        [tensor for work in works for tensor in work.tensors],
+        [grad for work in works for grad in work.grads],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state[key] for state, layout in zip(states, layouts) for key in layout.gram_keys],
+        [state[key] for state, layout in zip(states, layouts) for key in layout.basis_keys],
+        [state[key] for state, layout in zip(states, layouts) for key in layout.offset_keys],
+        [state["step"] for state in states],
+        layouts,
+        [work.options for work in works for _ in work.params],
+    )
 
 
 def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], Tensor | None]]:
@@ -39,16 +105,15 @@ def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], T
         return [([w], scale) for w, scale in work]
     calls: dict[Any, tuple[list[Work], Tensor | None]] = {}
     for w, scale in work:
-        group, exp_avgs = w.group, [state["exp_avg"] for state in w.states]
+        options, exp_avgs = w.options, [state["exp_avg"] for state in w.states]
         devices = {exp_avg.device for exp_avg in exp_avgs}
         key: Any = id(w)
         if len(devices) == 1:
-            (device,) = devices
-            fused = use_fused(exp_avgs[:1], group["foreach"], group["fused"])
-            if fused and all(map(runs_triton, exp_avgs)):
-                key = (device, id(scale), step_kind(group))
-            elif group["max_grad_norm"] is None and (device.type == "cpu" if fused else group["foreach"] is not False):
-                key = (device, id(scale), list_kind(group))
+            paths = {path_of(exp_avg, options) for exp_avg in {x.dtype: x for x in exp_avgs}.values()}
+            if paths == {Path.CUDA}:
+                key = (*devices, id(scale), options.agree_on_cuda())
+            elif options.max_grad_norm is None and paths in ({Path.CPU}, {Path.MULTI}):
+                key = (*devices, id(scale), options.agree_on_cpu())
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
 
@@ -69,10 +134,10 @@ def _reasons_against_capture(
         yield missing
     device = torch.device("cuda", torch.cuda.current_device())
     for w in work:
-        if not w.group["capturable"]:
+        if not w.options.capturable:
             yield "capturable=False"
         for param, state, layout in zip(w.params, w.states, w.layouts):
-            if not steps_on_device(w.group, param):
+            if path_of(param, w.options) is not Path.CUDA:
                 yield f"{describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
             elif is_too_large(layout):
                 yield f"{describe(param)} or a matrix of it is beyond the kernels' int32 offsets"
@@ -80,14 +145,3 @@ def _reasons_against_capture(
                 yield f"the step of {describe(param)} is on {state['step'].device}: load a state_dict"
             elif param.device != device:
                 yield f"{describe(param)} is on {param.device}, and the graph on {device}"
-
-
-def keep_on_host(states: Iterable[dict[str, Any]]) -> None:
-    """What the host reads at every step back to the CPU, where a trainer moved all of the state to its device (Lightning does
-    after a resume): each read would wait for the device."""
-    for state in states:
-        if "initialized" in state and state["initialized"].device.type == "cpu":
-            return  # it was moved with all others, or not
-        for key in state:
-            if key == "initialized" or key.startswith("refresh_offset_"):
-                state[key] = state[key].cpu()

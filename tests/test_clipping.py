@@ -5,7 +5,7 @@ import torch
 from comparison import SoapRun, random_gradients, random_params, run_lockstep
 
 from soap_opt import _ext
-from soap_opt.functional import clipping_scale
+from soap_opt.gradients import clipping_scale
 
 SHAPES = [(6, 5), (4, 3, 3, 3), (4,), (7, 3), ()]
 OPTIONS = {"lr": 0.01, "precondition_frequency": 2, "refresh": "together"}

@@ -9,7 +9,7 @@ from comparison import needs_engine, random_gradients
 from torch import nn
 
 import soap_opt
-from soap_opt import SOAP, memory_report, plan
+from soap_opt import SOAP, cpu, memory_report
 
 
 def model():
@@ -89,12 +89,12 @@ def test_scratch_is_what_the_engine_allocates(threads):
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = SOAP(params, fused=True)
     foretold = memory_report(optimizer).scratch
-    plan._memory.__dict__.clear()
+    cpu._memory.__dict__.clear()
     for grads in random_gradients(shapes, 2):
         for param, grad in zip(params, grads):
             param.grad = grad
         optimizer.step()
-    kept = sum(tensor.numel() * tensor.element_size() for tensor in plan._memory.__dict__.values())
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in cpu._memory.__dict__.values())
     assert kept == foretold == memory_report(optimizer).scratch
     largest = 4 * max(torch.Size(shape).numel() for shape in shapes)
     # bounded: three buffers of the largest parameter, its matrices packed, and chunks of a fixed size, for each thread

@@ -24,7 +24,7 @@ from soap_opt.eigenbasis import (
     reexpress_,
     refresh_basis,
 )
-from soap_opt.plan import layout_of
+from soap_opt.layout import layout_of
 
 EPS = torch.finfo(torch.float64).eps
 

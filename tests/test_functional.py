@@ -21,8 +21,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import soap_opt
+from bench.fake_driver import triton_path_on_cpu
 from soap_opt import functional
-from soap_opt.functional import is_usable, prepare_gradient, step_size
+from soap_opt.functional import Path, path_of
+from soap_opt.gradients import is_usable, prepare_gradient
+from soap_opt.layout import layout_of
+from soap_opt.options import SHAPING, Options
+from soap_opt.single_tensor import step_size
 
 # Every kind of layout: tiny modes (Kronecker products), equal shapes (batches), odd sizes, ones, 0-D and 1-D.
 SHAPES = [
@@ -446,10 +451,56 @@ def test_the_multi_tensor_path_uses_foreach_ops_for_everything_elementwise():
 def recorded(monkeypatch):
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("_single_tensor_soap", "_multi_tensor_soap", "_fused_soap"):
+        for name in ("_single_tensor_soap", "_multi_tensor_soap", "cpu_soap"):
             original = getattr(functional, name)
             patch.setattr(functional, name, lambda *a, _f=original, _n=name, **k: ran.append(_n) or _f(*a, **k))
         yield ran
+
+
+def test_path_of():
+    """Every combination of what it is asked; "meta" stands for a device without kernels of this package's own."""
+    own = soap_opt._ext.unavailable("cpu") is None
+    float32, float64, meta = torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta")
+    assert path_of(float32, Options()) is path_of(float64, Options()) is (Path.CPU if own else Path.MULTI)
+    assert path_of(meta, Options()) is Path.MULTI
+    for tensor in (float32, float64, meta):
+        assert path_of(tensor, Options(foreach=True)) is path_of(tensor, Options(fused=False)) is Path.MULTI
+        assert path_of(tensor, Options(foreach=False)) is Path.SINGLE
+    with triton_path_on_cpu():
+        low, large = torch.ones(2, dtype=torch.bfloat16), torch.ones(1, device="meta").expand(2**31, 2)
+        layout = layout_of(tuple(large.shape), (0, 1), **{name: soap_opt.options.DEFAULTS[name] for name in SHAPING})
+        assert path_of(float32, Options()) is Path.MULTI  # by request only
+        assert path_of(float32, Options(fused=True)) is path_of(low, Options(fused=True)) is Path.CUDA
+        assert path_of(float64, Options(fused=True)) is path_of(large, Options(fused=True), layout) is Path.MULTI
+
+
+@every_implementation
+def test_the_flat_signature(flags):
+    """functional.soap is the optimizer's own step."""
+    shapes = [(6, 5), (4, 3, 3, 3), (4,)]
+    options = {"lr": 0.1, "precondition_frequency": 2, "max_grad_norm": 0.7, "betas": (0.9, 0.8), "normalize_grads": True}
+    run = SoapRun(random_params(shapes), **flags, **options)
+    gradients = random_gradients(shapes, 4)
+    for grads in gradients[:3]:
+        run.step(grads)
+    state = [{key: value.clone() for key, value in run.state_of(i).items()} for i in range(3)]
+    params = [param.detach().clone() for param in run.params]
+    layouts = [run.optimizer._layout(param, run.optimizer.param_groups[0]) for param in run.params]
+
+    def flat(keys):
+        return [each[key] for each, layout in zip(state, layouts) for key in getattr(layout, keys)]
+
+    skipped = functional.soap(
+        params, gradients[3], [each["exp_avg"] for each in state], [each["exp_avg_sq"] for each in state],
+        flat("gram_keys"), flat("basis_keys"), flat("offset_keys"), [each["step"] for each in state], layouts, **flags,
+        lr=0.1, beta1=0.9, beta2=0.8, shampoo_beta=0.8, eps=1e-8, weight_decay=0.01, precondition_frequency=2,
+        normalize_grads=True, correct_bias=True, refresh="staggered", refresh_tolerance=0.01, maximize=False, max_grad_norm=0.7,
+    )  # fmt: skip
+    run.step(gradients[3])
+    assert skipped == ([], [])
+    for i, param in enumerate(params):
+        assert torch.equal(param, run.params[i])
+        assert all(torch.equal(value, run.state_of(i)[key]) for key, value in state[i].items())
 
 
 @pytest.mark.parametrize(
@@ -460,7 +511,7 @@ def recorded(monkeypatch):
         ({"foreach": False, "fused": False}, "_single_tensor_soap"),
         ({"foreach": True, "fused": False}, "_multi_tensor_soap"),
         ({"fused": False}, "_multi_tensor_soap"),
-        ({}, {"fused": "_fused_soap", "multi tensor": "_multi_tensor_soap"}[soap_opt._ext.active("cpu")]),
+        ({}, {"fused": "cpu_soap", "multi tensor": "_multi_tensor_soap"}[soap_opt._ext.active("cpu")]),
     ],
 )
 def test_the_chooser(monkeypatch, flags, expected):

@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import soap_opt
-from soap_opt import SOAP, plan
-from soap_opt.refresh import start_of
+from soap_opt import SOAP, cpu
+from soap_opt.schedule import start_of, unit_flops
+from soap_opt.state import refresh_offsets
 
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
@@ -77,8 +78,8 @@ def test_what_a_step_does_not_change_keeps_its_graph(flags):
 def test_steps_under_fake_tensor_mode(flags):
     """Shapes alone: state of the right shapes, nothing computed, and no real optimizer is the worse for it afterwards."""
     shapes = [(7, 6), (5, 3, 3, 3), (9,), ()]
-    plan.layout_table.cache_clear()
-    plan.scratch_numel.cache_clear()
+    cpu.layout_table.cache_clear()
+    cpu.scratch_numel.cache_clear()
     with FakeTensorMode():
         params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
         optimizer = SOAP(params, **flags)
@@ -123,16 +124,16 @@ def test_meta_parameters(flags):
 
 @needs_engine
 def test_no_cache_keeps_what_was_made_in_inference_mode():
-    plan.layout_table.cache_clear()
+    cpu.layout_table.cache_clear()
     shapes = [(7, 3)]
     with torch.inference_mode():
         SoapRun(random_params(shapes)).step(random_gradients(shapes, 1)[0])
     run = SoapRun(random_params(shapes))
     for grads in random_gradients(shapes, 3):
         run.step(grads)
-    layout = next(iter(run.optimizer._layouts.values()))[1]
-    assert not plan.layout_table((layout,)).is_inference()
-    assert not plan.scratch((layout,), torch.float32).is_inference()
+    layout = run.optimizer._layout(run.params[0], run.optimizer.param_groups[0])
+    assert not cpu.layout_table((layout,)).is_inference()
+    assert not cpu.scratch((layout,), torch.float32).is_inference()
 
 
 # ---- models that are built or changed late --------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_channels_last_after_construction(flags, after):
     weight = net[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
-    assert optimizer._layouts[weight][1].memory_order == (0, 2, 3, 1)
+    assert optimizer._layout(weight, optimizer.param_groups[0]).memory_order == (0, 2, 3, 1)
     resumed = model().to(memory_format=torch.channels_last)
     resumed.load_state_dict(net.state_dict())
     other = SOAP(resumed.parameters(), **flags, precondition_frequency=2)
@@ -342,8 +343,8 @@ def test_optimizers_of_one_parameter_each_spread_their_refreshes():
     for i, shape in enumerate(shapes):
         p = nn.Parameter(torch.zeros(shape))
         optimizer = SOAP([p], precondition_frequency=frequency, refresh_start=i)
-        for mode, offset in enumerate(optimizer._refresh_offsets()[p]):
-            load[offset] += soap_opt.refresh.unit_flops(p.numel(), shape[mode])
+        for mode, offset in enumerate(refresh_offsets(optimizer)[p]):
+            load[offset] += unit_flops(p.numel(), shape[mode])
     assert max(load) < 1.5 * sum(load) / frequency
     # any part of the numbers is spread evenly
     for first, stride in ((0, 4), (3, 5), (1, 10)):
@@ -351,7 +352,7 @@ def test_optimizers_of_one_parameter_each_spread_their_refreshes():
         counts = [phases.count(k) for k in range(10)]
         assert max(counts) <= 1.5 * len(phases) / 10
     one, two = (SOAP([nn.Parameter(torch.zeros(4, 3))], refresh_start=start) for start in (0, 1))
-    assert list(one._refresh_offsets().values()) == [[0, 1]] and list(two._refresh_offsets().values()) == [[6, 7]]
+    assert list(refresh_offsets(one).values()) == [[0, 1]] and list(refresh_offsets(two).values()) == [[6, 7]]
 
 
 # ---- warnings, copies, trainers -------------------------------------------------------------------------------------------

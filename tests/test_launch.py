@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from soap_opt import kernel_configs, launch
 from soap_opt.launch import TILES, kind_of, make_tables, problems_of
-from soap_opt.plan import layout_of
+from soap_opt.layout import layout_of
 
 
 def layouts_of(shapes, max_precond_dim=10000, precondition_1d=False):

@@ -3,15 +3,27 @@
 Every mutation has to fail both the comparison with the original's trajectories and the lockstep with the oracle.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
 from test_parity import CASES, TOLERANCE, follow, run_of
 
-from soap_opt import eigenbasis, functional, options, soap
+from soap_opt import SOAP, eigenbasis, multi_tensor, single_tensor, soap, state, work
+from soap_opt import init as first_gradient
 from soap_opt.eigenbasis import Refresh
+from soap_opt.options import Options
 
 BOTH = [False, True]
+
+
+PATHS = (single_tensor, multi_tensor)  # each has names of its own for what both call
+
+
+def mutate(monkeypatch, name, value):
+    for module in PATHS:
+        monkeypatch.setattr(module, name, value)
 
 
 def worst_parity(case, foreach):
@@ -44,27 +56,22 @@ def test_nothing_mutated_passes(foreach):
 @pytest.mark.parametrize("foreach", BOTH)
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_refresh_one_step_early_or_late(monkeypatch, foreach, shift):
-    original = functional.is_due
-    monkeypatch.setattr(functional, "is_due", lambda step, *rest: original(step + shift, *rest))
+    original = single_tensor.is_due
+    mutate(monkeypatch, "is_due", lambda step, *rest: original(step + shift, *rest))
     # "three_d" has a frequency of 10 and "frequency_3_decay" of 3
     assert_caught(foreach, ("square", "conv", "three_d", "frequency_3_decay"))
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_never_refreshed(monkeypatch, foreach):
-    monkeypatch.setattr(functional, "is_due", lambda *_: False)
+    mutate(monkeypatch, "is_due", lambda *_: False)
     assert_caught(foreach)
 
 
 def mutate_step(monkeypatch, change):
-    """``change(v=..., **hyper_parameters)`` before each steady step."""
-    original = soap.soap
-
-    def mutated(params, grads, exp_avgs, exp_avg_sqs, *args, **kwargs):
-        change(v=exp_avg_sqs, **kwargs)
-        return original(params, grads, exp_avgs, exp_avg_sqs, *args, **kwargs)
-
-    monkeypatch.setattr(soap, "soap", mutated)
+    """``change(batch)`` before each steady step; what it returns, if anything, is stepped instead."""
+    original = soap.step_batch
+    monkeypatch.setattr(soap, "step_batch", lambda batch, *args: original(change(batch) or batch, *args))
 
 
 def mutate_refresh(monkeypatch, change):
@@ -73,7 +80,7 @@ def mutate_refresh(monkeypatch, change):
     def mutated(basis, product, eigenvalues):
         return change(original, basis, product, eigenvalues)
 
-    monkeypatch.setattr(functional, "refresh_basis", mutated)
+    mutate(monkeypatch, "refresh_basis", mutated)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
@@ -156,35 +163,33 @@ def test_basis_not_replaced(monkeypatch, foreach):
 @pytest.mark.parametrize("foreach", BOTH)
 def test_decay_before_the_update(monkeypatch, foreach):
     """p (1 - lr w) - lr c U instead of (p - lr c U)(1 - lr w): they differ by lr^2 w c U, so a large decay shows it."""
-    original = soap.soap
 
-    def mutated(params, *args, weight_decay, lr, **kwargs):
-        for param in params:
-            param.mul_(1 - lr * weight_decay)
-        return original(params, *args, weight_decay=0.0, lr=lr, **kwargs)
+    def change(batch):
+        for param, options in zip(batch.params, batch.options):
+            param.mul_(1 - options.lr * options.weight_decay)
+        return batch.with_options(weight_decay=0.0)
 
-    monkeypatch.setattr(soap, "soap", mutated)
+    mutate_step(monkeypatch, change)
     assert_caught(foreach, ("frequency_3_decay",), weight_decay=5.0)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_coupled_decay(monkeypatch, foreach):
     """The decay as a part of the gradient, as in torch.optim.Adam."""
-    original = soap.soap
 
-    def mutated(params, grads, *args, weight_decay, **kwargs):
-        grads = [g + weight_decay * p for g, p in zip(grads, params)]
-        return original(params, grads, *args, weight_decay=0.0, **kwargs)
+    def change(batch):
+        grads = [g + o.weight_decay * p for g, p, o in zip(batch.grads, batch.params, batch.options)]
+        return replace(batch.with_options(weight_decay=0.0), grads=grads)
 
-    monkeypatch.setattr(soap, "soap", mutated)
+    mutate_step(monkeypatch, change)
     assert_caught(foreach, ("square", "frequency_3_decay"))
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_data_format_ignored(monkeypatch, foreach):
-    original = soap.layout_of
+    original = state.layout_of
     monkeypatch.setattr(
-        soap, "layout_of", lambda *a, data_format, **kwargs: original(*a, data_format="channels_first", **kwargs)
+        state, "layout_of", lambda *a, data_format, **kwargs: original(*a, data_format="channels_first", **kwargs)
     )
     assert worst_parity("merge_channels_last", foreach) > 2 * TOLERANCE
     assert worst_parity("merge_dims", foreach) <= TOLERANCE
@@ -194,61 +199,58 @@ def test_data_format_ignored(monkeypatch, foreach):
 @pytest.mark.parametrize("foreach", BOTH)
 def test_data_format_obeyed_without_merging(monkeypatch, foreach):
     """It matters only when dimensions are merged: modes in another order would carry other names."""
-    original = soap.layout_of
+    original = state.layout_of
 
     def mutated(shape, order, **kwargs):
         return original(shape, order, **{**kwargs, "merge_dims": True, "max_precond_dim": max(shape, default=1)})
 
-    monkeypatch.setattr(soap, "layout_of", mutated)
+    monkeypatch.setattr(state, "layout_of", mutated)
     assert_lockstep_fails(foreach, ((3, 2, 2, 4),), data_format="channels_last")
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_gram_before_the_gradient_is_projected(monkeypatch, foreach):
     """A basis that is refreshed at a step must not project the gradient of the same step."""
-    original = soap.soap
 
-    def mutated(params, grads, m, v, grams, bases, offsets, steps, layouts, *args, **kwargs):
-        gram, basis = functional.by_parameter(grams, layouts), functional.by_parameter(bases, layouts)
-        for k, layout in enumerate(layouts):
-            due = functional.is_due(int(steps[k]) + 1, 0, kwargs["precondition_frequency"], "together")
-            for i, outer in enumerate(eigenbasis.outer_products(grads[k], layout)):
-                beta = kwargs["shampoo_beta"]
-                gram[k][i].lerp_(outer, 1 - beta)
-            if due:
+    def change(batch):
+        gram, basis = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
+        for k, (layout, o) in enumerate(zip(batch.layouts, batch.options)):
+            for i, outer in enumerate(eigenbasis.outer_products(batch.grads[k], layout)):
+                gram[k][i].lerp_(outer, 1 - o.gram_beta)
+            if single_tensor.is_due(int(batch.state_steps[k]) + 1, 0, o.precondition_frequency, "together"):
                 refreshed = {
                     i: eigenbasis.refresh_basis(q, *eigenbasis.gram_times_basis(g, q))
                     for i, (g, q) in enumerate(zip(gram[k], basis[k]))
                 }
-                eigenbasis.reexpress_(m[k], v[k], basis[k], layout, refreshed)
-        kept = [g.clone() for g in grams]
-        skipped = original(
-            params, grads, m, v, kept, bases, offsets, steps, layouts, *args, **{**kwargs, "precondition_frequency": 10**9}
-        )
-        return skipped
+                eigenbasis.reexpress_(batch.exp_avgs[k], batch.exp_avg_sqs[k], basis[k], layout, refreshed)
+        return replace(batch.with_options(precondition_frequency=10**9), grams=[g.clone() for g in batch.grams])
 
-    monkeypatch.setattr(soap, "soap", mutated)
+    mutate_step(monkeypatch, change)
     assert_caught(foreach)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_gram_with_bias_correction(monkeypatch, foreach):
     """Scaling a Gram leaves its eigenvectors alone, so only a comparison of state can see it."""
-    original = soap.first_grams
-    monkeypatch.setattr(soap, "first_grams", lambda *a: [([20 * g for g in grams], some) for grams, some in original(*a)])
+    original = first_gradient.first_grams
+
+    def larger(*args):
+        return [([20 * g for g in grams], some) for grams, some in original(*args)]
+
+    monkeypatch.setattr(first_gradient, "first_grams", larger)
     assert_lockstep_fails(foreach)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_first_gradient_is_used_twice(monkeypatch, foreach):
-    original = soap.SOAP._initialize
+    original = soap.initialize
 
-    def mutated(self, pending, grad_scale):
-        original(self, pending, grad_scale)
-        for group in self.param_groups:
-            self._steady_step([self._with_grad(group)], grad_scale[id(group)], None)
+    def mutated(optimizer, pending, scales):
+        original(optimizer, pending, scales)
+        for group in optimizer.param_groups:
+            SOAP._steady_step(optimizer, [work.with_grad(optimizer, group)], scales[id(group)], None, clipped=False)
 
-    monkeypatch.setattr(soap.SOAP, "_initialize", mutated)
+    monkeypatch.setattr(soap, "initialize", mutated)
     assert_caught(foreach)
 
 
@@ -263,20 +265,19 @@ def test_first_gradient_is_used_twice(monkeypatch, foreach):
 )
 @pytest.mark.parametrize("foreach", BOTH)
 def test_wrong_bias_correction(monkeypatch, foreach, wrong):
-    monkeypatch.setattr(functional, "step_size", wrong)
+    mutate(monkeypatch, "step_size", wrong)
     assert_caught(foreach, betas=(0.9, 0.99))
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_projected_back_with_the_wrong_side(monkeypatch, foreach):
-    monkeypatch.setattr(functional, "project_back", functional.project)
+    mutate(monkeypatch, "project_back", single_tensor.project)
     assert_caught(foreach)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_beta_of_the_gram_is_beta1(monkeypatch, foreach):
-    for module in (soap, options):
-        monkeypatch.setattr(module, "shampoo_beta", lambda group: group["betas"][0])
+    monkeypatch.setattr(Options, "gram_beta", property(lambda options: options.betas[0]))
     assert worst_parity("shampoo_beta", foreach) > 2 * TOLERANCE
     assert_lockstep_fails(foreach, betas=(0.9, 0.99))
 
@@ -285,9 +286,9 @@ def test_beta_of_the_gram_is_beta1(monkeypatch, foreach):
 def test_v_not_decayed(monkeypatch, foreach):
     """v <- v + (1 - b2) G'^2."""
 
-    def change(v, beta2, **_):
-        for tensor in v:
-            tensor.div_(beta2)
+    def change(batch):
+        for v, options in zip(batch.exp_avg_sqs, batch.options):
+            v.div_(options.beta2)
 
     mutate_step(monkeypatch, change)
     assert_caught(foreach)
@@ -295,19 +296,18 @@ def test_v_not_decayed(monkeypatch, foreach):
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_eps_forgotten(monkeypatch, foreach):
-    original = soap.soap
-    monkeypatch.setattr(soap, "soap", lambda *args, eps, **kwargs: original(*args, eps=0.0, **kwargs))
+    mutate_step(monkeypatch, lambda batch: batch.with_options(eps=0.0))
     assert_lockstep_fails(foreach, eps=1e-3)
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_staggered_offset_ignored(monkeypatch, foreach):
-    original = functional.is_due
-    monkeypatch.setattr(functional, "is_due", lambda step, offset, *rest: original(step, 0, *rest))
+    original = single_tensor.is_due
+    mutate(monkeypatch, "is_due", lambda step, offset, *rest: original(step, 0, *rest))
     assert_lockstep_fails(foreach, refresh="staggered")
 
 
 @pytest.mark.parametrize("foreach", BOTH)
 def test_adaptive_never_passes_over(monkeypatch, foreach):
-    monkeypatch.setattr(functional, "off_diagonal_share", lambda q, p, e: torch.ones(e.shape[:-1]))
+    mutate(monkeypatch, "off_diagonal_share", lambda q, p, e: torch.ones(e.shape[:-1]))
     assert_lockstep_fails(foreach, refresh="adaptive", refresh_tolerance=0.4)

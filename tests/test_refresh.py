@@ -13,7 +13,7 @@ from oracle import Oracle
 from torch import nn
 
 from soap_opt import SOAP
-from soap_opt.refresh import POLICIES, balanced_offsets, due_units, is_due, unit_flops
+from soap_opt.schedule import POLICIES, balanced_offsets, due_units, is_due, unit_flops
 
 
 def due_steps(offset, frequency, policy, until=13):

@@ -1,4 +1,4 @@
-// How a parameter's modes lie: soap_opt.plan.Layout, as the int64 table that plan.layout_table writes.
+// How a parameter's modes lie: soap_opt.layout.Layout, as the int64 table that cpu.layout_table writes.
 #pragma once
 
 #include <ATen/core/Tensor.h>

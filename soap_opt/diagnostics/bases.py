@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ..options import LAYOUT_OPTIONS
-from ..plan import layout_of, memory_order
+from ..layout import layout_of, memory_order
+from ..options import SHAPING
 from ..soap import SOAP
 from .table import Table, check_model, named_parameters
 
@@ -60,7 +60,7 @@ def basis_health(optimizer: Optimizer, model: nn.Module | None = None) -> BasisH
         if is_lazy(param):  # it has no shape yet
             continue
         state = optimizer.state.get(param, {})
-        layout = layout_of(tuple(param.shape), memory_order(param), **{option: group[option] for option in LAYOUT_OPTIONS})
+        layout = layout_of(tuple(param.shape), memory_order(param), **{option: group[option] for option in SHAPING})
         for mode, size in enumerate(layout.view_shape):
             basis = state.get(f"basis_{mode}") if state and state["initialized"] else None
             row = {

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import _ext
-from ..checkpoint import state_dtype
-from ..functional import use_fused
+from ..cpu import scratch_numel
+from ..functional import Path, path_of
 from ..fused_cuda import pieces_of, scratch_bytes
-from ..options import LAYOUT_OPTIONS, REFUSED, check_options, step_kind
-from ..plan import Layout, layout_of, memory_order, scratch_numel
-from ..refresh import complete_offsets, unit_flops
+from ..gradients import state_dtype
+from ..layout import Layout, layout_of, memory_order
+from ..options import REFUSED, SHAPING, Options
 from ..refresh_cuda import kept_bytes
+from ..schedule import complete_offsets, unit_flops
 from ..soap import SOAP
+from ..state import refresh_offsets
 from .table import named_parameters
 
 # Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
@@ -112,7 +113,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
             raise TypeError(f"memory_report reports on soap_opt.SOAP, got {type(model_or_optimizer).__name__}")
         if options:
             raise TypeError(f"memory_report takes no options with an optimizer, got {', '.join(options)}")
-        report = _report(model_or_optimizer.param_groups, model_or_optimizer.state, model_or_optimizer._refresh_offsets())
+        report = _report(model_or_optimizer.param_groups, model_or_optimizer.state, refresh_offsets(model_or_optimizer))
         report.skipped_steps = model_or_optimizer.skipped_steps()
         report.skipped_refreshes = model_or_optimizer.skipped_refreshes()
         return report
@@ -126,7 +127,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
         named = [(name, p) for name, p in model_or_optimizer.named_parameters() if p.requires_grad]
     else:
         named = [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(model_or_optimizer)]
-    check_options({**defaults, **options})
+    Options.of({**defaults, **options}).check()
     group = {**defaults, **options, "params": [p for _, p in named], "param_names": [name for name, _ in named]}
     return _report([group], {}, None)
 
@@ -142,7 +143,7 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
         for param, name in zip(group["params"], names):  # (in this order: the shorter one ends it)
             report.shapes[name] = tuple(param.shape)
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
-            layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in LAYOUT_OPTIONS})
+            layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in SHAPING})
             layouts.setdefault(state_dtype(param), []).append(layout)
             for size in layout.sizes:
                 cores = torch.get_num_threads() if param.device.type == "cpu" and size <= THREADED_SIZE else 1
@@ -157,24 +158,25 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
             row["exp_avg"] = row["exp_avg_sq"] = param.numel() * itemsize
             row["gram"] = row["basis"] = sum(size * size for size in layout.sizes) * itemsize
             row["other"] = 4 + 1 + 8 * len(layout.modes)  # step, initialized, refresh offsets
-        on_cpu = all(param.device.type == "cpu" for param in group["params"]) and _ext.unavailable("cpu") is None
-        if on_cpu and use_fused(group["params"], group["foreach"], group["fused"]):
+        options = Options.of(group)
+        paths = {path_of(param, options) for param in group["params"]}
+        if paths == {Path.CPU}:
             for dtype, of_dtype in layouts.items():
                 needed = scratch_numel(tuple(of_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
-        if all(param.device.type == "cuda" for param in group["params"]):
-            if use_fused(group["params"], group["foreach"], group["fused"]):
-                on_cuda.append((group, layouts.get(torch.float32, [])))
+        if Path.CUDA in paths:
+            on_cuda.append((group, layouts.get(torch.float32, [])))
     report.scratch = sum(scratch.values()) + _scratch_on_cuda(on_cuda, offsets)
     return report
 
 
 def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets: dict[Tensor, list[int]] | None) -> int:
     """Bytes that the fused CUDA step keeps besides the state. groups: with the layouts of their float32 parameters."""
-    together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # one step serves groups that agree in these
+    together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # by what groups that one step serves agree in
     kept = 0
     for group, layouts in groups:
-        together.setdefault(step_kind(group), []).append(layouts)
+        options = Options.of(group)
+        together.setdefault((options.scratch_limit, options.agree_on_cuda()), []).append(layouts)
         frequency, none = group["precondition_frequency"], [[0] * len(layout.modes) for layout in layouts]
         if group["refresh"] == "together":
             of_modes = none
@@ -188,7 +190,7 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
         if group["capturable"]:
             kept += kept_bytes(layouts, none, 1, True)  # a graph's scratch is its own
     steps = [0]
-    for (*_, limit), of_groups in together.items():
+    for (limit, _), of_groups in together.items():
         whole = [layout for layouts in of_groups for layout in layouts]
         one_call = len(pieces_of(tuple(whole), limit)) == 1
         steps += [scratch_bytes(layouts, limit) for layouts in ([whole] if one_call else of_groups)]

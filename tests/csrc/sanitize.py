@@ -117,7 +117,7 @@ def run(short: bool) -> None:
     from comparison import IMPLEMENTATIONS, SoapRun, random_gradients, random_params, run_lockstep
 
     import soap_opt
-    from soap_opt import functional, plan
+    from soap_opt import cpu
     from soap_opt.refresh_basis import refresh_bases_
 
     reason = soap_opt._ext.unavailable("cpu")
@@ -127,9 +127,9 @@ def run(short: bool) -> None:
 
     def exact_scratch(layouts, dtype):
         """Made anew and not an element larger than asked for, so that running over its end is seen."""
-        return torch.empty(plan.scratch_numel(layouts, dtype, torch.get_num_threads()), dtype=dtype)
+        return torch.empty(cpu.scratch_numel(layouts, dtype, torch.get_num_threads()), dtype=dtype)
 
-    functional.scratch = exact_scratch
+    cpu.scratch = exact_scratch
 
     def lockstep(some, *, steps=3, compare=True, order=None, dtype=torch.float32, **options):
         """compare: with the specification, too; refreshes are due at every step unless the options say otherwise."""

@@ -22,7 +22,8 @@ from comparison import (
     random_params,
 )
 
-from soap_opt import eigenbasis, plan
+from soap_opt import cpu, eigenbasis
+from soap_opt.layout import layout_of, memory_order
 from soap_opt.refresh_basis import refresh_bases_
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
@@ -39,7 +40,7 @@ def layouts_of(tensors, **options):
         "data_format": "channels_first",
         **options,
     }
-    return tuple(plan.layout_of(tuple(x.shape), plan.memory_order(x), **options) for x in tensors)
+    return tuple(layout_of(tuple(x.shape), memory_order(x), **options) for x in tensors)
 
 
 def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32):
@@ -49,7 +50,7 @@ def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32
     layouts = layouts_of(params)
     sizes = [d for layout in layouts for d in layout.sizes]
     grams = [torch.randn(d, d + 2, dtype=dtype) for d in sizes]
-    table = plan.layout_table(layouts)
+    table = cpu.layout_table(layouts)
     return {
         "params": params,
         "grads": random_gradients(shapes, 1, dtype=param_dtype)[0],
@@ -137,7 +138,7 @@ def test_opcheck_scratch_numel():
     # an int from a tensor's values: there is nothing to trace it with
     tests = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(
-        OPS.scratch_numel.default, (plan.layout_table(layouts_of(random_params(RAGGED))), 2, torch.float32), test_utils=tests
+        OPS.scratch_numel.default, (cpu.layout_table(layouts_of(random_params(RAGGED))), 2, torch.float32), test_utils=tests
     )
 
 
@@ -187,7 +188,7 @@ STEP_ERRORS = {
     "a step of two numbers": ("state_steps", replaced(lambda x: x.repeat(2))),
     "layouts of another dtype": ("layouts", lambda x: x.int()),
     "layouts with gaps": ("layouts", lambda x: x.repeat_interleave(2)[::2]),
-    "layouts of other parameters": ("layouts", lambda x: plan.layout_table(layouts_of(random_params(RAGGED[::-1])))),
+    "layouts of other parameters": ("layouts", lambda x: cpu.layout_table(layouts_of(random_params(RAGGED[::-1])))),
     "scratch too small": ("scratch", lambda x: x[:-1]),
     "scratch of another dtype": ("scratch", torch.Tensor.double),
     "scratch with gaps": ("scratch", lambda x: x.repeat_interleave(2)[::2]),
@@ -244,7 +245,7 @@ BROKEN_TABLES = {
 
 def test_the_table_that_the_broken_ones_are_made_of():
     (layout,) = layouts_of([torch.empty(12, 9, 3, 3)])
-    assert plan.layout_table((layout,)).tolist() == TABLE
+    assert cpu.layout_table((layout,)).tolist() == TABLE
 
 
 @pytest.mark.parametrize("table", BROKEN_TABLES.values(), ids=BROKEN_TABLES)
@@ -254,7 +255,7 @@ def test_a_table_that_does_not_hold_together_is_refused(table):
 
 
 def test_an_empty_parameter_whose_modes_are_not_is_passed_over():
-    """Not a layout that plan.py makes; but one that holds together."""
+    """Not a layout that layout.py makes; but one that holds together."""
     arguments = step_arguments([(0, 600)])
     arguments["layouts"] = torch.tensor([1, 1, 0, 2, 0, 1, 0, 2, 0, 0, 600, 1, 0, 600])
     arguments |= {"grams": [torch.eye(600)], "bases": [torch.eye(600)], "refresh_offsets": [torch.tensor(0)]}

@@ -5,7 +5,7 @@ import torch
 from comparison import SoapRun, random_gradients, random_params, run_lockstep
 from harness import SHARED_LIMITS
 
-from soap_opt import _ext, functional
+from soap_opt import _ext, multi_tensor
 from soap_opt.refresh_basis import refresh_bases_, unavailable
 
 SHAPES = ((8, 8), (6, 4, 3, 3), (40, 12), (5, 3, 4), (33, 70), (7,))
@@ -22,17 +22,15 @@ def operator(request, monkeypatch):
         pytest.skip(_ext._load_error)
     calls = []
 
-    def refresh_units(due, grams, bases, refresh, tolerance):
+    def refresh_units(due, grams, bases, tolerance):
         calls.append(len(due))
-        refreshed, _ = refresh_bases_(
-            [grams[i][k] for i, k in due], [bases[i][k] for i, k in due], tolerance if refresh == "adaptive" else -1.0
-        )
+        refreshed, _ = refresh_bases_([grams[i][k] for i, k in due], [bases[i][k] for i, k in due], tolerance)
         result = {}
         for (i, k), new in zip(due, refreshed):  # identities where "adaptive" passed over
             result.setdefault(i, {})[k] = new
         return result, []
 
-    monkeypatch.setattr(functional, "_refresh_units", refresh_units)
+    monkeypatch.setattr(multi_tensor, "refresh_units", refresh_units)
     return calls
 
 

@@ -273,7 +273,14 @@ def known(tmp_path) -> tuple[Study, Path]:
                 conflicts.append({"run": run.name, "step": step, **row, "between_steps": 0.9 if soap else 0.95})
     data.mkdir()
     speed = [
-        {"processor": "X", "threads": 1, "model": "bmshj2018-hyperprior", "optimizer": label, "round": turn, "seconds_per_step": (turn + 1) * s}
+        {
+            "processor": "X",
+            "threads": 1,
+            "model": "bmshj2018-hyperprior",
+            "optimizer": label,
+            "round": turn,
+            "seconds_per_step": (turn + 1) * s,
+        }
         for label, s in (("Adam", 0.1), ("SOAP", 0.15))
         for turn in range(3)
     ]

@@ -15,7 +15,9 @@ from lockstep import OPTIONS, QUICK_AND_SLOW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import soap_opt
+import soap_opt.options
 from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda
+from soap_opt.state import allocate
 
 pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), needs_engine]
 
@@ -214,7 +216,7 @@ def test_a_learning_rate_on_the_device_moves_between_replays(monkeypatch):
     gradients = random_gradients([(6, 5)], 4)
     for grads in gradients[:2]:
         run.step(grads)
-    monkeypatch.setattr(soap_opt.soap, "check_options", lambda options: None)  # reads a learning rate on the CPU
+    monkeypatch.setattr(soap_opt.options.Options, "check", lambda options: None)  # reads a learning rate on the CPU
     run.record(Tape(monkeypatch), gradients[2])
     lr.fill_(0.0)
     before = run.params[0].detach().clone()
@@ -292,14 +294,15 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
             run.optimizer.step()
 
     refused("parameter 0 of shape .* is not initialised")
-    run.optimizer._allocate([(run.optimizer.param_groups[0], run.params[0])])
+    allocate(run.optimizer, [(run.optimizer.param_groups[0], run.params[0])])
     run.state_of(0)["initialized"].fill_(True)
     reason = "soap_opt was installed without its CUDA part"
     monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: reason)
     refused(reason)
     monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: None)
+    run.optimizer.param_groups[0]["fused"] = None
     refused("not stepped by the fused CUDA path")
-    monkeypatch.setattr(soap_opt.work, "steps_on_device", lambda group, param: True)
+    run.optimizer.param_groups[0]["fused"] = True
     refused("is on cpu, and the graph on cuda:0")
     monkeypatch.setattr(soap_opt.launch, "MAX_NUMEL", 20)
     refused("beyond the kernels. int32 offsets")

@@ -12,6 +12,7 @@ from lockstep import OPTIONS, QUICK_AND_SLOW, lockstep
 from soap_opt import fused_cuda, refresh_cuda
 from soap_opt.diagnostics.memory import _scratch_on_cuda
 from soap_opt.overlap import Overlap
+from soap_opt.state import refresh_offsets
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -128,7 +129,7 @@ def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
         run.step(grads)
     group, optimizer = run.optimizer.param_groups[0], run.optimizer
     layouts = [optimizer._layout(p, group) for p in run.params]
-    foretold = _scratch_on_cuda([({**group, "overlap_refresh": False}, layouts)], optimizer._refresh_offsets())
+    foretold = _scratch_on_cuda([({**group, "overlap_refresh": False}, layouts)], refresh_offsets(optimizer))
     (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
     (scratch,) = refresh_cuda._scratch.values()
     tensors = [*scratch.take(0), *plan.buffers._flat.values()]

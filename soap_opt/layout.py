@@ -1,12 +1,11 @@
-"""The launch plan: everything about a parameter that follows from its shape, its strides and its group's options.
+"""How a parameter is seen: what follows from its shape, its strides and the options that shape its state.
 
-Nothing here is state. A plan may be thrown away at any time and is rebuilt from the parameter and ``optimizer.state``.
+Nothing here is state. A layout may be thrown away at any time and is made again from the parameter and ``optimizer.state``.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 # at 73 GF/s where two batched products of width 5 are bound by memory. Wider factors are quicker on their own.
 KRONECKER_MAX_FACTOR = 8
 KRONECKER_MAX_WIDTH = 64
-
-# _multi_tensor_soap walks over buckets of this many elements on a CPU, so that the elementwise passes of a bucket find in
-# cache what its matrix products left there, and so that scratch stays small. Accelerators get one bucket.
-CPU_BUCKET_NUMEL = 1 << 19
-
-# Tensors up to this size are stacked with others of the same layout; larger ones keep a core busy by themselves.
-BATCH_MAX_NUMEL = 1 << 12
 
 
 class Group(NamedTuple):
@@ -224,74 +216,9 @@ def _worth_kronecker(group: Group, size: int, numel: int) -> bool:
     return max(*group.sizes, size) <= KRONECKER_MAX_FACTOR and width <= KRONECKER_MAX_WIDTH and numel >= width * width
 
 
-def buckets(exp_avgs: list[Tensor], layouts: list[Layout]) -> Iterator[list[int]]:
-    """Indices of the tensors that _multi_tensor_soap handles together: same device and dtype, equal layouts side by side."""
-    kinds: dict[tuple[torch.device, torch.dtype], dict[Layout, list[int]]] = {}
-    for i, (exp_avg, layout) in enumerate(zip(exp_avgs, layouts)):
-        kinds.setdefault((exp_avg.device, exp_avg.dtype), {}).setdefault(layout, []).append(i)
-    for (device, _), by_layout in kinds.items():
-        limit = CPU_BUCKET_NUMEL if device.type == "cpu" else math.inf
-        bucket: list[int] = []
-        numel = 0
-        for layout, indices in by_layout.items():
-            for i in indices:
-                if bucket and numel + layout.numel > limit:
-                    yield bucket
-                    bucket, numel = [], 0
-                bucket.append(i)
-                numel += layout.numel
-        if bucket:
-            yield bucket
-
-
-def batches(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
-    """Split a bucket: small tensors of one layout together (they are stacked), every other tensor alone."""
-    small: dict[Layout, list[int]] = {}
-    result: list[list[int]] = []
-    for i in indices:
-        if layouts[i].numel <= BATCH_MAX_NUMEL:
-            small.setdefault(layouts[i], []).append(i)
-        else:
-            result.append([i])
-    return result + list(small.values())
-
-
 @contextmanager
 def outside_modes() -> Iterator[None]:
     """No FakeTensorMode and no inference mode inside. What is kept for everybody must not be made under one: a fake tensor,
     kept, would fail every real optimizer with the same layouts."""
     with _disable_current_modes(), torch.inference_mode(False):
         yield
-
-
-@lru_cache(maxsize=64)
-@outside_modes()
-def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
-    """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU: each distinct one once."""
-    distinct = {layout: place for place, layout in enumerate(dict.fromkeys(layouts))}
-    codes = [code for layout in distinct for code in layout.encoded]
-    return torch.tensor(
-        [len(distinct), len(layouts), *(distinct[layout] for layout in layouts), *codes], dtype=torch.int64, device="cpu"
-    )
-
-
-_memory = threading.local()
-
-
-def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
-    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
-    allocated it anew would spend as long on page faults as on the elementwise work."""
-    kept: dict[torch.dtype, Tensor] = _memory.__dict__
-    needed = scratch_numel(layouts, dtype, torch.get_num_threads())
-    if dtype not in kept or kept[dtype].numel() < needed:
-        kept.pop(dtype, None)
-        with outside_modes():
-            kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
-    return kept[dtype]
-
-
-@lru_cache(maxsize=64)
-@outside_modes()
-def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
-    """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
-    return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

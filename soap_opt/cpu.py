@@ -1,0 +1,82 @@
+"""The C++ engine (csrc/cpu): its operators, called with what they take."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Skipped
+from .layout import Layout, outside_modes
+
+
+def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
+    """:func:`soap_opt.single_tensor._single_tensor_soap` by the compiled operator. All state is of one dtype; the parameters'
+    options agree but for lr and weight_decay."""
+    layouts, o = tuple(batch.layouts), batch.options[0]
+    if any(options is not o for options in batch.options):
+        lr, weight_decay = batch.learning_rates(), [options.weight_decay for options in batch.options]
+    else:
+        lr, weight_decay = [float(o.lr)], [o.weight_decay]
+    outcomes = torch.ops.soap_opt.step_(
+        batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.grams, batch.bases, batch.refresh_offsets,
+        batch.state_steps, layout_table(layouts), scratch(layouts, batch.exp_avgs[0].dtype), grad_scale,
+        lr=lr, beta1=o.beta1, beta2=o.beta2, shampoo_beta=o.gram_beta, eps=o.eps, weight_decay=weight_decay,
+        precondition_frequency=o.precondition_frequency, normalize_grads=o.normalize_grads, correct_bias=o.correct_bias,
+        refresh=o.refresh, refresh_tolerance=o.refresh_tolerance, maximize=o.maximize,
+    )  # [P] int32  # fmt: skip
+    skipped = Skipped([], [])
+    for i, outcome in enumerate(outcomes.tolist() if outcomes.any() else ()):
+        if outcome < 0:
+            skipped.steps.append(i)
+        else:
+            skipped.refreshes.extend([i] * outcome)
+    return skipped
+
+
+def cpu_first_grams(
+    grads: list[Tensor], layouts: list[Layout], dtype: torch.dtype, grad_scale: Tensor | None, gram_beta: float
+) -> tuple[list[list[Tensor]], list[float]]:
+    """The Grams of first gradients, [d_i, d_i] of dtype for each mode of each, and the gradients' squared norms. The Grams of a
+    gradient whose squared norm is not finite mean nothing."""
+    grams = [[torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layout.sizes] for grad, layout in zip(grads, layouts)]
+    kinds = tuple(layouts)
+    squared_norms = torch.ops.soap_opt.gram_ema_(
+        grads, [g for gram in grams for g in gram], layout_table(kinds), scratch(kinds, dtype), grad_scale, gram_beta
+    )
+    return grams, squared_norms.tolist()
+
+
+@lru_cache(maxsize=64)
+@outside_modes()
+def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
+    """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU: each distinct one once."""
+    distinct = {layout: place for place, layout in enumerate(dict.fromkeys(layouts))}
+    codes = [code for layout in distinct for code in layout.encoded]
+    return torch.tensor(
+        [len(distinct), len(layouts), *(distinct[layout] for layout in layouts), *codes], dtype=torch.int64, device="cpu"
+    )
+
+
+_memory = threading.local()
+
+
+def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
+    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
+    allocated it anew would spend as long on page faults as on the elementwise work."""
+    kept: dict[torch.dtype, Tensor] = _memory.__dict__
+    needed = scratch_numel(layouts, dtype, torch.get_num_threads())
+    if dtype not in kept or kept[dtype].numel() < needed:
+        kept.pop(dtype, None)
+        with outside_modes():
+            kept[dtype] = torch.empty(needed, dtype=dtype, device="cpu")
+    return kept[dtype]
+
+
+@lru_cache(maxsize=64)
+@outside_modes()
+def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
+    """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
+    return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)

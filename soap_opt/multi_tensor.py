@@ -1,0 +1,238 @@
+"""The step in PyTorch, stage by stage over many parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Skipped
+from .eigenbasis import (
+    BATCH_MAX_DIM,
+    Refresh,
+    flush_subnormals_,
+    gram_times_basis,
+    is_orthogonal,
+    off_diagonal_share,
+    outer_products,
+    project,
+    project_back,
+    reexpress_,
+    refresh_basis,
+    same_for_all_threads,
+)
+from .gradients import is_usable, largest_squared_norm, prepare_gradient
+from .layout import Layout
+from .schedule import is_due
+from .single_tensor import copy_finite_, step_size
+
+# Elements of a bucket on a CPU, so few that its elementwise passes find in cache what its matrix products left there, and
+# that scratch stays small. Accelerators get one bucket.
+CPU_BUCKET_NUMEL = 1 << 19
+
+# Tensors up to this size are stacked with others of the same layout; larger ones keep a core busy by themselves.
+BATCH_MAX_NUMEL = 1 << 12
+
+# Subnormal numbers become zeros at every 16th t: until then few steps meet them, and they are never held.
+FLUSH_PERIOD = 16
+
+
+@same_for_all_threads()
+def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
+    """:func:`soap_opt.single_tensor._single_tensor_soap` stage by stage over buckets of parameters: _foreach ops for everything
+    elementwise, stacked products for small tensors of one layout, stacked QR for small bases. Arguments as there; the
+    parameters' options agree but for lr and weight_decay."""
+    skipped = Skipped([], [])
+    lrs, o = batch.learning_rates(), batch.options[0]
+    exp_avgs, exp_avg_sqs, state_steps, layouts = batch.exp_avgs, batch.exp_avg_sqs, batch.state_steps, batch.layouts
+    gram, basis, offsets = (batch.by_parameter(column) for column in (batch.grams, batch.bases, batch.refresh_offsets))
+    for bucket in buckets(exp_avgs, layouts):
+        dtype = exp_avgs[bucket[0]].dtype
+        grad = {i: prepare_gradient(batch.grads[i], dtype, grad_scale, o.maximize) for i in bucket}
+        # One transfer to the host for the bucket. (Nothing is written before it is known what is usable.)
+        usable = is_usable(torch.stack(torch._foreach_norm(list(grad.values())))).tolist()
+        if not all(usable):
+            skipped.steps.extend(i for i, ok in zip(bucket, usable) if not ok)
+            bucket = [i for i, ok in zip(bucket, usable) if ok]
+            if not bucket:
+                continue
+        stacks = stacks_of(bucket, layouts)
+
+        # 1 project
+        projected: dict[int, Tensor] = {}
+        for stack in stacks:
+            result = project(_stack(grad, stack), _stack_modes(basis, stack), layouts[stack[0]])
+            projected.update(_unstack(result, stack))
+        t = {}
+        for i in bucket:
+            state_steps[i] += 1
+            t[i] = state_steps[i].item()
+
+        # 2 adam
+        m, v = [exp_avgs[i] for i in bucket], [exp_avg_sqs[i] for i in bucket]
+        turned = [projected[i] for i in bucket]
+        torch._foreach_lerp_(m, turned, 1 - o.beta1)
+        torch._foreach_mul_(v, o.beta2)
+        torch._foreach_addcmul_(v, turned, turned, 1 - o.beta2)
+        del projected, turned
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominators, o.eps)
+        updates = list(torch._foreach_div(m, denominators))
+        if o.eps < torch.finfo(dtype).tiny:  # 0, or 0 in this dtype
+            for u, denominator in zip(updates, denominators):
+                u.masked_fill_(denominator == 0, 0)
+        del denominators
+
+        # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and needs no pass after the products.
+        if o.normalize_grads:
+            torch._foreach_div_(updates, [u.square().mean().sqrt_().add_(1e-30) for u in updates])
+        update = dict(zip(bucket, updates))
+        del updates
+        for stack in stacks:
+            result = project_back(_stack(update, stack), _stack_modes(basis, stack), layouts[stack[0]])
+            update.update(_unstack(result, stack))
+
+        # 4 apply
+        ps = [batch.params[i] for i in bucket]
+        sizes = [-step_size(lrs[i], t[i], o.beta1, o.beta2, o.correct_bias) for i in bucket]
+        keeps = [1 - lrs[i] * batch.options[i].weight_decay for i in bucket]
+        careful = may_overflow(sizes, keeps, o.eps, dtype)
+        moved = [p.resolve_neg().to(dtype, copy=careful) for p in ps]  # (_foreach takes no negative views)
+        for size, of in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
+            torch._foreach_add_([moved[k] for k in of], [update[bucket[k]] for k in of], alpha=size)
+        del update
+        for keep, of in _alike(keeps).items():
+            if keep != 1:
+                torch._foreach_mul_([moved[k] for k in of], keep)
+        low = []
+        for p, q in zip(ps, moved):
+            if careful or p.dtype == torch.float16 or p.is_neg():
+                copy_finite_(p, q)
+            elif p is not q:
+                low.append((p, q))
+        if low:
+            torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
+
+        # 5 gram EMA
+        averaged, outers = [], []
+        for stack in stacks:
+            for k, outer in enumerate(outer_products(_stack(grad, stack), layouts[stack[0]])):
+                averaged += [gram[i][k] for i in stack]
+                outers += _unstack(outer, stack).values()
+        if averaged:
+            torch._foreach_lerp_(averaged, outers, 1 - o.gram_beta)
+        for i in bucket:
+            if t[i] % FLUSH_PERIOD == 0:
+                flush_subnormals_((exp_avgs[i], exp_avg_sqs[i], *gram[i]))
+
+        # 6 refresh
+        due = [
+            (i, k)
+            for i in bucket
+            for k, offset in enumerate(offsets[i])
+            if is_due(int(t[i]), int(offset), o.precondition_frequency, o.refresh)
+        ]
+        done, failed = refresh_units(due, gram, basis, o.tolerance)
+        for i, refreshed in done.items():
+            reexpress_(exp_avgs[i], exp_avg_sqs[i], basis[i], layouts[i], refreshed)
+        skipped.refreshes.extend(failed)
+    return skipped
+
+
+def may_overflow(step_sizes: Sequence[float], keeps: Sequence[float], eps: float, dtype: torch.dtype) -> bool:
+    """Whether step 4 could leave the state's dtype: not where every keep is at most 1, and ||step_size U||, at most step_size
+    ||m|| / eps with ||m|| at most that of the largest usable gradient, is lost in the rounding of the largest number."""
+    largest = largest_squared_norm(dtype) ** 0.5
+    limit = torch.finfo(dtype).max * torch.finfo(dtype).eps / 8
+    return max(map(abs, keeps)) > 1 or not max(map(abs, step_sizes)) * largest < limit * eps
+
+
+def _alike(values: list[float]) -> dict[float, list[int]]:
+    """Places of each value."""
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(place)
+    return places
+
+
+def _stack(tensors: dict[int, Tensor] | list[Tensor], stack: list[int]) -> Tensor:
+    """[N, *shape] of the stack's tensors; the tensor itself, without a copy, when it is alone."""
+    return tensors[stack[0]] if len(stack) == 1 else torch.stack([tensors[i] for i in stack])
+
+
+def _stack_modes(matrices: list[list[Tensor]], stack: list[int]) -> list[Tensor]:
+    """For each mode the stack's matrices [N, d, d], or [d, d] when it is of one."""
+    return [_stack({i: matrices[i][k] for i in stack}, stack) for k in range(len(matrices[stack[0]]))]
+
+
+def _unstack(tensor: Tensor, stack: list[int]) -> dict[int, Tensor]:
+    return {stack[0]: tensor} if len(stack) == 1 else dict(zip(stack, tensor.unbind(0)))
+
+
+def refresh_units(
+    due: list[tuple[int, int]],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    tolerance: float,
+) -> tuple[dict[int, dict[int, Refresh]], list[int]]:
+    """Refresh the due units (parameter, position of the mode), small ones of equal size as one stack; and the parameters of
+    those that failed. tolerance: of "adaptive", below 0 otherwise."""
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for i, k in due:
+        by_size.setdefault(bases[i][k].shape[0], []).append((i, k))
+    result: dict[int, dict[int, Refresh]] = {}
+    failed: list[int] = []
+    for size, units in by_size.items():
+        for chunk in [units] if size <= BATCH_MAX_DIM else [[unit] for unit in units]:
+            gram = torch.stack([grams[i][k] for i, k in chunk])
+            basis = torch.stack([bases[i][k] for i, k in chunk])
+            product, eigenvalues = gram_times_basis(gram, basis)
+            if tolerance >= 0:
+                wanted = (off_diagonal_share(basis, product, eigenvalues) <= tolerance).logical_not_().tolist()
+                if not any(wanted):
+                    continue
+                if not all(wanted):
+                    chunk = [unit for unit, want in zip(chunk, wanted) if want]
+                    mask = torch.tensor(wanted, device=basis.device)
+                    basis, product, eigenvalues = basis[mask], product[mask], eigenvalues[mask]
+            new = refresh_basis(basis, product, eigenvalues)
+            for place, ((i, k), good) in enumerate(zip(chunk, is_orthogonal(new.basis).tolist())):
+                if good:
+                    result.setdefault(i, {})[k] = Refresh(*(part[place] for part in new))
+                else:
+                    failed.append(i)
+    return result, failed
+
+
+def buckets(exp_avgs: list[Tensor], layouts: list[Layout]) -> Iterator[list[int]]:
+    """Indices of the tensors that are handled together: same device and dtype, equal layouts side by side."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[Layout, list[int]]] = {}
+    for i, (exp_avg, layout) in enumerate(zip(exp_avgs, layouts)):
+        kinds.setdefault((exp_avg.device, exp_avg.dtype), {}).setdefault(layout, []).append(i)
+    for (device, _), by_layout in kinds.items():
+        limit = CPU_BUCKET_NUMEL if device.type == "cpu" else math.inf
+        bucket: list[int] = []
+        numel = 0
+        for layout, indices in by_layout.items():
+            for i in indices:
+                if bucket and numel + layout.numel > limit:
+                    yield bucket
+                    bucket, numel = [], 0
+                bucket.append(i)
+                numel += layout.numel
+        if bucket:
+            yield bucket
+
+
+def stacks_of(indices: list[int], layouts: list[Layout]) -> list[list[int]]:
+    """Split a bucket: small tensors of one layout together (they are stacked), every other tensor alone."""
+    small: dict[Layout, list[int]] = {}
+    result: list[list[int]] = []
+    for i in indices:
+        if layouts[i].numel <= BATCH_MAX_NUMEL:
+            small.setdefault(layouts[i], []).append(i)
+        else:
+            result.append([i])
+    return result + list(small.values())
