@@ -25,11 +25,11 @@ import triton.backends.nvidia
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from soap_opt import kernel_configs
+from soap_opt.cuda import configs
+from soap_opt.cuda.columns import DTYPES
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
 from soap_opt.kernels.reexpress import due_kernel, reexpress_kernel
-from soap_opt.launch import DTYPES
 
 from .fake_driver import FakeDriver
 
@@ -47,12 +47,12 @@ INTEGERS = {"tiles": torch.int32, "problems": torch.int64, "counters": torch.int
 
 
 def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each kernel with each set of its constants that soap_opt.fused_cuda can ask for."""
+    """Each kernel with each set of its constants that soap_opt.cuda.stepper can ask for."""
     for dtype in DTYPES:
-        yield gram_ema_kernel, {"GRAD": dtype, "PRECISION": kernel_configs.PRECISION[backend]}
-    yield reexpress_kernel, {"PRECISION": kernel_configs.PRECISION[backend]}
+        yield gram_ema_kernel, {"GRAD": dtype, "PRECISION": configs.PRECISION[backend]}
+    yield reexpress_kernel, {"PRECISION": configs.PRECISION[backend]}
     yield due_kernel, {}
-    for precision in dict.fromkeys((kernel_configs.PRECISION[backend], kernel_configs.HIGH_PRECISION[backend])):
+    for precision in dict.fromkeys((configs.PRECISION[backend], configs.HIGH_PRECISION[backend])):
         for dtype in DTYPES:
             yield project_first_kernel, {"GRAD": dtype, "PRECISION": precision}
         for back in (False, True):
@@ -61,12 +61,12 @@ def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield project_apply_kernel, {"PRECISION": precision}
 
 
-def config_of(kernel: Any, target: str) -> kernel_configs.Config:
+def config_of(kernel: Any, target: str) -> configs.Config:
     backend, arch, _ = TARGETS[target]
-    return kernel_configs.config_of(kernel_configs.architecture_of(backend, arch), kernel.__name__)
+    return configs.config_of(configs.architecture_of(backend, arch), kernel.__name__)
 
 
-def compiled(kernel: Any, constants: dict[str, Any], target: str, config: kernel_configs.Config | None = None) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], target: str, config: configs.Config | None = None) -> Any:
     """What the JIT makes of a kernel. config: that of the target unless given."""
     config = config or config_of(kernel, target)
     values = {name: getattr(tl, value) if name == "GRAD" else value for name, value in constants.items()}

@@ -29,8 +29,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from soap_opt import kernel_configs, launch
-from soap_opt.launch import TILES, Tables, make_tables
+from soap_opt.cuda import columns, configs, problems
+from soap_opt.cuda.columns import TILES
+from soap_opt.cuda.tables import Tables, make_tables
 from soap_opt.layout import Layout, layout_of
 
 from .reference import ReferenceSOAP
@@ -91,39 +92,39 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
         row["iterations"] = []  # (programs, iterations of each)
         grams = set()
         for (problem, kind), programs in Counter(zip(tiles[:, 0].tolist(), tiles[:, 1].tolist())).items():
-            columns = tables.problems[problem]
-            numel = layouts[columns[launch.INDEX]].numel
-            if each.kernel == "gram_ema" and kind < launch.NORM:
-                tile, splits = TILES[kind // 4], int(columns[launch.COUNT])
-                depth, factors = int(columns[launch.DEPTH]), int(columns[launch.NUMEL])
-                deep = launch.gram_deep(kind // 4)
-                iterations = math.ceil(int(columns[launch.COLUMNS]) / deep)
+            values = tables.problems[problem]
+            numel = layouts[values[columns.INDEX]].numel
+            if each.kernel == "gram_ema" and kind < columns.NORM:
+                tile, splits = TILES[kind // 4], int(values[columns.COUNT])
+                depth, factors = int(values[columns.DEPTH]), int(values[columns.NUMEL])
+                deep = problems.gram_deep(kind // 4)
+                iterations = math.ceil(int(values[columns.COLUMNS]) / deep)
                 row["iterations"].append((programs, math.ceil(iterations / splits)))
                 row["flops"] += 2 * programs // splits * tile.wide**2 * iterations * deep
                 # both panels of a tile and all modes of a parameter read the same gradient in one launch
-                if columns[launch.INDEX] not in grams:
+                if values[columns.INDEX] not in grams:
                     row["tensor_bytes"] += SIZES[grad] * numel
-                    grams.add(columns[launch.INDEX])
-                kept = [int(columns[launch.FACTORS + 2 * i + 1]) for i in range(factors)]
+                    grams.add(values[columns.INDEX])
+                kept = [int(values[columns.FACTORS + 2 * i + 1]) for i in range(factors)]
                 row["matrix_bytes"] += 6 * sum(size**2 for size in kept)  # the lower triangle is read, all is written
                 if splits > 1 or factors > 1:
                     row["matrix_bytes"] += 8 * programs * tile.wide**2
-            elif kind < launch.NORM:
+            elif kind < columns.NORM:
                 tile = TILES[kind // 4]
-                depth = int(columns[launch.DEPTH])
-                deep = kernel_configs.CONFIGS["sm_90"][kernel_of(each.kernel)].deep
+                depth = int(values[columns.DEPTH])
+                deep = configs.CONFIGS["sm_90"][kernel_of(each.kernel)].deep
                 row["iterations"].append((programs, math.ceil(depth / deep)))
                 row["flops"] += 2 * programs * tile.wide * tile.long * math.ceil(depth / deep) * deep
                 read = SIZES[grad] if each.kernel == "project_first" else 4
                 written = {"project_adam": 4 + 16, "project_apply": 8}.get(each.kernel, 4)  # u, m and v; p
                 row["tensor_bytes"] += (read + written) * numel
                 row["matrix_bytes"] += 4 * depth**2
-            elif kind == launch.KRONECKER:
+            elif kind == columns.KRONECKER:
                 row["iterations"].append((programs, 0))
-                row["matrix_bytes"] += 4 * int(columns[launch.DEPTH]) ** 2
+                row["matrix_bytes"] += 4 * int(values[columns.DEPTH]) ** 2
             else:
-                cost = {launch.NORM: SIZES[grad], launch.COPY: SIZES[grad] + 4, launch.ADAM_GRAD: SIZES[grad] + 24,
-                        launch.ADAM_SCRATCH: 4 + 20, launch.APPLY: 12}  # fmt: skip
+                cost = {columns.NORM: SIZES[grad], columns.COPY: SIZES[grad] + 4, columns.ADAM_GRAD: SIZES[grad] + 24,
+                        columns.ADAM_SCRATCH: 4 + 20, columns.APPLY: 12}  # fmt: skip
                 row["iterations"].append((programs, 0))
                 row["tensor_bytes"] += cost[kind] * numel
         result.append(row)

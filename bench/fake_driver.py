@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 import soap_opt
-from soap_opt import functional, fused_cuda, launch
+from soap_opt import functional
+from soap_opt.cuda import columns, stepper
 
 
 class FakeDriver:
@@ -63,9 +64,9 @@ def count_as_usable(tiles: Tensor, problems: Tensor, scalars: Tensor) -> None:
     """
     rows = np.unique(tiles[:, 0].numpy())
     for row in problems.numpy()[rows]:
-        if row[launch.STEP] != 0:  # (a row of a Kronecker product has none)
-            scalars[row[launch.INDEX], launch.USABLE] = 1.0
-            ctypes.c_float.from_address(int(row[launch.STEP])).value += 1.0
+        if row[columns.STEP] != 0:  # (a row of a Kronecker product has none)
+            scalars[row[columns.INDEX], columns.USABLE] = 1.0
+            ctypes.c_float.from_address(int(row[columns.STEP])).value += 1.0
 
 
 def kernels() -> dict[str, Any]:
@@ -188,7 +189,7 @@ def whole_steps(record: Record, steps: int = 8) -> list[dict[str, Any]]:
         for step in range(steps):
             last = name == "recorded" and step == steps - 1
             start = time.perf_counter()
-            with mock.patch.object(fused_cuda, "is_recording", lambda device: True) if last else contextlib.nullcontext():
+            with mock.patch.object(stepper, "is_recording", lambda device: True) if last else contextlib.nullcontext():
                 optimizer.step()
             times.append(1e3 * (time.perf_counter() - start))
             launches, compiled = record.take()

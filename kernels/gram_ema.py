@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .. import launch
+from ..cuda import columns
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_rms, without_subnormals
 from .dot import dot
 from .table import (
@@ -32,13 +32,13 @@ from .table import (
     size,
 )
 
-ADAM_GRAD = tl.constexpr(launch.ADAM_GRAD)
-ADAM_SCRATCH = tl.constexpr(launch.ADAM_SCRATCH)
-BLOCK = tl.constexpr(launch.BLOCK)
-PACK = tl.constexpr(launch.PACK)
-MAX_FACTOR = tl.constexpr(launch.KRONECKER_FACTOR)
+ADAM_GRAD = tl.constexpr(columns.ADAM_GRAD)
+ADAM_SCRATCH = tl.constexpr(columns.ADAM_SCRATCH)
+BLOCK = tl.constexpr(columns.BLOCK)
+PACK = tl.constexpr(columns.PACK)
+MAX_FACTOR = tl.constexpr(columns.KRONECKER_FACTOR)
 
-(WIDE_0, _), (WIDE_1, _), (WIDE_2, _) = (map(tl.constexpr, tile) for tile in launch.TILES)
+(WIDE_0, _), (WIDE_1, _), (WIDE_2, _) = (map(tl.constexpr, tile) for tile in columns.TILES)
 
 
 @triton.jit
@@ -87,8 +87,8 @@ def gram_tile(
     """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), rest)`` in the lower triangle, and its mirror image.
 
     Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
-    Gram over 16,384 columns) is cut into programs (launch.gram_splits), whose partial sums the last one to arrive adds in
-    order. The products are full float32.
+    Gram over 16,384 columns) is cut into programs (gram_splits of cuda/problems.py), whose partial sums the last one to
+    arrive adds in order. The products are full float32.
 
     Args:
         r: the tile's place in the triangle, tile_i * PACK + tile_j.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .. import launch
+from ..cuda import columns
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_norm, finish_rms
 from .dot import dot
 from .table import (
@@ -24,14 +24,14 @@ from .table import (
     size,
 )
 
-NORM = tl.constexpr(launch.NORM)
-COPY = tl.constexpr(launch.COPY)
-KRONECKER = tl.constexpr(launch.KRONECKER)
-APPLY = tl.constexpr(launch.APPLY)
-BLOCK = tl.constexpr(launch.BLOCK)
-KRONECKER_WIDTH = tl.constexpr(launch.KRONECKER_WIDTH)
+NORM = tl.constexpr(columns.NORM)
+COPY = tl.constexpr(columns.COPY)
+KRONECKER = tl.constexpr(columns.KRONECKER)
+APPLY = tl.constexpr(columns.APPLY)
+BLOCK = tl.constexpr(columns.BLOCK)
+KRONECKER_WIDTH = tl.constexpr(columns.KRONECKER_WIDTH)
 
-(WIDE_0, LONG_0), (WIDE_1, LONG_1), (WIDE_2, LONG_2) = (map(tl.constexpr, tile) for tile in launch.TILES)
+(WIDE_0, LONG_0), (WIDE_1, LONG_1), (WIDE_2, LONG_2) = (map(tl.constexpr, tile) for tile in columns.TILES)
 
 # What happens to a tile of the product
 STORE = tl.constexpr(0)  # into scratch, for the next product
@@ -155,7 +155,7 @@ def ragged_products(
     GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
     PRECISION: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """The tile's class chooses among the sizes of launch.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
+    """The tile's class chooses among the sizes of columns.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
 
     A class is a branch, not a kernel of its own, because a launch costs more than the branch.
     """

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from .. import launch
+from ..cuda import columns
 from .project import BLOCK, COPY, KRONECKER, STORE, kronecker_tile, ragged_products
 from .table import ARGUMENTS, COUNT, FACTORS, NUMEL, OUTCOMES, SCALARS, UNITS, USABLE, X, Y, pointer, read_tile, size
 
-PERMUTE = tl.constexpr(launch.PERMUTE)
-REFRESHED = tl.constexpr(launch.REFRESHED)
+PERMUTE = tl.constexpr(columns.PERMUTE)
+REFRESHED = tl.constexpr(columns.REFRESHED)
 
 
 @triton.jit

@@ -10,13 +10,12 @@ from torch import Tensor
 from . import _ext
 from .batch import Batch, Skipped
 from .cpu import cpu_soap
-from .fused_cuda import fused_cuda_soap, pieces_of
+from .cuda.problems import is_too_large
+from .cuda.stepper import CudaStepper, pieces_of
 from .gradients import clipping_scale, state_dtype
-from .launch import is_too_large
 from .layout import Layout
 from .multi_tensor import _multi_tensor_soap
 from .options import SCRATCH_LIMIT, Options
-from .overlap import Overlap
 from .single_tensor import _single_tensor_soap
 
 
@@ -96,9 +95,10 @@ def soap(
     max_grad_norm: float | None = None,
     found_inf: Tensor | None = None,
     precision: str = "highest",
-    overlap: Overlap | None = None,
+    overlap_refresh: bool = False,
     capturable: bool = False,
     scratch_limit: int = SCRATCH_LIMIT,
+    cuda: CudaStepper | None = None,
 ) -> Skipped:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised, in torch's flat signature.
 
@@ -119,35 +119,44 @@ def soap(
         found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
             elsewhere the caller looks).
         precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
-        overlap: what runs the fused CUDA path's refreshes behind the step; None, and the other paths, in place.
+        overlap_refresh: let the fused CUDA path's refreshes run behind the step, to be waited for by ``cuda.wait()``.
         capturable: get ready for a CUDA graph (fused CUDA path).
         scratch_limit: bytes of scratch from which on a model is stepped piece by piece (fused CUDA path).
+        cuda: what the fused CUDA path keeps between steps. Without one a call makes everything anew, and waits for the device.
 
     Returns:
-        Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed. (The
-        fused CUDA path counts both on the device.)
+        Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed.
+        (With ``cuda`` the fused CUDA path counts both there.)
     """
     options = Options(
         lr=lr, betas=(beta1, beta2), shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
         precondition_frequency=precondition_frequency, normalize_grads=normalize_grads, correct_bias=correct_bias,
         refresh=refresh, refresh_tolerance=refresh_tolerance, maximize=maximize, max_grad_norm=max_grad_norm,
-        precision=precision, capturable=capturable, scratch_limit=scratch_limit, foreach=foreach, fused=fused,
+        precision=precision, overlap_refresh=overlap_refresh and cuda is not None, capturable=capturable,
+        scratch_limit=scratch_limit, foreach=foreach, fused=fused,
     )  # fmt: skip
+    if not params:
+        return Skipped([], [])
     state = (exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
     batch = Batch(params, grads, *state, options=[options] * len(params))
-    return step_batch(batch, grad_scale, found_inf, overlap) if params else Skipped([], [])
+    if cuda is not None:
+        return step_batch(batch, grad_scale, found_inf, cuda)
+    cuda = CudaStepper()
+    skipped = step_batch(batch, grad_scale, found_inf, cuda)
+    for i, exp_avg in enumerate(exp_avgs):
+        for places, count in zip(skipped, cuda.following.counts(exp_avg)):
+            places.extend([i] * count)
+    return skipped
 
 
-def step_batch(
-    batch: Batch, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, overlap: Overlap | None = None
-) -> Skipped:
+def step_batch(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None, cuda: CudaStepper) -> Skipped:
     """:func:`soap` for parameters that one call may serve (:func:`soap_opt.work.together`)."""
     parts, groups = parts_of(batch), batch.groups()
     on_cuda = path_of(batch.exp_avgs[0], batch.options[0]) is Path.CUDA
     skipped = Skipped([], [])
     if on_cuda and len(groups) > 1 and len(parts) > 1:  # what groups share is a launch, and this is several
         for _, own in groups:
-            skipped.extend(step_batch(batch.select(own), grad_scale, found_inf, overlap), own)
+            skipped.extend(step_batch(batch.select(own), grad_scale, found_inf, cuda), own)
         return skipped
     clip = batch.options[0].max_grad_norm
     # The first launch on CUDA has every norm of its call; across several, and elsewhere, they are a pass of their own.
@@ -157,7 +166,7 @@ def step_batch(
     for path, indices in parts:
         part = batch.select(indices)
         if path is Path.CUDA:
-            left = fused_cuda_soap(part, grad_scale, found_inf, overlap)
+            left = cuda.step(part, grad_scale, found_inf)
         else:
             left = {Path.CPU: cpu_soap, Path.MULTI: _multi_tensor_soap, Path.SINGLE: _single_tensor_soap}[path](
                 part, grad_scale

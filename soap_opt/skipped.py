@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .batch import Skipped
-from .host_side import counts as counted_on_device
+
+if TYPE_CHECKING:
+    from .cuda.follow import Following
 
 TEXTS = (  # of each of the two
     "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. "
@@ -47,21 +50,23 @@ class Skips:
             for name in names:
                 warnings.warn(text.format(name), stacklevel=users_stacklevel())
 
-    def totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None]) -> Skipped:
+    def totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], following: Following) -> Skipped:
         """For each parameter how many steps and how many refreshes, with those that were counted on the device. exp_avgs: the
         parameters', or None where there is no state."""
-        on_device = [counted_on_device(exp_avg) for exp_avg in exp_avgs]
+        on_device = [following.counts(exp_avg) for exp_avg in exp_avgs]
         columns = zip(*on_device) if on_device else ((), ())
         return Skipped(
             *([counts.get(p, 0) + n for p, n in zip(params, column)] for counts, column in zip(self.counts, columns))
         )
 
-    def set_totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], totals: Skipped) -> None:
+    def set_totals(
+        self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], following: Following, totals: Skipped
+    ) -> None:
         """Let :meth:`totals` be these, whatever the device has counted for the state that is there now."""
         for counts, column, kind in zip(self.counts, totals, range(len(totals))):
             counts.clear()
             for param, exp_avg, total in zip(params, exp_avgs, column):
-                own = total - counted_on_device(exp_avg)[kind]
+                own = total - following.counts(exp_avg)[kind]
                 if own != 0:
                     counts[param] = own
 

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 
 from . import compiled
 from .checkpoint import restore_state
+from .cuda.follow import Following
+from .cuda.stepper import CudaStepper
 from .eigenbasis import full_precision_matmul
 from .functional import Path, path_of, require_fused, step_batch
 from .gradients import clipping_scale
 from .init import initialize, step_dataless
 from .layout import Layout
 from .options import DEFAULTS, REFUSED, SCRATCH_LIMIT, Options, names_of
-from .overlap import Overlap
 from .parameters import check_params, describe_place, first_step_costs
 from .precondition import precondition
 from .skipped import Skips, users_stacklevel
@@ -155,7 +156,7 @@ class SOAP(Optimizer):
                 raise TypeError(f"SOAP does not support {name}={value!r}: {REFUSED[name]}")
         defaults = {name: given[name] for name in names_of()} | {"betas": tuple(betas)}
         Options.of(defaults).check()
-        self._overlap = Overlap()
+        self._cuda = CudaStepper()
         self._number, self._traced_params = compiled.register(self), []
         self._skips = Skips()
         self._layouts = Layouts()
@@ -269,7 +270,7 @@ class SOAP(Optimizer):
         try:
             batch = batch_of(works)
             skipped = step_batch(
-                batch.with_options(max_grad_norm=None) if clipped else batch, grad_scale, found_inf, self._overlap
+                batch.with_options(max_grad_norm=None) if clipped else batch, grad_scale, found_inf, self._cuda
             )
         except (RuntimeError, KeyError) as error:
             for work in works:
@@ -290,7 +291,7 @@ class SOAP(Optimizer):
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
         """
-        counts = self._skips.totals(*self._params_and_exp_avgs()).steps
+        counts = self._skips.totals(*self._counted()).steps
         return counts if per_parameter else sum(counts)
 
     def skipped_refreshes(self, per_parameter: bool = False) -> int | list[int]:
@@ -303,12 +304,14 @@ class SOAP(Optimizer):
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
         """
-        counts = self._skips.totals(*self._params_and_exp_avgs()).refreshes
+        counts = self._skips.totals(*self._counted()).refreshes
         return counts if per_parameter else sum(counts)
 
-    def _params_and_exp_avgs(self) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _counted(self) -> tuple[list[Tensor], list[Tensor | None], Following]:
+        """What :meth:`Skips.totals` takes."""
         params = compiled.all_params(self)
-        return params, [self.state[p].get("exp_avg") if p in self.state else None for p in params]
+        exp_avgs = [self.state[p].get("exp_avg") if p in self.state else None for p in params]
+        return params, exp_avgs, self._cuda.following
 
     def wait_for_refresh(self) -> None:
         """Let the current stream of every device wait for refreshes that still run behind the last step (overlap_refresh).
@@ -316,7 +319,7 @@ class SOAP(Optimizer):
         The host does not wait, and where nothing runs behind nothing happens. To be called before ``optimizer.state`` is read
         or written by hand; step, state_dict, load_state_dict, deepcopy and pickle do it themselves.
         """
-        self._overlap.wait()
+        self._cuda.wait()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -379,18 +382,19 @@ class SOAP(Optimizer):
 
         self.wait_for_refresh()  # its memory may be about to go
         handle = self.register_load_state_dict_pre_hook(restore)  # after the user's own hooks
-        totals = self._skips.totals(*self._params_and_exp_avgs())
+        totals = self._skips.totals(*self._counted())
         try:
             super().load_state_dict(state_dict)
-            self._skips.set_totals(*self._params_and_exp_avgs(), totals)  # a device counts for a state
+            self._skips.set_totals(*self._counted(), totals)  # a device counts for a state
         finally:
             handle.remove()
             self.__dict__.pop("_restored", None)
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait_for_refresh()
-        params, exp_avgs = self._params_and_exp_avgs()
-        counts = [{p: count for p, count in zip(params, column) if count} for column in self._skips.totals(params, exp_avgs)]
+        params, exp_avgs, following = self._counted()
+        totals = self._skips.totals(params, exp_avgs, following)
+        counts = [{p: count for p, count in zip(params, column) if count} for column in totals]
         return {**super().__getstate__(), "_skip_counts": tuple(counts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -400,7 +404,7 @@ class SOAP(Optimizer):
         # torch adds `differentiable`, which no group of ours has, and which would be saved with the next checkpoint
         self.defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
         if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
-            self._overlap, self._number = Overlap(), compiled.register(self)
+            self._cuda, self._number = CudaStepper(), compiled.register(self)
         self._traced_params = compiled.all_params(self)
         if "_skips" not in self.__dict__:
             self._skips = Skips()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import refresh_basis
 from .batch import Batch
+from .cuda.problems import is_too_large
 from .functional import Path, path_of, require_fused
-from .launch import is_too_large
 from .layout import Layout
 from .options import Options
 

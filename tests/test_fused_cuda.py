@@ -9,7 +9,8 @@ import torch
 from comparison import SoapRun, random_gradients, random_params, run_lockstep
 
 import soap_opt
-from soap_opt import _ext, functional
+from soap_opt import _ext
+from soap_opt.cuda.stepper import CudaStepper
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or _ext.unavailable("cuda") is not None, reason="no GPU for Triton")
 
@@ -173,8 +174,8 @@ def test_high_precision_is_close_and_highest_is_closer():
 def test_it_is_taken_where_it_is_asked_for(monkeypatch):
     """And by default where the report says so."""
     calls = []
-    original = functional.fused_cuda_soap
-    monkeypatch.setattr(functional, "fused_cuda_soap", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = CudaStepper.step
+    monkeypatch.setattr(CudaStepper, "step", lambda *a, **k: calls.append(1) or original(*a, **k))
     for options, expected in (({"fused": True}, True), ({}, _ext.active("cuda") == "fused")):
         calls.clear()
         run = SoapRun(random_params([(6, 5)], device="cuda"), **options)

@@ -1,11 +1,11 @@
-"""soap_opt.overlap without a GPU: streams and events that keep vector clocks, so that any access out of order is an error."""
+"""cuda/overlap.py without a GPU: streams and events that keep vector clocks, so that any access out of order is an error."""
 
 import contextlib
 
 import pytest
 import torch
 
-from soap_opt.overlap import Overlap
+from soap_opt.cuda.overlap import Overlap
 
 GPU0, GPU1 = torch.device("cuda", 0), torch.device("cuda", 1)
 

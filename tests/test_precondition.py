@@ -144,7 +144,7 @@ def test_gradients_of_another_dtype():
 def test_waits_for_refreshes_and_takes_no_part_in_autocast(monkeypatch):
     _, optimizer = trained([(5, 4)])
     grads, waited = [torch.randn(5, 4)], []
-    monkeypatch.setattr(optimizer._overlap, "wait", lambda *args: waited.append(1))
+    monkeypatch.setattr(optimizer._cuda.overlap, "wait", lambda *args: waited.append(1))
     (plain,) = optimizer.precondition(grads)
     assert waited
     with torch.autocast("cpu", torch.bfloat16):

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 
 from soap_opt import _ext
-from soap_opt.kernel_configs import HIGH_PRECISION
+from soap_opt.cuda.configs import HIGH_PRECISION
 
 from .. import compile_kernels
 from .common import Compilations, make_parser, same_hashes, say_key

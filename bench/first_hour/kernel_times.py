@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from soap_opt.launch import make_tables
+from soap_opt.cuda.tables import make_tables
 
 from .. import cuda_model
 from ..cuda_steps import WARMUP, TimedStepper, to

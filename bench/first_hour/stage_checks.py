@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import soap_opt
-from soap_opt import fused_cuda, launch
+from soap_opt.cuda import columns, stepper, tables
 
 from ..results import Row, significant
 from .common import synchronize
@@ -58,7 +58,7 @@ class Launch:
         each: of the plan's launches.
     """
 
-    def __init__(self, plan: fused_cuda.Plan, each: launch.Launch) -> None:
+    def __init__(self, plan: stepper.Plan, each: tables.Launch) -> None:
         self.kernel, self.device = each.kernel, plan.scalars.device
         self.grad_dtype = getattr(torch, each.grad_dtype)
         self.tiles = plan.tiles[each.first : each.first + each.count].cpu().numpy()
@@ -70,18 +70,18 @@ class Launch:
         kinds = dict(zip(self.tiles[:, 0].tolist(), self.tiles[:, 1].tolist()))
         for place, kind in kinds.items():
             row = self.problems[place]
-            if kind == launch.KRONECKER:
+            if kind == columns.KRONECKER:
                 yield self.kronecker(row)
-            elif kind == launch.COPY:
-                numel = int(row[launch.NUMEL])
-                yield Expected("copy", self.at(row, launch.Y, numel), self.at(row, launch.X, numel, self.grad_dtype).double())
-            elif kind in (launch.ADAM_GRAD, launch.ADAM_SCRATCH):
+            elif kind == columns.COPY:
+                numel = int(row[columns.NUMEL])
+                yield Expected("copy", self.at(row, columns.Y, numel), self.at(row, columns.X, numel, self.grad_dtype).double())
+            elif kind in (columns.ADAM_GRAD, columns.ADAM_SCRATCH):
                 yield from self.elementwise(row, kind)
-            elif kind == launch.APPLY:
-                yield self.applied(row, self.at(row, launch.X, int(row[launch.NUMEL])).double())
-            elif kind < launch.NORM and self.kernel == "gram_ema":
+            elif kind == columns.APPLY:
+                yield self.applied(row, self.at(row, columns.X, int(row[columns.NUMEL])).double())
+            elif kind < columns.NORM and self.kernel == "gram_ema":
                 yield from self.grams(row)
-            elif kind < launch.NORM:
+            elif kind < columns.NORM:
                 yield from self.product(row)
 
     def at(self, row: np.ndarray, column: int, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,78 +89,78 @@ class Launch:
 
     def view(self, row: np.ndarray) -> Tensor:
         """[A, D, B] what the row multiplies, in float64."""
-        depth, inner, columns = (int(row[column]) for column in (launch.DEPTH, launch.INNER, launch.COLUMNS))
+        depth, inner, count = (int(row[column]) for column in (columns.DEPTH, columns.INNER, columns.COLUMNS))
         from_grad = self.kernel in ("project_first", "gram_ema")
-        x = self.at(row, launch.X, depth * columns, self.grad_dtype if from_grad else torch.float32)
-        return x.double().view(columns // inner, depth, inner)
+        x = self.at(row, columns.X, depth * count, self.grad_dtype if from_grad else torch.float32)
+        return x.double().view(count // inner, depth, inner)
 
     def scalar(self, row: np.ndarray, column: int) -> float:
-        return float(self.scalars[row[launch.INDEX], column])
+        return float(self.scalars[row[columns.INDEX], column])
 
     def option(self, row: np.ndarray, column: int) -> float:
-        return float(self.options[row[launch.GROUP], column])
+        return float(self.options[row[columns.GROUP], column])
 
     def product(self, row: np.ndarray) -> Iterator[Expected]:
-        depth = int(row[launch.DEPTH])
-        x, q = self.view(row), self.at(row, launch.MATRIX, depth * depth).double().view(depth, depth)
+        depth = int(row[columns.DEPTH])
+        x, q = self.view(row), self.at(row, columns.MATRIX, depth * depth).double().view(depth, depth)
         y = torch.einsum("aib,ij->ajb", x, q.T if self.kernel in ("back", "project_apply") else q).flatten()
         if self.kernel == "project_adam":
             yield from self.adam(row, y)
         elif self.kernel == "project_apply":
             yield self.applied(row, y)
         else:
-            yield Expected("product", self.at(row, launch.Y, y.numel()), y)
+            yield Expected("product", self.at(row, columns.Y, y.numel()), y)
 
     def adam(self, row: np.ndarray, projected: Tensor) -> Iterator[Expected]:
         numel = projected.numel()
-        g = projected * self.scalar(row, launch.FACTOR)
-        m, v = (self.at(row, column, numel) for column in (launch.EXP_AVG, launch.EXP_AVG_SQ))
-        new_m = m.double() + self.option(row, launch.REST1) * (g - m)
-        new_v = self.option(row, launch.BETA2) * v.double() + self.option(row, launch.REST2) * g.square()
+        g = projected * self.scalar(row, columns.FACTOR)
+        m, v = (self.at(row, column, numel) for column in (columns.EXP_AVG, columns.EXP_AVG_SQ))
+        new_m = m.double() + self.option(row, columns.REST1) * (g - m)
+        new_v = self.option(row, columns.BETA2) * v.double() + self.option(row, columns.REST2) * g.square()
         yield Expected("exp_avg", m, new_m)
         yield Expected("exp_avg_sq", v, new_v)
-        yield Expected("update", self.at(row, launch.Y, numel), new_m / (new_v.sqrt() + self.option(row, launch.EPS)))
+        yield Expected("update", self.at(row, columns.Y, numel), new_m / (new_v.sqrt() + self.option(row, columns.EPS)))
 
     def elementwise(self, row: np.ndarray, kind: int) -> Iterator[Expected]:
-        x = self.at(row, launch.X, int(row[launch.NUMEL]), self.grad_dtype if kind == launch.ADAM_GRAD else torch.float32)
+        x = self.at(row, columns.X, int(row[columns.NUMEL]), self.grad_dtype if kind == columns.ADAM_GRAD else torch.float32)
         m, v, update = self.adam(row, x.double())
         yield from (m, v)
-        if kind == launch.ADAM_SCRATCH or self.option(row, launch.NORMALIZE):
+        if kind == columns.ADAM_SCRATCH or self.option(row, columns.NORMALIZE):
             yield update
         else:  # (applied at once)
             yield self.applied(row, update.want)
 
     def applied(self, row: np.ndarray, update: Tensor) -> Expected:
-        dtype = getattr(torch, launch.DTYPES[row[launch.PARAM_DTYPE]])
-        p = self.at(row, launch.PARAM, update.numel(), dtype)
-        scale = self.scalar(row, launch.STEP_SIZE) * self.scalar(row, launch.RESCALE)
-        return Expected("parameter", p, (p.double() - update * scale) * self.scalar(row, launch.DECAY))
+        dtype = getattr(torch, columns.DTYPES[row[columns.PARAM_DTYPE]])
+        p = self.at(row, columns.PARAM, update.numel(), dtype)
+        scale = self.scalar(row, columns.STEP_SIZE) * self.scalar(row, columns.RESCALE)
+        return Expected("parameter", p, (p.double() - update * scale) * self.scalar(row, columns.DECAY))
 
     def factors(self, row: np.ndarray, count: int) -> list[Tensor]:
         """[d, d] each: the bases of a Kronecker product, a row's Grams."""
-        sizes = [int(row[launch.FACTORS + 2 * i + 1]) for i in range(count)]
-        return [self.at(row, launch.FACTORS + 2 * i, d * d).view(d, d) for i, d in enumerate(sizes)]
+        sizes = [int(row[columns.FACTORS + 2 * i + 1]) for i in range(count)]
+        return [self.at(row, columns.FACTORS + 2 * i, d * d).view(d, d) for i, d in enumerate(sizes)]
 
     def kronecker(self, row: np.ndarray) -> Expected:
-        depth, product = int(row[launch.DEPTH]), torch.ones(1, 1, dtype=torch.float64, device=self.device)
-        for q in self.factors(row, int(row[launch.COUNT])):
+        depth, product = int(row[columns.DEPTH]), torch.ones(1, 1, dtype=torch.float64, device=self.device)
+        for q in self.factors(row, int(row[columns.COUNT])):
             product = torch.kron(product, q.double())
-        return Expected("kronecker", self.at(row, launch.Y, depth * depth), product.flatten())
+        return Expected("kronecker", self.at(row, columns.Y, depth * depth), product.flatten())
 
     def grams(self, row: np.ndarray) -> Iterator[Expected]:
-        x, grams = self.view(row), self.factors(row, int(row[launch.NUMEL]))
-        outer = torch.einsum("aib,ajb->ij", x, x) * self.scalar(row, launch.FACTOR) ** 2
+        x, grams = self.view(row), self.factors(row, int(row[columns.NUMEL]))
+        outer = torch.einsum("aib,ajb->ij", x, x) * self.scalar(row, columns.FACTOR) ** 2
         sizes = [len(gram) for gram in grams]
         for place, gram in enumerate(grams):
             before, d, after = math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :])
             trace = torch.einsum("aibajb->ij", outer.view(before, d, after, before, d, after))
-            yield Expected("gram", gram.flatten(), gram.double().lerp(trace, self.option(row, launch.SHAMPOO_REST)).flatten())
+            yield Expected("gram", gram.flatten(), gram.double().lerp(trace, self.option(row, columns.SHAMPOO_REST)).flatten())
 
 
 class Watched:
-    """In place of a fused_cuda.Call: the launch, and a comparison of what it left with what it should have."""
+    """In place of a stepper.Call: the launch, and a comparison of what it left with what it should have."""
 
-    def __init__(self, watch: Watch, plan: fused_cuda.Plan, each: launch.Launch, call: fused_cuda.Call) -> None:
+    def __init__(self, watch: Watch, plan: stepper.Plan, each: tables.Launch, call: stepper.Call) -> None:
         self.watch, self.plan, self.each, self.call = watch, plan, each, call
 
     def launch(self, scale: tuple[Tensor, Tensor]) -> None:
@@ -173,18 +173,18 @@ class Watched:
             error = float((where.double() - want).norm() / want.norm().clamp_min(1e-300))
             self.watch.note(name, what, error)
         if self.each.kernel == "project_first":
-            unusable = self.plan.scalars[:, launch.USABLE] != 1
+            unusable = self.plan.scalars[:, columns.USABLE] != 1
             self.watch.note(name, "unusable gradients", float(unusable.sum()))
 
 
 class Watch:
-    """In place of fused_cuda.calls_of: the worst errors of all launches, by kernel and by what is written."""
+    """In place of stepper.calls_of: the worst errors of all launches, by kernel and by what is written."""
 
     def __init__(self, device: str) -> None:
         self.device, self.errors = device, {}
-        self.calls_of = fused_cuda.calls_of
+        self.calls_of = stepper.calls_of
 
-    def __call__(self, plan: fused_cuda.Plan, precision: str) -> list[Watched]:
+    def __call__(self, plan: stepper.Plan, precision: str) -> list[Watched]:
         calls = self.calls_of(plan, precision)
         return [Watched(self, plan, each, call) for each, call in zip(plan.tables.launches, calls)]
 
@@ -200,11 +200,11 @@ def check(device: str, quick: bool, options: dict[str, Any], dtype: torch.dtype 
     params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device, dtype)) for s in shapes]
     optimizer = soap_opt.SOAP(params, fused=True, **options)
     watch = Watch(device)
-    with mock.patch.object(fused_cuda, "calls_of", watch):
+    with mock.patch.object(stepper, "calls_of", watch):
         for _ in range(4):  # the first makes the bases alone
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
             optimizer.step()
     if not watch.errors:
-        raise RuntimeError("no launch went through fused_cuda.calls_of: was it renamed?")
+        raise RuntimeError("no launch went through stepper.calls_of: was it renamed?")
     return [{"kernel": kernel, "what": what, "error": significant(e, 2)} for (kernel, what), e in watch.errors.items()]

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import sys
 
-from soap_opt import kernel_configs
+from soap_opt.cuda import configs
 
 from ..cuda_steps import TimedStepper
 from ..models import Problem, drawn
@@ -54,7 +54,7 @@ def row_of(stepper: TimedStepper, device: str, rounds: int) -> Row:
     }
     busy = sum(event.us for event in events if event.name in OURS) / 10
     return {
-        "setting": kernel_configs.OVERRIDES or "default", "model": MODEL, "median_ms": significant(statistics.median(times)),
+        "setting": configs.OVERRIDES or "default", "model": MODEL, "median_ms": significant(statistics.median(times)),
         "kernels_us": significant(busy), **kernels,
     }  # fmt: skip
 

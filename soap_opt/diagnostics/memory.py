@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..cpu import scratch_numel
+from ..cuda.refresh import kept_bytes
+from ..cuda.stepper import pieces_of, scratch_bytes
 from ..functional import Path, path_of
-from ..fused_cuda import pieces_of, scratch_bytes
 from ..gradients import state_dtype
 from ..layout import Layout, layout_of, memory_order
 from ..options import REFUSED, SHAPING, Options
-from ..refresh_cuda import kept_bytes
 from ..schedule import complete_offsets, unit_flops
 from ..soap import SOAP
 from ..state import refresh_offsets

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import soap_opt
 import soap_opt.options
-from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda
+from soap_opt import refresh_basis
+from soap_opt.cuda import follow, graph, memory, refresh, stepper
 from soap_opt.state import allocate
 
 pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), needs_engine]
@@ -31,11 +32,12 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls, self.launches, self.recording = [], 0, False
         self.pool = []  # what was allocated while recording
-        for module in (fused_cuda, refresh_cuda):
+        for module in (stepper, refresh, graph):
             monkeypatch.setattr(module, "launch", self._launch(module.launch))
-        monkeypatch.setattr(fused_cuda, "is_recording", lambda device: self.recording)
-        monkeypatch.setattr(refresh_cuda, "to_device", self._to_device(refresh_cuda.to_device))
-        monkeypatch.setattr(refresh_cuda, "if_set", self._if_set)
+        monkeypatch.setattr(stepper, "is_recording", lambda device: self.recording)
+        for module in (memory, refresh, graph):
+            monkeypatch.setattr(module, "to_device", self._to_device(module.to_device))
+        monkeypatch.setattr(graph, "if_set", self._if_set)
         self.conditions = 0
 
     def __enter__(self):
@@ -154,8 +156,8 @@ def test_replays_are_the_specification(refresh, monkeypatch):
 @pytest.mark.parametrize("refresh", QUICK_AND_SLOW)
 def test_bases_beyond_shared_memory_are_refreshed_in_conditional_nodes(refresh, monkeypatch):
     """A device with little shared memory; one parameter is re-expressed by itself (seven modes)."""
-    monkeypatch.setattr(refresh_cuda, "has_conditional_nodes", lambda: True)
-    monkeypatch.setattr(refresh_cuda, "shared_memory_limit", lambda device: 18432)  # d = 55
+    monkeypatch.setattr(graph, "has_conditional_nodes", lambda: True)
+    monkeypatch.setattr(graph, "shared_memory_limit", lambda device: 18432)  # d = 55
     shapes = [(5,), (60, 33), (6, 70, 3, 3), (64, 58), (5, 5), (2, 3, 2, 2, 2, 3, 2)]
     options = {**OPTIONS, "refresh": refresh, "refresh_tolerance": 0.05}
     params = random_params(shapes)
@@ -168,7 +170,7 @@ def test_bases_beyond_shared_memory_are_refreshed_in_conditional_nodes(refresh, 
     tape = Tape(monkeypatch)
     tested.record(tape, gradients[3])
     assert tape.conditions == (2 if refresh == "together" else 2 * 3)  # a period of 3 steps
-    (plan,) = host_side.followed(tested.state_of(0)["exp_avg"]).plans_of_graphs
+    (plan,) = tested.optimizer._cuda.following.of(tested.state_of(0)["exp_avg"]).plans_of_graphs
     assert [plan.graph_refresh.refresh.sizes[n] for n in plan.graph_refresh.small].count(33) == 1
     with pytest.warns(UserWarning, match="not finite"):
         assert run_lockstep(reference, tested, gradients[4:], options) > 10
@@ -247,7 +249,7 @@ def test_a_plan_is_one_captures(monkeypatch):
     run.tape = None
     run.step(gradients[3])
     run.record(Tape(monkeypatch), gradients[4])
-    plans = host_side.followed(run.state_of(0)["exp_avg"]).plans_of_graphs
+    plans = run.optimizer._cuda.following.of(run.state_of(0)["exp_avg"]).plans_of_graphs
     assert len(plans) == 2 and plans[0] is not plans[1]
 
 
@@ -261,8 +263,8 @@ def test_an_ordinary_step_after_a_capture_waits_once(monkeypatch):
     run.record(Tape(monkeypatch), gradients[2])
     run.tape = None
     read = []
-    original = host_side._values
-    monkeypatch.setattr(host_side, "_values", lambda steps: read.append(len(steps)) or original(steps))
+    original = follow._values
+    monkeypatch.setattr(follow, "_values", lambda steps: read.append(len(steps)) or original(steps))
     for grads in gradients[3:]:
         run.step(grads)
     assert read == [3, 3]
@@ -273,12 +275,12 @@ def test_an_ordinary_step_after_a_capture_waits_once(monkeypatch):
 @pytest.mark.parametrize("present", [False, True])
 def test_conditional_nodes_are_looked_for(present, monkeypatch):
     """torch 2.11 has none, whatever CUDA it is built with."""
-    graph = type("CUDAGraph", (), {"begin_capture_to_if_node": None} if present else {})
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    cuda_graph = type("CUDAGraph", (), {"begin_capture_to_if_node": None} if present else {})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", cuda_graph)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    assert refresh_cuda.has_conditional_nodes() == present
+    assert graph.has_conditional_nodes() == present
 
 
 def test_what_cannot_be_captured_is_refused(monkeypatch):
@@ -286,6 +288,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(soap_opt._ext, "_triton_error", lambda: None)
     run = SoapRun(random_params([(6, 5)]), fused=True, capturable=True, **OPTIONS)
     run.params[0].grad = torch.ones(6, 5)
 
@@ -304,7 +307,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     refused("not stepped by the fused CUDA path")
     run.optimizer.param_groups[0]["fused"] = True
     refused("is on cpu, and the graph on cuda:0")
-    monkeypatch.setattr(soap_opt.launch, "MAX_NUMEL", 20)
+    monkeypatch.setattr(soap_opt.cuda.problems, "MAX_NUMEL", 20)
     refused("beyond the kernels. int32 offsets")
     run.optimizer.param_groups[0]["capturable"] = False
     refused("capturable=False")
@@ -321,7 +324,7 @@ def test_nothing_runs_behind_a_step_that_a_graph_may_follow():
         def wait(self):
             pass
 
-    run.optimizer._overlap = Never()
+    run.optimizer._cuda.overlap = Never()
     before = None
     for grads in random_gradients([(6, 5)], 3):
         run.step(grads)
@@ -330,14 +333,14 @@ def test_nothing_runs_behind_a_step_that_a_graph_may_follow():
 
 
 def test_a_table_that_could_not_be_sent_is_sent_again(monkeypatch):
-    table = refresh_cuda.DeviceTable((2,), torch.device("cpu"))
+    table = memory.DeviceTable((2,), torch.device("cpu"))
     source = numpy.asarray([1, 2])
 
     def out_of_memory(*_):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(refresh_cuda, "to_device", out_of_memory)
+        patch.setattr(memory, "to_device", out_of_memory)
         table.send(source, lambda pointers: pointers)
     table.send(source, lambda pointers: pointers)
     assert table.tensor.tolist() == [1, 2]

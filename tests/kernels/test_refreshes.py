@@ -3,15 +3,16 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from comparison import SoapRun, needs_engine, random_gradients, random_params, run_lockstep
 from lockstep import OPTIONS, QUICK_AND_SLOW, lockstep
 
-from soap_opt import fused_cuda, refresh_cuda
+from soap_opt.cuda import memory, refresh
+from soap_opt.cuda.overlap import Overlap
 from soap_opt.diagnostics.memory import _scratch_on_cuda
-from soap_opt.overlap import Overlap
 from soap_opt.state import refresh_offsets
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -52,12 +53,12 @@ def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
     options = {**OPTIONS, "refresh": refresh}
     in_place = SoapRun(random_params(shapes), fused=True, overlap_refresh=False, **options)
     behind = SoapRun(random_params(shapes), fused=True, **options)
-    behind.optimizer._overlap = Late()
+    behind.optimizer._cuda.overlap = Late()
     pending = 0
     for grads in random_gradients(shapes, 8):
         in_place.step(grads)
         behind.step(grads)
-        pending += len(behind.optimizer._overlap.late)
+        pending += len(behind.optimizer._cuda.overlap.late)
         if reader != "step":
             states = READERS[reader](behind.optimizer)
             for i in range(len(shapes)):
@@ -77,7 +78,7 @@ def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
     gradients = [[grad.to(p.dtype) for grad, p in zip(grads, params)] for grads in made]
     in_place = SoapRun(params, foreach=False, **options)
     behind = SoapRun(params, fused=True, **options)
-    late = behind.optimizer._overlap = Late()
+    late = behind.optimizer._cuda.overlap = Late()
     pending = 0
     for grads in gradients:
         total = torch.stack([grad.norm().float() for grad in grads]).norm()
@@ -108,21 +109,19 @@ def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
 def test_memory_belongs_to_the_stream_that_it_was_made_on():
     """overlap_refresh switched in the middle: nothing that one stream allocated is used on the other."""
     run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
-    run.optimizer._overlap = Late()
+    run.optimizer._cuda.overlap = Late()
     kept = []
     for number, grads in enumerate(random_gradients([(6, 5)], 8)):
         run.optimizer.param_groups[0]["overlap_refresh"] = number < 4
         run.step(grads)
         run.optimizer.wait_for_refresh()
-        kept += [plan.buffers for plan in fused_cuda._plans.get(run.state_of(0)["exp_avg"], {}).values()]
+        kept += [plan.buffers for plan in run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])]
     assert kept[0] is kept[2] and kept[2] is not kept[3] and kept[3] is kept[6]
 
 
 @needs_engine
 @pytest.mark.parametrize("refresh", [pytest.param("together", marks=pytest.mark.slow), "staggered"])
 def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
-    gc.collect()
-    assert not refresh_cuda._scratch
     shapes = [(17, 33), (6, 5, 3, 3), (5,)]
     run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "refresh": refresh})
     for grads in random_gradients(shapes, 5):
@@ -130,29 +129,29 @@ def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
     group, optimizer = run.optimizer.param_groups[0], run.optimizer
     layouts = [optimizer._layout(p, group) for p in run.params]
     foretold = _scratch_on_cuda([({**group, "overlap_refresh": False}, layouts)], refresh_offsets(optimizer))
-    (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
-    (scratch,) = refresh_cuda._scratch.values()
-    tensors = [*scratch.take(0), *plan.buffers._flat.values()]
+    (plan,) = run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])
+    tensors = [*optimizer._cuda.scratch.tensors(), *plan.buffers.tensors()]
     tensors += [plan.tiles, plan.problems.tensor, plan.partials, plan.counters, plan.kronecker]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     units = sum(len(layout.modes) for layout in layouts)
     assert foretold <= held <= foretold + 2 * 32 * units  # each piece begins at a multiple of 16 bytes
-    del run, group, optimizer, plan, scratch, tensors
+    references = [weakref.ref(tensor) for tensor in tensors]
+    del run, group, optimizer, plan, tensors
     gc.collect()
-    assert not refresh_cuda._scratch
+    assert not any(reference() is not None for reference in references)
 
 
 @needs_engine
 def test_loading_a_state_waits_for_refreshes_that_run_behind():
     run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
-    run.optimizer._overlap = Late()
+    run.optimizer._cuda.overlap = Late()
     first, second = random_gradients([(6, 5)], 2)
     run.step(first)
     saved = copy.deepcopy(run.optimizer.state_dict())
     run.step(second)
-    assert run.optimizer._overlap.late
+    assert run.optimizer._cuda.overlap.late
     run.optimizer.load_state_dict(saved)
-    assert not run.optimizer._overlap.late
+    assert not run.optimizer._cuda.overlap.late
     assert all(torch.equal(value, run.state_of(0)[key]) for key, value in saved["state"][0].items())
 
 
@@ -161,7 +160,7 @@ def test_everything_that_a_refresh_behind_writes_is_recorded():
     """Or the allocator could hand the memory out while the refresh still uses it."""
     shapes = [(6, 5), (4, 3, 3, 3)]
     run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
-    late = run.optimizer._overlap = Late()
+    late = run.optimizer._cuda.overlap = Late()
     written = 0
     for grads in random_gradients(shapes, 6):
         run.step(grads)
@@ -202,7 +201,7 @@ def test_refreshes_are_grouped(refresh, monkeypatch, launches):
         raise AssertionError("a parameter was re-expressed alone")
 
     options = {"refresh": refresh, "refresh_tolerance": 0.05, "precondition_frequency": 2}
-    monkeypatch.setattr("soap_opt.refresh_cuda.reexpress_", never)
+    monkeypatch.setattr("soap_opt.cuda.refresh.reexpress_", never)
     assert lockstep(REEXPRESSED, 5, options, missing=0.1) > 20
     counts = {name: launches.count(name) for name in set(launches)}
     assert 0 < counts["reexpress_kernel"] <= 5 * 5, counts
@@ -228,8 +227,9 @@ def test_parameters_that_the_grouped_refresh_cannot_take():
 def test_a_refresh_sends_its_table_once(monkeypatch):
     """The same units a period later: nothing goes to the device again."""
     sent = []
-    original = refresh_cuda.to_device
-    monkeypatch.setattr(refresh_cuda, "to_device", lambda array, device: sent.append(array.shape) or original(array, device))
+    original = memory.to_device
+    for module in (memory, refresh):
+        monkeypatch.setattr(module, "to_device", lambda array, device: sent.append(array.shape) or original(array, device))
     run = SoapRun(random_params([(6, 5), (4, 3, 3)]), fused=True, **OPTIONS)
     counts = []
     first, *rest = random_gradients([(6, 5), (4, 3, 3)], 13)

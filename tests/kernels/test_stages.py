@@ -7,12 +7,14 @@ import pytest
 import torch
 import triton.language as tl
 
-from soap_opt import launch
+from soap_opt.cuda import columns, launch
+from soap_opt.cuda.columns import TILES, WIDTH
+from soap_opt.cuda.problems import Problem, gram_splits, gram_tiles, kind_of
 from soap_opt.kernels.gram_ema import gram_ema_kernel
 from soap_opt.kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
-from soap_opt.launch import TILES, WIDTH, Problem, gram_splits, gram_tiles, kind_of
 
 EPS = torch.finfo(torch.float32).eps
+COLUMNS = vars(columns)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # (A, D, B): every class of tiles, with and without whole tiles
@@ -25,14 +27,14 @@ def random(*shape, seed=0):
 
 def options_of(lr=0.0, weight_decay=0.0, beta1=0.9, beta2=0.99, sign=1.0, eps=1e-8, normalize=0.0, shampoo_beta=0.75):
     """[1, OPTIONS] of one param group."""
-    row = torch.zeros(1, launch.OPTIONS)
+    row = torch.zeros(1, columns.OPTIONS)
     values = {
         "LR": lr, "WEIGHT_DECAY": weight_decay, "LOG_BETA1": math.log(beta1), "LOG_BETA2": math.log(beta2), "SIGN": sign,
         "CORRECT_BIAS": 1.0, "REST1": 1 - beta1, "BETA2": beta2, "REST2": 1 - beta2, "EPS": eps, "NORMALIZE": normalize,
         "SHAMPOO_REST": 1 - shampoo_beta,
     }  # fmt: skip
     for name, value in values.items():
-        row[0, getattr(launch, name)] = value
+        row[0, COLUMNS[name]] = value
     return row
 
 
@@ -49,7 +51,7 @@ class Table:
                 assert value.is_contiguous()
                 self.kept.append(value)
                 value = value.data_ptr()
-            values[getattr(launch, name)] = value
+            values[COLUMNS[name]] = value
         self.rows.append(values)
         return len(self.rows) - 1
 
@@ -95,12 +97,12 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
         if index == 2:
             x[3, 7] = torch.nan
         step, skipped = torch.tensor(4.0), torch.tensor([2], dtype=torch.int32)
-        columns = {"X": x, "MATRIX": q, "Y": y, "STEP": step, "SKIPPED": skipped, "INDEX": index, "NUMEL": x.numel()}
-        _, down = table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
-        table.rows[-1][launch.SLOT : launch.COUNTER + 1] = [1000 * index, down, index]
+        values = {"X": x, "MATRIX": q, "Y": y, "STEP": step, "SKIPPED": skipped, "INDEX": index, "NUMEL": x.numel()}
+        _, down = table.product(Problem(0, before, depth, inner, (0,)), True, **values)
+        table.rows[-1][columns.SLOT : columns.COUNTER + 1] = [1000 * index, down, index]
         checks.append((x, q, y, step, skipped))
     tiles, problems = table.tensors()
-    scalars, counters = torch.zeros(len(VIEWS), launch.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
+    scalars, counters = torch.zeros(len(VIEWS), columns.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     options = options_of(lr=0.1, weight_decay=0.5, sign=-1.0)
     launch.launch(
         project_first_kernel, (len(tiles),), tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters,
@@ -110,15 +112,15 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     for index, (x, q, y, step, skipped) in enumerate(checks):
         usable = index != 2
         assert (float(step), int(skipped)) == ((5.0, 2) if usable else (4.0, 3))
-        assert scalars[index, launch.USABLE] == usable
-        assert scalars[index, launch.FACTOR] == -0.5
+        assert scalars[index, columns.USABLE] == usable
+        assert scalars[index, columns.FACTOR] == -0.5
         if usable:
             want = torch.einsum("aib,ij->ajb", x.double(), q.double())
             scale = torch.einsum("aib,ij->ajb", x.double().square(), q.double().square()).sqrt() * q.shape[0] ** 0.5
             close(y, want, scale, VIEWS[index])
             size = 0.1 * (1 - 0.99**5) ** 0.5 / (1 - 0.9**5)
-            assert float(scalars[index, launch.STEP_SIZE]) == pytest.approx(size, rel=4 * EPS)
-            assert float(scalars[index, launch.DECAY]) == pytest.approx(0.95, rel=EPS)
+            assert float(scalars[index, columns.STEP_SIZE]) == pytest.approx(size, rel=4 * EPS)
+            assert float(scalars[index, columns.DECAY]) == pytest.approx(0.95, rel=EPS)
 
 
 @pytest.mark.parametrize("t", [1, 2, 1000, 100000])
@@ -128,20 +130,20 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     table = Table()
     grad, step, skipped = torch.ones(3), torch.tensor(t - 1.0), torch.zeros(1, dtype=torch.int32)
     row = table.row(X=grad, NUMEL=3, COUNT=1, STEP=step, SKIPPED=skipped)
-    table.tiles = [(row, launch.NORM, 0, 0)]
-    scalars = torch.zeros(1, launch.SCALARS)
+    table.tiles = [(row, columns.NORM, 0, 0)]
+    scalars = torch.zeros(1, columns.SCALARS)
     launch.launch(
         project_first_kernel, (1,),
         *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1),
         options_of(lr=1.0, beta1=0.95, beta2=beta2), GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
     want = (1 - beta2**t) ** 0.5 / (1 - 0.95**t)
-    assert float(scalars[0, launch.STEP_SIZE]) == pytest.approx(want, rel=8 * EPS)
+    assert float(scalars[0, columns.STEP_SIZE]) == pytest.approx(want, rel=8 * EPS)
 
 
 def scalars_of(usable=1.0, factor=-0.5, step_size=0.1, decay=0.9, rescale=1.0):
-    row = torch.zeros(1, launch.SCALARS)
-    places = [launch.USABLE, launch.FACTOR, launch.STEP_SIZE, launch.DECAY, launch.RESCALE]
+    row = torch.zeros(1, columns.SCALARS)
+    places = [columns.USABLE, columns.FACTOR, columns.STEP_SIZE, columns.DECAY, columns.RESCALE]
     row[0, places] = torch.tensor([usable, factor, step_size, decay, rescale])
     return row
 
@@ -153,9 +155,9 @@ def test_adam_epilogue(usable):
         m, v, u = random(before, depth, inner, seed=2), random(before, depth, inner, seed=3).square(), torch.zeros_like(x)
         old = m.double(), v.double()
         table = Table()
-        columns = {"X": x, "MATRIX": q, "Y": u, "EXP_AVG": m, "EXP_AVG_SQ": v, "NUMEL": x.numel()}
-        across, down = table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
-        table.rows[-1][launch.COUNT] = across * down
+        values = {"X": x, "MATRIX": q, "Y": u, "EXP_AVG": m, "EXP_AVG_SQ": v, "NUMEL": x.numel()}
+        across, down = table.product(Problem(0, before, depth, inner, (0,)), True, **values)
+        table.rows[-1][columns.COUNT] = across * down
         scalars = scalars_of(usable)
         tiles, problems = table.tensors()
         sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
@@ -173,7 +175,7 @@ def test_adam_epilogue(usable):
         update = m.double() / (v.double().sqrt() + 1e-8)
         assert ((u - update).abs() <= 8 * EPS * update.abs()).all()
         rescale = 1 / (1e-30 + update.square().mean().sqrt())
-        assert float(scalars[0, launch.RESCALE]) == pytest.approx(float(rescale), rel=16 * EPS)
+        assert float(scalars[0, columns.RESCALE]) == pytest.approx(float(rescale), rel=16 * EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,8 +185,8 @@ def test_apply_epilogue(dtype, usable):
         x, q = random(before, depth, inner), torch.linalg.qr(random(depth, depth)).Q.contiguous()
         p = random(before, depth, inner, seed=4).to(dtype)
         old, table = p.double(), Table()
-        columns = {"X": x, "MATRIX": q, "PARAM": p, "PARAM_DTYPE": list(DTYPES).index(dtype)}
-        table.product(Problem(0, before, depth, inner, (0,)), True, **columns)
+        values = {"X": x, "MATRIX": q, "PARAM": p, "PARAM_DTYPE": list(DTYPES).index(dtype)}
+        table.product(Problem(0, before, depth, inner, (0,)), True, **values)
         tiles, problems = table.tensors()
         launch.launch(project_apply_kernel, (len(tiles),), tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
         want = (old - 0.1 * 2.0 * torch.einsum("aib,ji->ajb", x.double(), q.double())) * 0.9 if usable else old
@@ -278,9 +280,9 @@ def test_projections_of_three_tf32_products(dtype, tensor_core):
     want = torch.einsum("aib,ij->ajb", x.double(), q.double())
     for precision, least, most in (("tf32x3", 0, 3e-7), ("tf32", 5e-5, 2e-3)):
         table = Table()
-        columns = {"X": x, "MATRIX": q, "Y": y, "STEP": torch.zeros(()), "SKIPPED": torch.zeros(1, dtype=torch.int32)}
-        _, down = table.product(Problem(0, 3, 96, 20, (0,)), True, **columns, NUMEL=x.numel())
-        table.rows[-1][launch.COUNT] = down
+        values = {"X": x, "MATRIX": q, "Y": y, "STEP": torch.zeros(()), "SKIPPED": torch.zeros(1, dtype=torch.int32)}
+        _, down = table.product(Problem(0, 3, 96, 20, (0,)), True, **values, NUMEL=x.numel())
+        table.rows[-1][columns.COUNT] = down
         tiles, problems = table.tensors()
         launch.launch(
             project_first_kernel, (len(tiles),), tiles, problems, scalars_of(), torch.empty(down),

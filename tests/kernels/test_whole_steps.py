@@ -8,7 +8,8 @@ from comparison import Setting, SoapRun, compare_step, needs_engine, random_grad
 from lockstep import OPTIONS, lockstep
 
 import soap_opt
-from soap_opt import fused_cuda, host_side, refresh_basis, refresh_cuda, soap
+from soap_opt import refresh_basis, soap
+from soap_opt.cuda import follow, graph, memory, refresh, stepper
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -223,7 +224,7 @@ def test_precision_is_that_of_the_projections_alone(precision, monkeypatch):
 
         return launch
 
-    for module in (fused_cuda, refresh_cuda):
+    for module in (stepper, refresh, graph):
         monkeypatch.setattr(module, "launch", watched(module.launch))
     run = SoapRun(random_params([(6, 5), (4, 3, 6)]), fused=True, precision=precision, **OPTIONS)
     for grads in random_gradients([(6, 5), (4, 3, 6)], 4):
@@ -246,7 +247,7 @@ def test_unaligned_state_takes_kernels_that_do_not_count_on_alignment():
         flat[1:] = state[name].reshape(-1)
         state[name] = flat[1:].view(64, 64)
     run_lockstep(*runs, rest, OPTIONS)
-    for plan in fused_cuda._plans[runs[1].state_of(0)["exp_avg"]].values():
+    for plan in runs[1].optimizer._cuda.plans(runs[1].state_of(0)["exp_avg"]):
         assert not plan.aligned.any()
         assert not {1, 3} & set(plan.tables.tiles[:, 1].tolist())
 
@@ -278,19 +279,19 @@ def test_a_step_broken_off_after_t_has_moved(monkeypatch):
     for grads in gradients[:2]:
         run.step(grads)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        original = fused_cuda.launch
+        original = stepper.launch
 
         def interrupted(kernel, *arguments, **constants):
             if "gram" in kernel.fn.__name__:
                 raise KeyboardInterrupt
             original(kernel, *arguments, **constants)
 
-        patch.setattr(fused_cuda, "launch", interrupted)
+        patch.setattr(stepper, "launch", interrupted)
         run.step(gradients[2])
     assert float(run.state_of(0)["step"]) == 2
     run.step(gradients[3])
     for i in range(2):
-        assert host_side.followed(run.state_of(i)["exp_avg"]).catch_up() == float(run.state_of(i)["step"]) == 3
+        assert run.optimizer._cuda.following.of(run.state_of(i)["exp_avg"]).catch_up() == float(run.state_of(i)["step"]) == 3
 
 
 def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
@@ -298,14 +299,14 @@ def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
     gradients = random_gradients([(70, 5), (4,)], 4)
     for grads in gradients[:2]:
         run.step(grads)
-    (plan,) = fused_cuda._plans[run.state_of(0)["exp_avg"]].values()
+    (plan,) = run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
         def interrupted(*_, **__):
             plan.counters.fill_(1)
             raise KeyboardInterrupt
 
-        patch.setattr(fused_cuda, "launch", interrupted)
+        patch.setattr(stepper, "launch", interrupted)
         run.step(gradients[2])
     before = run.params[1].detach().clone()
     run.step(gradients[3])
@@ -321,16 +322,16 @@ def test_capturable_steps_without_the_compiled_refresh(monkeypatch):
 
 def test_pointers_are_sent_only_when_they_changed(monkeypatch):
     sent = []
-    original = refresh_cuda.DeviceTable.send
+    original = memory.DeviceTable.send
 
     def send(self, source, *make):
         before = self.source
         original(self, source, *make)
         sent.append((self.tensor.dtype, self.source is not before))
 
-    monkeypatch.setattr(refresh_cuda.DeviceTable, "send", send)
+    monkeypatch.setattr(memory.DeviceTable, "send", send)
     plans = []
-    monkeypatch.setattr(fused_cuda, "make_tables", lambda *a, _f=fused_cuda.make_tables: plans.append(a) or _f(*a))
+    monkeypatch.setattr(stepper, "make_tables", lambda *a, _f=stepper.make_tables: plans.append(a) or _f(*a))
     shapes = [(6, 5), (5, 4, 3, 3)]
     run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
     run.step(random_gradients(shapes, 1)[0])
@@ -386,14 +387,14 @@ def test_max_grad_norm(launches, max_norm):
 def test_the_host_reads_t_once_and_then_follows(monkeypatch):
     """No host synchronisation in a steady step: t is read when it is not known, and again when somebody wrote to it."""
     made = []
-    original = host_side.Followed.__setattr__
+    original = follow.Followed.__setattr__
 
     def watched(self, name, value):
         if name == "identity" and value is not None:
             made.append(self)
         original(self, name, value)
 
-    monkeypatch.setattr(host_side.Followed, "__setattr__", watched)
+    monkeypatch.setattr(follow.Followed, "__setattr__", watched)
     shapes = [(6, 5), (4, 3, 3)]
     run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
     gradients = random_gradients(shapes, 9)
@@ -402,7 +403,7 @@ def test_the_host_reads_t_once_and_then_follows(monkeypatch):
         if number == 7:
             run.state_of(0)["step"].fill_(20.0)
         run.step(grads)
-    known = [host_side.followed(run.state_of(i)["exp_avg"]) for i in range(2)]
+    known = [run.optimizer._cuda.following.of(run.state_of(i)["exp_avg"]) for i in range(2)]
     assert made == [*known, known[0]]
     steps = [each.catch_up() for each in known]
     assert steps == [22, 8] == [int(run.state_of(i)["step"]) for i in range(2)]

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .launch import USABLE
-from .layout import Layout
-from .schedule import due_units
+from ..layout import Layout
+from ..schedule import due_units
+from .columns import USABLE
 
 # Lists kept for one first parameter: lists differ while some parameters have no gradient.
 MAX_LISTS = 8
@@ -68,22 +68,6 @@ class Flags:
         return self._values
 
 
-_followed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> Followed
-
-
-def counts(exp_avg: Tensor | None) -> tuple[int, int]:
-    """Unusable gradients and failed refreshes of a parameter (its ``exp_avg`` stands for it). Reads the device."""
-    known = None if exp_avg is None else _followed.get(exp_avg)
-    return (0, 0) if known is None else (int(known.skipped), sum(map(int, known.failed)))
-
-
-def followed(exp_avg: Tensor) -> Followed:
-    known = _followed.get(exp_avg)
-    if known is None:
-        known = _followed[exp_avg] = Followed(exp_avg.device)
-    return known
-
-
 class ParameterList:
     """A list of parameters that are stepped together, told by their ``exp_avg``s and layouts.
 
@@ -95,10 +79,10 @@ class ParameterList:
         owners: [units] their parameters.
     """
 
-    def __init__(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
+    def __init__(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout], followed: list[Followed]) -> None:
         self._references = [weakref.ref(exp_avg) for exp_avg in exp_avgs]
         self.layouts = list(layouts)
-        self.followed = [followed(exp_avg) for exp_avg in exp_avgs]
+        self.followed = followed
         self.skipped = np.asarray([each.skipped.data_ptr() for each in self.followed], dtype=np.int64)
         self._strides = [layout.memory_strides for layout in layouts]
         self.units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
@@ -183,20 +167,42 @@ def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
     return tensor.permute(layout.memory_order).contiguous().permute(layout._memory_inverse)
 
 
-_lists: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> lists, the latest first
+class Following:
+    """What one optimizer knows of the parameters that were stepped on CUDA."""
 
+    def __init__(self) -> None:
+        self._followed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> Followed
+        self._lists: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> lists, latest first
 
-def parameter_list(exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
-    """The kept one, or a new one."""
-    lists = _lists.get(exp_avgs[0])
-    if lists is None:
-        lists = _lists[exp_avgs[0]] = []
-    for place, known in enumerate(lists):
-        if known.holds(exp_avgs, layouts):
-            if place > 0:
-                lists.insert(0, lists.pop(place))
-            return known
-    known = ParameterList(exp_avgs, layouts)
-    lists.insert(0, known)
-    del lists[MAX_LISTS:]
-    return known
+    def of(self, exp_avg: Tensor) -> Followed:
+        """A parameter, told by its ``exp_avg``."""
+        known: Followed | None = self._followed.get(exp_avg)
+        if known is None:
+            known = self._followed[exp_avg] = Followed(exp_avg.device)
+        return known
+
+    def counts(self, exp_avg: Tensor | None) -> tuple[int, int]:
+        """Unusable gradients and failed refreshes of a parameter. Reads the device."""
+        known = None if exp_avg is None else self._followed.get(exp_avg)
+        return (0, 0) if known is None else (int(known.skipped), sum(map(int, known.failed)))
+
+    def list_of(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
+        """The kept one, or a new one."""
+        lists: list[ParameterList] | None = self._lists.get(exp_avgs[0])
+        if lists is None:
+            lists = self._lists[exp_avgs[0]] = []
+        for place, known in enumerate(lists):
+            if known.holds(exp_avgs, layouts):
+                if place > 0:
+                    lists.insert(0, lists.pop(place))
+                return known
+        known = ParameterList(exp_avgs, layouts, [self.of(exp_avg) for exp_avg in exp_avgs])
+        lists.insert(0, known)
+        del lists[MAX_LISTS:]
+        return known
+
+    def release_graphs(self) -> None:
+        """Forget the plans of recorded graphs, and that replays may have moved t."""
+        for known in self._followed.values():
+            known.plans_of_graphs.clear()
+            known.identity = None

@@ -1,0 +1,1 @@
+"""The step on CUDA: tables, launches, refreshes, and what is kept of them between steps."""

@@ -1,0 +1,79 @@
+"""What stands where in the tables that the kernels read: columns, kinds of tiles, sizes of tiles. The kernels import this.
+
+Needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..layout import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH
+
+# Columns of a row of problems
+X = 0  # pointer to what is read: a gradient, or scratch
+Y = 1  # pointer to what is written in scratch
+MATRIX = 2  # pointer to Q or a Kronecker product of them, [D, D]
+DEPTH = 3  # D, the width of the group of modes
+INNER = 4  # B, the number of elements behind the group: memory is [A, D, B]
+COLUMNS = 5  # A * B
+INDEX = 6  # number of the parameter: its row of scalars
+EXP_AVG, EXP_AVG_SQ, PARAM = 7, 8, 9  # pointers
+PARAM_DTYPE = 10  # place in DTYPES
+SLOT = 11  # first partial sum
+COUNT = 12  # how many programs share a result (Kronecker products: how many factors)
+COUNTER = 13  # the first counter of arrivals
+STEP, SKIPPED = 14, 15  # pointers: t (float32), how many gradients were not usable (int32)
+OUTCOMES, UNITS = 14, 15  # re-expressing: pointer to what became of the parameter's first unit (int32), how many it has
+NUMEL = 16  # elements of the parameter (Grams: how many factors)
+GROUP = 17  # number of the param group: its row of options
+FACTORS = 18  # pointer and size of each factor: bases of a Kronecker product, Grams, orders (size + (stride << 32))
+MAX_FACTORS = int(math.log2(KRONECKER_MAX_WIDTH))
+WIDTH = FACTORS + 2 * MAX_FACTORS
+
+# Columns of a row of scalars, which the first launch writes for each parameter
+USABLE = 0  # 1 when the gradient is finite and so is its squared norm
+FACTOR = 1  # multiplies the raw gradient: sign / grad_scale
+STEP_SIZE = 2  # lr * c
+DECAY = 3  # 1 - lr * weight_decay
+RESCALE = 4  # 1 / (1e-30 + rms(U)), or 1
+NORM_SQUARED = 5  # ||G||_F^2, 0 when it is not usable; only with max_grad_norm
+SCALARS = 8
+
+# Columns of a row of options: what differs between param groups. 0 or 1 for what is on or off.
+LR = 0
+WEIGHT_DECAY = 1
+LOG_BETA1, LOG_BETA2 = 2, 3  # natural logarithms
+SIGN = 4  # -1 to maximize
+CORRECT_BIAS = 5
+MAX_GRAD_NORM = 6  # 0 for none
+FIRST_PARAMETER, PARAMETERS = 7, 8  # the group's, which are neighbours
+REST1, BETA2, REST2, SHAMPOO_REST = 9, 10, 11, 12  # 1 - beta: the difference of float32 numbers would be wrong by 1e-5
+EPS = 13
+NORMALIZE = 14
+OPTIONS = 16
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Kinds of tiles. 0 .. 11 are the classes of products and Grams: 4 * (place in TILES) + 2 * ROWS + ALIGNED.
+NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY, PERMUTE = 12, 13, 14, 15, 16, 17, 18
+
+# Outcomes of soap_opt::refresh_basis_: the basis is what it was, it is another
+KEPT, REFRESHED, FAILED = 0, 1, 2
+
+BLOCK = 2048  # elements of an elementwise tile
+KRONECKER_WIDTH, KRONECKER_FACTOR = KRONECKER_MAX_WIDTH, KRONECKER_MAX_FACTOR
+PACK = 1 << 12  # a Gram tile's r is tile_i * PACK + tile_j
+MAX_NUMEL = (1 << 31) - (1 << 16)  # offsets inside a tensor or a matrix are int32
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile, in the words of kernels/project.py and kernels/gram_ema.py."""
+
+    wide: int  # of the group's dimension D, up to which the class serves
+    long: int  # columns of a product's tile
+
+
+# A group of width D takes the smallest tile that holds it, so that 3 x 3 and 5 x 5 kernels (9 and 25 wide) are padded to 16
+# and 32. Wider groups are cut into 64: 128-wide tiles would read x half as often, but pad 192 to 256.
+TILES = (Tile(64, 64), Tile(32, 128), Tile(16, 128))

@@ -1,0 +1,179 @@
+"""The refresh inside a CUDA graph, where the device decides what is due."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import refresh_basis
+from ..layout import Layout
+from .columns import BLOCK, KEPT, SCALARS, WIDTH
+from .configs import ACCELERATOR, PRECISION
+from .follow import Following
+from .launch import launch, on_device
+from .memory import Buffers, DeviceTable, ScratchOfStreams, to_device
+from .refresh import GroupedRefresh
+
+
+def has_conditional_nodes() -> bool:
+    """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on, where PyTorch has it."""
+    if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+        return False
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() < 12040:
+        return False
+    return tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 4)
+
+
+@contextmanager
+def if_set(condition: Tensor) -> Iterator[None]:
+    """What is recorded inside runs in those replays that find ``condition`` set (0-d bool on the device)."""
+    graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+    graph.begin_capture_to_if_node(condition)
+    try:
+        yield
+    finally:
+        graph.end_capture_to_conditional_node()
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else sys.maxsize
+
+
+class GraphRefresh:
+    """The refresh inside a CUDA graph: every unit is in every replay, and the device decides which of them are due.
+
+    Bases that fit in a block's shared memory are refreshed by kernels whose blocks return at once where nothing is due. Larger
+    ones take ATen's calls, which are recorded into conditional nodes, one for each phase of the period; where CUDA has none,
+    they are made in every replay, and their results kept when due.
+
+    Made before the capture, which can neither allocate pinned memory nor wait; used for one. Arguments as of
+    :class:`GroupedRefresh`.
+    """
+
+    def __init__(
+        self,
+        layouts: list[Layout],
+        grouped: list[int],
+        aligned: np.ndarray,
+        buffers: Buffers,
+        scratch: ScratchOfStreams,
+        following: Following,
+    ) -> None:
+        units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
+        self.refresh = GroupedRefresh(units, layouts, grouped, aligned, buffers, scratch, following)
+        self.refresh.keep_for_graph()
+        if self.refresh.tables is not None:
+            self.refresh.problems.reserve()
+        self.units = DeviceTable((len(units), 4), buffers.device)
+        self.units.reserve()
+        self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
+        self.limit = sys.maxsize  # sizes above it go into conditional nodes
+        if has_conditional_nodes():
+            self.limit = refresh_basis.largest_in_shared_memory(shared_memory_limit(buffers.device))
+        large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
+        self._rest(large)
+        # None: all of them
+        self.small = [n for n, d in enumerate(self.refresh.sizes) if d <= self.limit]
+        self._small_places = to_device(np.asarray(self.small, dtype=np.int64), buffers.device) if large else None
+        self._load_kernels()
+
+    def _rest(self, places: list[int]) -> None:
+        """What stands where a unit is not refreshed."""
+        orders, rotations = self.refresh.matrices()
+        for n in places:
+            torch.arange(self.refresh.sizes[n], out=orders[n], device=orders[n].device)
+            rotations[n].zero_().fill_diagonal_(1.0)
+            self.refresh.outcomes[n].fill_(KEPT)
+
+    def _load_kernels(self) -> None:
+        """Compile and load what the capture will launch: a capture may do neither. Nothing is due, and nothing happens."""
+        from ..kernels.reexpress import due_kernel, reexpress_kernel  # late: importing soap_opt does not wait for Triton
+
+        device = self.due.device
+        scalars = torch.zeros(1, SCALARS, dtype=torch.float32, device=device)
+        tiles = torch.zeros(1, 4, dtype=torch.int32, device=device)
+        problems = torch.zeros(1, WIDTH, dtype=torch.int64, device=device)  # of a parameter with no units
+        with on_device(device):
+            launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0)
+            launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
+        sizes = sorted(set(self.refresh.sizes))
+        # Once more with so many that fit in shared memory as have kernels of their own
+        in_shared = refresh_basis.largest_in_shared_memory(shared_memory_limit(device))
+        kinds = (
+            [d for d in sizes if d <= refresh_basis.WARP_LIMIT],
+            [d for d in sizes if refresh_basis.WARP_LIMIT < d <= in_shared],
+        )
+        many = [kind[0] for kind in kinds if kind for _ in range(refresh_basis.SMALL_TABLE_ROWS + 1)]
+        for chosen in (sizes, many):
+            none = torch.zeros(len(chosen), dtype=torch.bool, device=device)
+            matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in chosen]
+            refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
+        if self._small_places is not None:  # torch's own, too
+            first = torch.zeros_like(self._small_places[:1])
+            outcomes = self.refresh.outcomes.index_select(0, first)
+            self.refresh.outcomes.index_copy_(0, first, outcomes)
+            torch.stack([self.due.view(torch.bool)[0]]).index_select(0, first).any()
+
+    def run(
+        self,
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grams: list[list[Tensor]],
+        bases: list[list[Tensor]],
+        phases: np.ndarray,
+        steps: list[Tensor],
+        layouts: list[Layout],
+        scalars: Tensor,
+        tolerance: float,
+    ) -> None:
+        """As :func:`refresh_due`. phases: [units, 2] offset and frequency of every unit. steps, scalars: on the device."""
+        refresh = self.refresh
+        if not refresh.due:
+            return
+        from ..kernels.reexpress import due_kernel  # late: importing soap_opt does not wait for Triton
+
+        count = len(refresh.due)
+        rows = np.empty((count, 4), dtype=np.int64)
+        rows[:, 0] = [steps[i].data_ptr() for i, _ in refresh.due]
+        rows[:, 2] = [i for i, _ in refresh.due]
+        rows[:, [1, 3]] = phases
+        self.units.send(rows)
+        orders, rotations = refresh.prepare(exp_avgs, exp_avg_sqs)
+        wanted = self.due.view(torch.bool)
+
+        def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:
+            of = [[matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)]
+            out = [orders[n] for n in places], [rotations[n] for n in places], outcomes
+            refresh_basis.refresh_bases_(*of, tolerance, due, out=out)
+
+        by_phase: dict[tuple[int, int], list[int]] = {}
+        for n, d in enumerate(refresh.sizes):
+            if d > self.limit:
+                by_phase.setdefault((int(phases[n, 0]), int(phases[n, 1])), []).append(n)
+        with on_device(scalars.device):
+            launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count)
+            if self._small_places is None:
+                refresh_units(self.small, wanted, refresh.outcomes)
+            elif self.small:
+                outcomes = refresh.outcomes.index_select(0, self._small_places)
+                refresh_units(self.small, wanted.index_select(0, self._small_places), outcomes)
+                refresh.outcomes.index_copy_(0, self._small_places, outcomes)
+            # (views and one kernel each: a capture cannot send lists of indices to the device)
+            of_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
+            conditions = [due.any() for due in of_phase]
+            for condition, due, places in zip(conditions, of_phase, by_phase.values()):
+                with if_set(condition):
+                    outcomes = torch.full((len(places),), -1, dtype=torch.int32, device=due.device)
+                    refresh_units(places, due, outcomes)
+                    for n, outcome in zip(places, outcomes.unbind()):
+                        refresh.outcomes[n].copy_(outcome)
+            refresh.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+            for condition, places in zip(conditions, by_phase.values()):
+                with if_set(condition):
+                    self._rest(places)

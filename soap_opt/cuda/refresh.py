@@ -1,0 +1,260 @@
+"""The refresh behind a fused step: every due basis in one call, then m and v re-expressed in a few launches."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import refresh_basis
+from ..eigenbasis import Refresh, reexpress_
+from ..layout import KRONECKER_MAX_FACTOR, Layout
+from ..multi_tensor import refresh_units
+from .columns import FAILED
+from .configs import ACCELERATOR, PRECISION
+from .follow import Following
+from .launch import launch, on_device
+from .memory import Buffers, DeviceTable, Scratch, ScratchOfStreams, to_device
+from .problems import padded
+from .reexpress_tables import can_reexpress, make_reexpress_tables
+
+if TYPE_CHECKING:
+    from .stepper import Plan
+
+Units = list[tuple[int, int]]  # (parameter, place in its layout.modes), in order
+
+
+def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], frequency: int, behind: bool) -> int:
+    """Bytes that the refreshes of a group keep between steps, tables apart: what the largest phase of the period needs.
+
+    Args:
+        layouts: of the group's parameters.
+        offsets: of each parameter's modes; the same everywhere for "together".
+        frequency: number of phases.
+        behind: refreshes run on a stream of their own, whose scratch is not that of the step.
+    """
+    phases: dict[int, Units] = {}
+    for i, of_parameter in enumerate(offsets):
+        for k, offset in enumerate(of_parameter):
+            phases.setdefault(offset % frequency, []).append((i, k))
+
+    def needed(units: Units) -> int:
+        rotations_and_orders = sum(4 * d * d + 8 * d for d in (layouts[i].sizes[k] for i, k in units))
+        owners = {i for i, _ in units} if behind else ()
+        return rotations_and_orders + sum(8 * padded(layouts[i].numel) for i in owners)
+
+    return max(map(needed, phases.values()), default=0)
+
+
+class GroupedRefresh:
+    """Tables for the refresh of one set of due units; kept, because the same units are due again a period later.
+
+    Args:
+        due: all of the units.
+        layouts: of every parameter of the plan.
+        grouped: parameters that the launches re-express. The others, whose state does not lie in their layout's order or has
+            too many modes, are re-expressed one by one.
+        aligned: of every parameter, as for :func:`soap_opt.cuda.tables.make_tables`.
+        buffers: the plan's.
+        scratch: of the optimizer.
+        following: where failed refreshes are counted.
+    """
+
+    def __init__(
+        self,
+        due: Units,
+        layouts: list[Layout],
+        grouped: list[int],
+        aligned: np.ndarray,
+        buffers: Buffers,
+        scratch: ScratchOfStreams,
+        following: Following,
+    ) -> None:
+        device = buffers.device
+        self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
+        self._counting: list[weakref.ref] = []  # the exp_avgs that know of it
+        self.due, self.grouped, self.buffers = due, grouped, buffers
+        self.sizes = [layouts[i].sizes[k] for i, k in due]
+        self.places = {unit: n for n, unit in enumerate(due)}
+        self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
+        self.mode_sizes = [layouts[i].sizes[k] for i, k in self.modes]
+        of: dict[int, list[int]] = {i: [] for i in grouped}
+        for i, k in due:
+            if i in of:
+                of[i].append(k)
+        self.first_unit = [self.places[i, of[i][0]] for i in grouped]
+        self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
+        self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
+        self._scratch, self._following = scratch, following
+        self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
+        self.tables = None
+        if grouped:
+            self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
+            self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
+            self.problems = DeviceTable(self.tables.problems.shape, device)
+            self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+
+    def matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Orders [d] int64 and rotations [d, d] of the due units."""
+        if self._matrices is not None:
+            return self._matrices
+        orders = self.buffers.take(torch.int64, [(d,) for d in self.sizes])
+        return orders, self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
+
+    def keep_for_graph(self) -> None:
+        """Memory that keeps what a replay leaves in it until the next one: outside of a graph's pool, which promises that to
+        nothing that was allocated inside the capture."""
+        self._matrices = self.matrices()
+
+    def send(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], orders: list[Tensor], rotations: list[Tensor]) -> None:
+        """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
+        own = []
+        for i, first in zip(self.grouped, self.first_unit):
+            own += [0, 0, exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), self.outcomes[first:].data_ptr(), 0]
+        turns, permutations = [], []
+        for mode, size in zip(self.modes, self.mode_sizes):
+            place = self.places.get(mode)
+            if place is not None:
+                turns.append(rotations[place].data_ptr())
+                permutations.append(orders[place].data_ptr())
+            else:  # read only in a Kronecker product with a mode that is due
+                turns.append(self.buffers.identity(size).data_ptr() if size <= KRONECKER_MAX_FACTOR else 0)
+                permutations.append(0)
+        scratch = self.own_scratch or self._scratch.current(self.buffers.device)
+        shared = [*(buffer.data_ptr() for buffer in scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
+        pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
+        self.problems.send(pointers, self.tables.fill)
+
+    def prepare(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Orders and rotations, and the table that points to them: all that allocates, before any basis is written."""
+        orders, rotations = self.matrices()
+        if self.tables is not None:
+            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
+        self.count_for(exp_avgs)
+        return orders, rotations
+
+    def count_for(self, exp_avgs: list[Tensor]) -> None:
+        """Let the parameters find what ``failed`` counts of them."""
+        owners = [exp_avgs[i] for i, _ in self.due]
+        if len(self._counting) == len(owners) and all(known() is x for known, x in zip(self._counting, owners)):
+            return
+        if self._counting:  # those were others
+            self.failed = torch.zeros_like(self.failed)
+        self._counting = [weakref.ref(x) for x in owners]
+        for exp_avg, count in zip(owners, self.failed.unbind()):
+            self._following.of(exp_avg).failed.append(count)
+
+    def run(
+        self,
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grams: list[list[Tensor]],
+        bases: list[list[Tensor]],
+        layouts: list[Layout],
+        wanted: Tensor,
+        tolerance: float,
+    ) -> None:
+        """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
+        orders, rotations = self.prepare(exp_avgs, exp_avg_sqs)
+        self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
+        of = [[matrices[i][k] for i, k in self.due] for matrices in (grams, bases)]
+        refresh_basis.refresh_bases_(*of, tolerance, wanted, out=(orders, rotations, self.outcomes))
+        self.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+
+    def reexpress(
+        self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], bases: list[list[Tensor]], layouts: list[Layout]
+    ) -> None:
+        """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
+        self.failed.add_(self.outcomes == FAILED)
+        if self.tables is not None:
+            from ..kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
+
+            for each in self.tables.launches:
+                tiles = self.tiles[each.first : each.first + each.count]
+                launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
+        alone: dict[int, dict[int, Refresh]] = {}
+        for (i, k), order, rotation in zip(self.due, *self.matrices()):
+            if i not in self.grouped:
+                alone.setdefault(i, {})[k] = Refresh(order, bases[i][k], rotation)
+        for i, results in alone.items():
+            reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], results)
+
+
+def groupable(due: Units, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], layouts: list[Layout]) -> list[int]:
+    """The parameters with due units whose m and v the launches can re-express."""
+
+    def lies_in_order(i: int) -> bool:
+        order = layouts[i].memory_order
+        return all(x.permute(order).is_contiguous() for x in (exp_avgs[i], exp_avg_sqs[i]))
+
+    return [i for i in dict.fromkeys(i for i, _ in due) if can_reexpress(layouts[i]) and lies_in_order(i)]
+
+
+def refresh_due(
+    plan: Plan,
+    due: Units,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    layouts: list[Layout],
+    usable: Tensor,
+    tolerance: float,
+) -> None:
+    """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
+
+    Args:
+        plan: of the step; keeps the tables.
+        due: units, parameter after parameter.
+        exp_avgs, exp_avg_sqs, grams, bases, layouts: of every parameter of the plan, all on one device.
+        usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
+        tolerance: with the policy "adaptive", else negative. What is passed over is known on the device only.
+    """
+    grouped = groupable(due, exp_avgs, exp_avg_sqs, layouts)
+    key = (tuple(due), tuple(grouped))
+    kept = plan.refreshes.get(key)
+    if kept is None:
+        if len(plan.refreshes) >= MAX_KEPT:
+            plan.refreshes.clear()
+        kept = GroupedRefresh(due, layouts, grouped, plan.aligned, plan.buffers, plan.scratch, plan.following)
+        plan.refreshes[key] = kept
+    wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
+    with on_device(usable.device):
+        kept.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
+
+
+# Sets of due units whose tables are kept for one plan: the phases of a period, and what a changed frequency makes of them.
+MAX_KEPT = 256
+
+
+def refresh_due_through_torch(
+    due: Units,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grams: list[list[Tensor]],
+    bases: list[list[Tensor]],
+    layouts: list[Layout],
+    usable: Tensor,
+    tolerance: float,
+    following: Following,
+) -> None:
+    """:func:`refresh_due` where the operator is not built: torch's QR, one size after the other, and the host waits to hear
+    which units "adaptive" wants."""
+    done, failed = refresh_units(due, grams, bases, tolerance)
+    for i in failed:
+        # (a stepped parameter's alone: a step that was skipped was not due)
+        failures = following.of(exp_avgs[i]).failed
+        failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
+    for i, refreshed in done.items():
+        for k, new in refreshed.items():
+            counts, size = usable[i] != 0, bases[i][k].shape[0]
+            refreshed[k] = Refresh(
+                torch.where(counts, new.order, torch.arange(size, device=usable.device)),
+                torch.where(counts, new.basis, bases[i][k]),
+                torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
+            )
+        reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)
