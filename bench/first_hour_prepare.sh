@@ -10,7 +10,7 @@
 #   gradients    of the LIC models, made here (bench/first_hour/gradients.py)
 #   cache        Triton's, warm: bench/first_hour.sh --dry steps here as its stages step there, with a driver that only pretends, so
 #                that exactly those kernels are compiled which are launched. To be made anew after every change of kernels/ or of
-#                soap_opt/launch.py; bench/first_hour/unpack.py says what else makes it miss. FIRST_HOUR_SWEEP=0 leaves out the
+#                soap_opt/cuda/tables.py; bench/first_hour/unpack.py says what else makes it miss. FIRST_HOUR_SWEEP=0 leaves out the
 #                hundred kernels of the sweep: most of the time here, half a minute of 16 cores there.
 #
 # Environment:

@@ -24,7 +24,7 @@ from .in_turn import Entry, in_turn, report, wait_for_turn
 from .kernel_times import OURS, profiled, stepper_of
 
 MODEL = "bmshj2018-hyperprior"
-DEFAULT = ""  # as soap_opt/launch.py has it
+DEFAULT = ""  # as soap_opt/cuda/configs.py has it
 GRID = [f"warps={warps} stages={stages} deep={deep}" for warps, deep, stages in itertools.product((4, 8), (16, 32), (2, 3, 4))]
 SETTINGS = [DEFAULT, *GRID, "precision=ieee", "precision=ieee warps=4", "precision=ieee deep=32"]
 QUICK_SETTINGS = [DEFAULT]
