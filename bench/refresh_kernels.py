@@ -56,7 +56,7 @@ def block_sizes(limit: int) -> list[int]:
 
 
 def tile_shared_memory(d: int) -> int:
-    """Bytes of shared memory of a tile of a product (tile_shared_floats, csrc/cuda/refresh_basis.cuh)."""
+    """Bytes of shared memory of a tile of a product (tile_shared_floats, csrc/cuda/tile.cuh)."""
     return 4 * (2 * d * 33 + 32)
 
 

@@ -41,11 +41,11 @@ TORCH_LIBRARY(soap_opt, m) {
   m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
-  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and what became of each matrix: 0 kept, 1 refreshed, 2 failed.
-  // tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and its permutation and rotation
-  // are the identities; so does one that is not due, and one that failed: G or Q is not finite, or Q' is not orthogonal within
-  // orthogonality_bound (csrc/cpu/loops.h; whatever the Gram, nothing else is written). On CUDA all of it is decided on the device:
-  // the host waits for nothing.
+  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and the outcome of each matrix: 0 kept, 1 refreshed,
+  // 2 failed. tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and its permutation and
+  // rotation are the identities; so does one that is not due, and one that failed: G or Q is not finite, or Q' is not
+  // orthogonal within orthogonality_bound (csrc/cpu/loops.h; whatever the Gram, nothing else is written). On CUDA all of it is
+  // decided on the device: the host waits for nothing.
   //   grams[], bases[], rotations[]  [d, d] contiguous
   //   orders[]                       [d] int64 contiguous
   //   outcomes                       [n] int32; where it is 0 on entry, order and rotation are identities already, and a matrix
@@ -70,9 +70,9 @@ extern "C" PyObject* PyInit__C(void) {
   }
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  if (module != nullptr && (PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0 ||
-                            PyModule_AddStringConstant(module, "cpu_capability",
-                                                       soap_opt::isa_names[soap_opt::isa_level()]) != 0)) {
+  if (module != nullptr &&
+      (PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0 ||
+       PyModule_AddStringConstant(module, "cpu_capability", soap_opt::isa_names[soap_opt::isa_level()]) != 0)) {
     Py_DECREF(module);
     return nullptr;
   }

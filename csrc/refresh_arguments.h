@@ -9,8 +9,9 @@ namespace soap_opt {
 inline void check_refresh(at::TensorList grams, at::TensorList bases, at::TensorList orders, at::TensorList rotations,
                           const at::Tensor& outcomes, const std::optional<at::Tensor>& due) {
   const int64_t n = grams.size();
-  TORCH_CHECK(int64_t(bases.size()) == n && int64_t(orders.size()) == n && int64_t(rotations.size()) == n, "refresh_basis_: ", n,
-              " grams, but ", bases.size(), " bases, ", orders.size(), " orders and ", rotations.size(), " rotations");
+  TORCH_CHECK(int64_t(bases.size()) == n && int64_t(orders.size()) == n && int64_t(rotations.size()) == n,
+              "refresh_basis_: ", n, " grams, but ", bases.size(), " bases, ", orders.size(), " orders and ", rotations.size(),
+              " rotations");
   for (int64_t i = 0; i < n; ++i) {
     const at::Tensor& gram = grams[i];
     TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.is_contiguous(), "refresh_basis_: gram ", i, " is ",

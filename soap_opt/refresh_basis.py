@@ -25,7 +25,7 @@ SMALL_TABLE_ROWS = 32  # launches of more matrices are other kernels than those 
 
 
 def block_shared_memory(d: int) -> int:
-    """Bytes of shared memory of a block that refreshes one matrix [d, d] (block_shared_floats, csrc/cuda/refresh_basis.cuh)."""
+    """Bytes of shared memory of a block that refreshes one matrix [d, d] (block_shared_floats, csrc/cuda/block.cuh)."""
     panel = 16
     return 4 * (d * (d | 1) + panel * d + 2 * panel * panel + panel + 64)
 

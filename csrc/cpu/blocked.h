@@ -43,7 +43,8 @@ struct Cut {
       --outer;
     }
     for (size_t g = 0; g < outer; ++g) outer_modes |= !layout.groups[g].positions.empty();
-    const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1), most = std::min(slabs, std::max<int64_t>(1, kChunk / std::max<int64_t>(slab, 1)));
+    const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1),
+                  most = std::min(slabs, std::max<int64_t>(1, kChunk / std::max<int64_t>(slab, 1)));
     count = most;
     // The inner groups' columns (or rows) are multiplied sixteen at a time: the count that wastes least
     double best = 0;
@@ -74,8 +75,8 @@ int64_t product_room(int64_t width) {
   return width > kTileWidth ? wide_room<T>(width) : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
 }
 
-// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare. sink(offset, values, n), where given, gets the
-// result in runs instead of `to`: for a packed M, and A = 1 < B.
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare.
+// sink(offset, values, n), where given, gets the result in runs instead of `to`: for a packed M, and A = 1 < B.
 struct NoSink {
   template <typename T>
   void operator()(int64_t, const T*, int64_t) const {}
@@ -198,8 +199,7 @@ template <typename T>
 void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* room, double beta) {
   int64_t before = 1;
   for (const Group& group : layout.groups) {
-    if (!group.positions.empty())
-      gram_ema_group<T>(group, x, before, layout.numel / (before * group.width), grams, room, beta);
+    if (!group.positions.empty()) gram_ema_group<T>(group, x, before, layout.numel / (before * group.width), grams, room, beta);
     before *= group.width;
   }
 }

@@ -1,3 +1,4 @@
+// The matrix of one group of modes, and the panels that it is packed into.
 #pragma once
 
 #include "products.h"

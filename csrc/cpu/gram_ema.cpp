@@ -27,7 +27,8 @@ double squared_norm(const T* x, int64_t n) {
     for (int64_t j = 0; j < 8; ++j) sums[j] += double(x[i + j]) * double(x[i + j]);
   for (; i < n; ++i) sums[0] += double(x[i]) * double(x[i]);
   const double norm = std::accumulate(sums, sums + 8, 0.0);
-  if (norm != 0 || std::all_of(x, x + n, [](T each) { return !(std::abs(each) >= std::numeric_limits<T>::min()); })) return norm;
+  if (norm != 0 || std::all_of(x, x + n, [](T each) { return !(std::abs(each) >= std::numeric_limits<T>::min()); }))
+    return norm;
   return std::numeric_limits<double>::min(); // squares of float64 vanish too
 }
 

@@ -1,3 +1,4 @@
+// Householder reflectors in panels, and Q made of them: the level-2 part of a panel, the products behind it by tiles.
 #include "householder.h"
 
 #include <algorithm>
@@ -25,8 +26,8 @@ SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y
   return total;
 }
 
-// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T: entries from `first` on, 0 up to the
-// diagonal, 1 on it. noise [d]: noise_of_column of each row.
+// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T: entries from `first` on, 0 up to
+// the diagonal, 1 on it. noise [d]: noise_of_column of each row.
 template <typename I, typename T>
 SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
@@ -65,11 +66,11 @@ void reflect_rows(T* a, int64_t d, int64_t first, int64_t count, const T* noise,
 
 } // namespace
 
-#define SOAP_OPT_FOR(T)                                                                                                       \
-  namespace {                                                                                                                 \
-  SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                                                       \
-                    (T * a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus),                                 \
-                    (a, d, first, count, noise, taus))                                                                        \
+#define SOAP_OPT_FOR(T)                                                                        \
+  namespace {                                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                        \
+                    (T * a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus), \
+                    (a, d, first, count, noise, taus))                                         \
   }
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)
@@ -80,8 +81,8 @@ namespace {
 // A panel of reflectors as one: H_1 .. H_w = I - V T V^T, V's columns the rows of the panel.
 template <typename T>
 struct Reflection {
-  int64_t first, count, length; // length = d - first
-  std::unique_ptr<T[]> by_depth; // V packed [length, count]
+  int64_t first, count, length;          // length = d - first
+  std::unique_ptr<T[]> by_depth;         // V packed [length, count]
   T triangle[kReflectors * kReflectors]; // T, upper triangular, row-major
 };
 
@@ -89,8 +90,9 @@ template <typename T>
 class Reflections {
  public:
   Reflections(int64_t d)
-      : d_(d), room_(new T[packed_numel<T>(d, d) + 2 * packed_numel<T>(kReflectors, d) + (d + 1) * kReflectors +
-                           packed_numel<T>(kReflectors, d) + kReflectors * (d + kPanel<T>) + 4 * kReflectors * kReflectors]) {
+      : d_(d),
+        room_(new T[packed_numel<T>(d, d) + 2 * packed_numel<T>(kReflectors, d) + (d + 1) * kReflectors +
+                    packed_numel<T>(kReflectors, d) + kReflectors * (d + kPanel<T>)+4 * kReflectors * kReflectors]) {
     T* next = room_.get();
     const auto take = [&](int64_t n) {
       T* place = next;

@@ -12,7 +12,8 @@ namespace soap_opt {
 
 // Squared norms below this have lost terms to underflow.
 template <typename T>
-constexpr T kTinySquare = std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
+constexpr T kTinySquare =
+    std::numeric_limits<T>::min() / (std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon());
 
 template <typename T>
 T largest_magnitude(const T* x, int64_t n, int64_t stride = 1) {
@@ -23,8 +24,8 @@ T largest_magnitude(const T* x, int64_t n, int64_t stride = 1) {
 
 // What is left of a column [d] whose largest entry was `largest`, once the others' directions are taken out of it, is rounding
 // where it is not above this: its direction says nothing. Such a column is left as it is (H = I). The noise of columns that are
-// multiples of each other has a structure of its own, on which reflectors in panels lose their orthogonality: for equal rows and
-// d = 130 it was 55 times eps sqrt(d).
+// multiples of each other has a structure of its own, on which reflectors in panels lose their orthogonality: for equal rows
+// and d = 130 it was 55 times eps sqrt(d).
 template <typename T>
 T noise_of_column(T largest, int64_t d) {
   return std::numeric_limits<T>::epsilon() * std::sqrt(T(d)) * largest;

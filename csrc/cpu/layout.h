@@ -98,8 +98,8 @@ struct Layouts {
       std::vector<bool> used(layout.modes, false);
       for (const auto& group : layout.groups)
         for (int64_t position : group.positions) {
-          TORCH_CHECK(position < layout.modes && !used[position], "layouts: positions of ", layout.modes, " modes are not 0 to ",
-                      layout.modes - 1);
+          TORCH_CHECK(position < layout.modes && !used[position], "layouts: positions of ", layout.modes,
+                      " modes are not 0 to ", layout.modes - 1);
           used[position] = true;
         }
     }

@@ -1,3 +1,4 @@
+// The elementwise stages of a step and the checks of a basis, as loops that the compiler vectorises for each instruction set.
 #include "loops.h"
 
 #include <algorithm>
@@ -47,8 +48,8 @@ SOAP_OPT_INLINE void apply_body(P* SOAP_OPT_RESTRICT p, const T* SOAP_OPT_RESTRI
   }
 }
 
-// Entry j of the vector that is_orthogonal tries: between 1 and 2, no two alike, so that no errors of an ordinary kind add up to
-// nothing.
+// Entry j of the vector that is_orthogonal tries: between 1 and 2, no two alike, so that no errors of an ordinary kind add up
+// to nothing.
 template <typename T>
 SOAP_OPT_INLINE T probe(int64_t j) {
   const double x = double(j) * 0.6180339887498949;
@@ -118,22 +119,22 @@ SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const 
 
 } // namespace
 
-#define SOAP_OPT_FOR(T)                                                                                                       \
-  SOAP_OPT_VERSIONS(, void, adam, adam_body, (T * m, T * v, T * g, int64_t n, double beta1, double beta2, double eps),         \
-                    (m, v, g, n, beta1, beta2, eps))                                                                          \
-  SOAP_OPT_VERSIONS(, T, sum_squares, sum_squares_body, (const T* x, int64_t n), (x, n))                                      \
-  SOAP_OPT_VERSIONS(, bool, is_orthogonal, is_orthogonal_body, (const T* q, int64_t d, T* room), (q, d, room))                \
-  SOAP_OPT_VERSIONS(, void, gram_from_triangle, gram_from_triangle_body,                                                      \
-                    (T * gram, const T* sum, int64_t ld, int64_t d, double beta), (gram, sum, ld, d, beta))                    \
-  SOAP_OPT_VERSIONS(, void, small_gemm, small_gemm_body,                                                                      \
-                    (T * c, int64_t ldc, const T* a, int64_t ai, int64_t ak, const T* b, int64_t bk, int64_t bj, int64_t m,    \
-                     int64_t n, int64_t k, double alpha, double beta),                                                        \
+#define SOAP_OPT_FOR(T)                                                                                                     \
+  SOAP_OPT_VERSIONS(, void, adam, adam_body, (T * m, T * v, T * g, int64_t n, double beta1, double beta2, double eps),      \
+                    (m, v, g, n, beta1, beta2, eps))                                                                        \
+  SOAP_OPT_VERSIONS(, T, sum_squares, sum_squares_body, (const T* x, int64_t n), (x, n))                                    \
+  SOAP_OPT_VERSIONS(, bool, is_orthogonal, is_orthogonal_body, (const T* q, int64_t d, T* room), (q, d, room))              \
+  SOAP_OPT_VERSIONS(, void, gram_from_triangle, gram_from_triangle_body,                                                    \
+                    (T * gram, const T* sum, int64_t ld, int64_t d, double beta), (gram, sum, ld, d, beta))                 \
+  SOAP_OPT_VERSIONS(, void, small_gemm, small_gemm_body,                                                                    \
+                    (T * c, int64_t ldc, const T* a, int64_t ai, int64_t ak, const T* b, int64_t bk, int64_t bj, int64_t m, \
+                     int64_t n, int64_t k, double alpha, double beta),                                                      \
                     (c, ldc, a, ai, ak, b, bk, bj, m, n, k, alpha, beta))
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)
 #undef SOAP_OPT_FOR
 
-#define SOAP_OPT_APPLY(P, T)                                                                                                  \
+#define SOAP_OPT_APPLY(P, T) \
   SOAP_OPT_VERSIONS(, void, apply, apply_body, (P * p, const T* u, int64_t n, double step, double keep), (p, u, n, step, keep))
 SOAP_OPT_APPLY(float, float)
 SOAP_OPT_APPLY(double, double)

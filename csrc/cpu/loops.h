@@ -29,8 +29,8 @@ void apply(double* p, const double* u, int64_t n, double step, double keep);
 void apply(c10::BFloat16* p, const float* u, int64_t n, double step, double keep);
 void apply(c10::Half* p, const float* u, int64_t n, double step, double keep);
 
-// What an entry of (Q^T Q - I) x, for one vector x of numbers between 1 and 2 and their negatives, and what the square of a
-// column's norm less 1 may be. LAPACK's own Q of Grams whose rows are multiples of each other has up to 110 eps sqrt(d) (float64,
+// The bound on an entry of (Q^T Q - I) x, for one vector x of numbers between 1 and 2 and their negatives, and on the square of
+// a column's norm less 1. LAPACK's own Q of Grams whose rows are multiples of each other has up to 110 eps sqrt(d) (float64,
 // d = 1000), of others a few.
 template <typename T>
 inline T orthogonality_bound(int64_t d) {

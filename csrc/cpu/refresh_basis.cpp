@@ -1,3 +1,4 @@
+// soap_opt::refresh_basis_ and soap_opt::init_basis on the CPU: small matrices one a core, large ones by LAPACK and BLAS.
 #include "refresh_basis.h"
 
 #include "../refresh_arguments.h"
@@ -212,7 +213,8 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
     AT_DISPATCH_FLOATING_TYPES(grams[i].scalar_type(), "soap_opt::refresh_basis_", [&] {
       Refresh<scalar_t> refreshed;
       if (when == nullptr || when[i])
-        refreshed = refresh_basis<scalar_t>(grams[i].const_data_ptr<scalar_t>(), bases[i].const_data_ptr<scalar_t>(), d, tolerance);
+        refreshed =
+            refresh_basis<scalar_t>(grams[i].const_data_ptr<scalar_t>(), bases[i].const_data_ptr<scalar_t>(), d, tolerance);
       outcome[i] = int32_t(refreshed.outcome);
       int64_t* order = orders[i].mutable_data_ptr<int64_t>();
       if (refreshed.done()) {

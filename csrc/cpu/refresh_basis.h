@@ -20,9 +20,9 @@ enum class Outcome : int32_t {
 template <typename T>
 struct Refresh {
   Outcome outcome = Outcome::kept; // everything else is of use where it is `refreshed`
-  std::vector<int64_t> order; // [d] sorts the estimated eigenvalues, largest first
-  std::vector<T> basis;       // [d, d] the new Q', and some elements to spare
-  std::vector<T> rotation;    // [d, d] Q^T Q' with the unpermuted Q, likewise
+  std::vector<int64_t> order;      // [d] sorts the estimated eigenvalues, largest first
+  std::vector<T> basis;            // [d, d] the new Q', and some elements to spare
+  std::vector<T> rotation;         // [d, d] Q^T Q' with the unpermuted Q, likewise
 
   bool done() const { return outcome == Outcome::refreshed; }
 };

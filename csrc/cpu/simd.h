@@ -101,20 +101,18 @@ struct Vector {
 
 // Defines PREFIX TYPE NAME(parameters), which runs BODY<Isa>(arguments) for the best instruction set.
 #if SOAP_OPT_X86
-#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS)                                                     \
-  namespace {                                                                                                                 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) TYPE NAME##_avx512 PARAMETERS {                      \
-    return BODY<Avx512> ARGUMENTS;                                                                                            \
-  }                                                                                                                           \
-  __attribute__((target("avx2,fma"))) TYPE NAME##_avx2 PARAMETERS { return BODY<Avx2> ARGUMENTS; }                            \
-  }                                                                                                                           \
-  PREFIX TYPE NAME PARAMETERS {                                                                                               \
-    const int level = isa_level();                                                                                            \
-    return level == 2   ? NAME##_avx512 ARGUMENTS                                                                             \
-           : level == 1 ? NAME##_avx2 ARGUMENTS                                                                               \
-                        : BODY<Baseline> ARGUMENTS;                                                                           \
+#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS)                                       \
+  namespace {                                                                                                    \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) TYPE NAME##_avx512 PARAMETERS {         \
+    return BODY<Avx512> ARGUMENTS;                                                                               \
+  }                                                                                                              \
+  __attribute__((target("avx2,fma"))) TYPE NAME##_avx2 PARAMETERS { return BODY<Avx2> ARGUMENTS; }               \
+  }                                                                                                              \
+  PREFIX TYPE NAME PARAMETERS {                                                                                  \
+    const int level = isa_level();                                                                               \
+    return level == 2 ? NAME##_avx512 ARGUMENTS : level == 1 ? NAME##_avx2 ARGUMENTS : BODY<Baseline> ARGUMENTS; \
   }
 #else
-#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS)                                                     \
+#define SOAP_OPT_VERSIONS(PREFIX, TYPE, NAME, BODY, PARAMETERS, ARGUMENTS) \
   PREFIX TYPE NAME PARAMETERS { return BODY<Baseline> ARGUMENTS; }
 #endif

@@ -50,10 +50,11 @@ struct Turn {
 };
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written. Returns how many
-// modes failed and stay as they were.
+// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written. Returns the
+// number of modes that failed and stay as they were.
 template <typename T, typename Function>
-int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options, const Function& turn) {
+int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options,
+                      const Function& turn) {
   const Layout& layout = *task.layout;
   std::vector<Refresh<T>> refreshed(layout.modes);
   for (int64_t k : task.due)
@@ -98,11 +99,13 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
     turn(one);
   }
   for (int64_t k : task.due)
-    if (refreshed[k].done()) task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
+    if (refreshed[k].done())
+      task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
   return failed;
 }
 
-// step_large, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else how many refreshes failed.
+// step_large, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else the number of refreshes
+// that failed.
 constexpr int32_t kUnusable = -1;
 
 // to <- from x_g M for a parameter that has all threads, both [A, D, B].
@@ -157,9 +160,8 @@ int32_t step_large(const Task& task, P* param, T* scratch, const Options& option
   const double t = *task.step->mutable_data_ptr<float>() += 1;
 
   // 2 adam
-  parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) {
-    adam(m + b, v + b, from + b, e - b, options.beta1, options.beta2, options.eps);
-  });
+  parallel_for(0, n, kGrain,
+               [&](int64_t b, int64_t e) { adam(m + b, v + b, from + b, e - b, options.beta1, options.beta2, options.eps); });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
   const double size = update_size(t, options.normalize ? double(parallel_sum_squares(from, n)) / n : 1, task, options);
@@ -351,9 +353,8 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                  at::TensorList grams, at::TensorList bases, at::TensorList refresh_offsets, at::TensorList state_steps,
                  const at::Tensor& table, const at::Tensor& scratch, const std::optional<at::Tensor>& grad_scale,
                  at::ArrayRef<double> lr, double beta1, double beta2, double shampoo_beta, double eps,
-                 at::ArrayRef<double> weight_decay,
-                 int64_t precondition_frequency, bool normalize_grads, bool correct_bias, c10::string_view refresh,
-                 double refresh_tolerance, bool maximize) {
+                 at::ArrayRef<double> weight_decay, int64_t precondition_frequency, bool normalize_grads, bool correct_bias,
+                 c10::string_view refresh, double refresh_tolerance, bool maximize) {
   const Layouts layouts(table);
   const int64_t n = params.size();
   TORCH_CHECK(layouts.size == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
@@ -391,39 +392,49 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
   for (int64_t i = 0; i < n; ++i) {
     const Layout& layout = layouts[i];
     TORCH_CHECK(params[i].numel() == layout.numel && params[i].dim() == int64_t(layout.order.size()) &&
-                    grads[i].sizes() == params[i].sizes() &&
-                    exp_avgs[i].sizes() == params[i].sizes() && exp_avg_sqs[i].sizes() == params[i].sizes() &&
-                    exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype,
+                    grads[i].sizes() == params[i].sizes() && exp_avgs[i].sizes() == params[i].sizes() &&
+                    exp_avg_sqs[i].sizes() == params[i].sizes() && exp_avgs[i].scalar_type() == dtype &&
+                    exp_avg_sqs[i].scalar_type() == dtype,
                 "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");
     const at::ScalarType own = params[i].scalar_type();
-    TORCH_CHECK(own == dtype || (dtype == at::kFloat && (own == at::kBFloat16 || own == at::kHalf)), "step_: parameter ", i, " is ",
-                own, ", its state ", dtype);
-    TORCH_CHECK(at::isFloatingType(grads[i].scalar_type()), "step_: the gradient of parameter ", i, " is ", grads[i].scalar_type());
-    TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1,
-                "step_: step of parameter ", i, " must be one float32, not ", state_steps[i].scalar_type());
+    TORCH_CHECK(own == dtype || (dtype == at::kFloat && (own == at::kBFloat16 || own == at::kHalf)), "step_: parameter ", i,
+                " is ", own, ", its state ", dtype);
+    TORCH_CHECK(at::isFloatingType(grads[i].scalar_type()), "step_: the gradient of parameter ", i, " is ",
+                grads[i].scalar_type());
+    TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1, "step_: step of parameter ", i,
+                " must be one float32, not ", state_steps[i].scalar_type());
     Task& task = tasks[i];
-    task = {&layout,         &params[i],      &grads[i], &exp_avgs[i], &exp_avg_sqs[i],
-            &state_steps[i], grams.slice(first, layout.modes), bases.slice(first, layout.modes),
-            {},              false, 3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
+    task = {&layout,
+            &params[i],
+            &grads[i],
+            &exp_avgs[i],
+            &exp_avg_sqs[i],
+            &state_steps[i],
+            grams.slice(first, layout.modes),
+            bases.slice(first, layout.modes),
+            {},
+            false,
+            3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
     task.lr = lr[lr.size() == 1 ? 0 : i];
     task.keep = 1 - task.lr * weight_decay[weight_decay.size() == 1 ? 0 : i];
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
     for (const Group& group : layout.groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const int64_t k = group.positions[f], d = group.sizes[f];
-        TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype &&
-                        task.grams[k].dim() == 2 && task.grams[k].size(0) == d && task.grams[k].size(1) == d &&
-                        task.bases[k].dim() == 2 && task.bases[k].size(0) == d && task.bases[k].size(1) == d,
-                    "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ", dtype,
-                    ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
+        TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype && task.grams[k].dim() == 2 &&
+                        task.grams[k].size(0) == d && task.grams[k].size(1) == d && task.bases[k].dim() == 2 &&
+                        task.bases[k].size(0) == d && task.bases[k].size(1) == d,
+                    "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ",
+                    dtype, ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
         TORCH_CHECK(refresh_offsets[first + k].scalar_type() == at::kLong && refresh_offsets[first + k].numel() == 1,
-                    "step_: the refresh offset of parameter ", i, " must be one int64, not ", refresh_offsets[first + k].sizes(),
-                    ", ", refresh_offsets[first + k].scalar_type());
+                    "step_: the refresh offset of parameter ", i, " must be one int64, not ",
+                    refresh_offsets[first + k].sizes(), ", ", refresh_offsets[first + k].scalar_type());
         const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
         if ((t + offset) % precondition_frequency == 0) {
           task.due.push_back(k);
           task.refresh_alone |= d > kThreadedSize;
-          if (!task.refresh_alone) task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+          if (!task.refresh_alone)
+            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
         }
       }
     first += layout.modes;

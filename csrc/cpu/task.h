@@ -42,8 +42,9 @@ inline bool calls_blas(const Layout& layout) {
 // Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
 // together the other cores. (One core is better where there is enough to do for all: it shares no cache and waits for nobody.)
 //
-// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by the layout alone:
-// the result does not depend on the number of threads then. BLAS, which some wide groups need, is only called outside of workers.
+// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by the layout
+// alone: the result does not depend on the number of threads then. BLAS, which some wide groups need, is only called outside of
+// workers.
 inline void choose_alone(std::vector<Task>& tasks) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const bool deterministic = at::globalContext().deterministicAlgorithms();

@@ -1,3 +1,4 @@
+// The register tiles, and the packing that feeds them.
 #include "tiles.h"
 
 #include <algorithm>
@@ -133,7 +134,8 @@ SOAP_OPT_INLINE void transpose_4x4(double* to, int64_t to_ld, const double* x, i
 }
 
 template <typename I, typename T>
-SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n) {
+SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows,
+                                          int64_t n) {
   constexpr int64_t width = kPanel<T>;
   for (int64_t j = 0; j < n; j += width) {
     T* to = panels + j * k + first * width;
@@ -154,7 +156,8 @@ SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, c
 }
 
 template <typename I, typename T>
-SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length) {
+SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs,
+                                    int64_t length) {
   for (int64_t r = 0; r < runs; ++r) {
     T* target = to + r * to_stride;
     const T* source = from + r * from_stride;
@@ -167,22 +170,23 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
 
 } // namespace
 
-#define SOAP_OPT_FOR(T)                                                                                                       \
-  SOAP_OPT_VERSIONS(template <>, void, multiply_panels, multiply_panels_body,                                                            \
-                    (T * c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add),                   \
-                    (c, ld, m, n, a, b, k, add))                                                                              \
-  SOAP_OPT_VERSIONS(template <>, void, average_gram_row, average_gram_row_body,                                               \
-                    (T * gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight),                                \
-                    (gram, n, i, a, k, keep, weight))                                                                         \
-  SOAP_OPT_VERSIONS(template <>, void, accumulate_gram, accumulate_gram_body, (T * c, int64_t n, const T* a, int64_t k), (c, n, a, k))    \
-  SOAP_OPT_VERSIONS(template <>, void, pack_rows, pack_rows_body,                                                                        \
-                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),                   \
-                    (panels, k, first, x, ld, rows, n))                                                                       \
-  SOAP_OPT_VERSIONS(template <>, void, pack_transposed, pack_transposed_body,                                                            \
-                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),                   \
-                    (panels, k, first, x, ld, rows, n))                                                                       \
-  SOAP_OPT_VERSIONS(template <>, void, copy_runs, copy_runs_body,                                                                        \
-                    (T * to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length),             \
+#define SOAP_OPT_FOR(T)                                                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, multiply_panels, multiply_panels_body,                                            \
+                    (T * c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add),              \
+                    (c, ld, m, n, a, b, k, add))                                                                         \
+  SOAP_OPT_VERSIONS(template <>, void, average_gram_row, average_gram_row_body,                                          \
+                    (T * gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight),                           \
+                    (gram, n, i, a, k, keep, weight))                                                                    \
+  SOAP_OPT_VERSIONS(template <>, void, accumulate_gram, accumulate_gram_body, (T * c, int64_t n, const T* a, int64_t k), \
+                    (c, n, a, k))                                                                                        \
+  SOAP_OPT_VERSIONS(template <>, void, pack_rows, pack_rows_body,                                                        \
+                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),             \
+                    (panels, k, first, x, ld, rows, n))                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, pack_transposed, pack_transposed_body,                                            \
+                    (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),             \
+                    (panels, k, first, x, ld, rows, n))                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, copy_runs, copy_runs_body,                                                        \
+                    (T * to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length),       \
                     (to, to_stride, from, from_stride, runs, length))
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)

@@ -32,8 +32,8 @@ void pack_rows(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int6
 template <typename T>
 void pack_transposed(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n);
 
-// c [m, n] (row stride ld) <- (add: +=) a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements behind the end of every row are
-// overwritten as well, before the next row's own are written: where ld = n they only need room behind the last row.
+// c [m, n] (row stride ld) <- (add: +=) a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements behind the end of every
+// row are overwritten as well, before the next row's own are written: where ld = n they only need room behind the last row.
 template <typename T>
 void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add = false);
 

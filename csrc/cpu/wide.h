@@ -32,7 +32,7 @@ void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel,
 // Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not in place.
 template <typename T>
 int64_t wide_room(int64_t width) {
-  return kDepth * kWideColumns + kDepth * kPanel<T> + (width + kPanel<T>) * (kWideColumns + kPanel<T>);
+  return kDepth * kWideColumns + kDepth * kPanel<T> + (width + kPanel<T>)*(kWideColumns + kPanel<T>);
 }
 
 // Whether product_wide() takes a group.
@@ -61,7 +61,7 @@ void product_wide(const T* from, T* to, int64_t before, int64_t after, const Fac
   const int64_t columns = rows ? before : after, slabs = rows ? 1 : before;
   const int64_t chunk = wide_columns<T>(columns, slabs, threads), chunks = (columns + chunk - 1) / chunk;
   parallel_with_room(slabs * chunks, threads, rooms, room_numel, [&](int64_t begin, int64_t end, T* room) {
-    T* piece = room;                       // panels [depth, kWideColumns]
+    T* piece = room;                           // panels [depth, kWideColumns]
     T* matrix = piece + kDepth * kWideColumns; // one panel [depth, W]
     T* result = matrix + kDepth * panel;
     for (int64_t unit = begin; unit < end; ++unit) {

@@ -4,7 +4,6 @@
 #include <Python.h>
 
 extern "C" PyObject* PyInit__C_cuda(void) {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -67,8 +67,8 @@ __device__ inline Reflector make_reflector(float alpha, float square) {
   return {(beta - alpha) / beta, 1 / (alpha - beta)};
 }
 
-// Multiplies by the power of two that brings `largest` into [1, 2). Two factors: that of a subnormal number is beyond the largest
-// number.
+// Multiplies by the power of two that brings `largest` into [1, 2). Two factors: the one of a subnormal number is beyond the
+// largest number.
 struct TinyScale {
   float first, second;
 

@@ -19,8 +19,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("soap_opt: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel (those for both sizes of table together). The
-// limit is the device's, so that asking again costs a call and never an error.
+// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel (those for both sizes of table together).
+// The limit is the device's, so that asking again costs a call and never an error.
 template <typename... Kernels>
 void opt_in(int shared_limit, Kernels*... kernels) {
   for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
@@ -40,8 +40,10 @@ template <typename Launch>
 void for_each_table(const Matrix* matrices, int count, const Launch& launch) {
   for (int first = 0; first < count; first += kTableRows) {
     const int rows = std::min(kTableRows, count - first);
-    if (rows <= kSmallTableRows) launch(table_of<kSmallTableRows>(matrices + first, rows), rows);
-    else launch(table_of<kTableRows>(matrices + first, rows), rows);
+    if (rows <= kSmallTableRows)
+      launch(table_of<kSmallTableRows>(matrices + first, rows), rows);
+    else
+      launch(table_of<kTableRows>(matrices + first, rows), rows);
   }
 }
 
@@ -73,11 +75,11 @@ int64_t block_workspace(const Matrix* matrices, int count) {
   return most * kTileWorkspace;
 }
 
-void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes,
-                       float* workspace, Stream stream) {
+void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, float* workspace,
+                       Stream stream) {
   opt_in(shared_memory_limit(), multiply_tiles_kernel<kSmallTableRows>, multiply_tiles_kernel<kTableRows>,
-         refresh_in_blocks_kernel<kSmallTableRows>, refresh_in_blocks_kernel<kTableRows>,
-         rotate_tiles_kernel<kSmallTableRows>, rotate_tiles_kernel<kTableRows>);
+         refresh_in_blocks_kernel<kSmallTableRows>, refresh_in_blocks_kernel<kTableRows>, rotate_tiles_kernel<kSmallTableRows>,
+         rotate_tiles_kernel<kTableRows>);
   for_each_table(matrices, count, [&](const auto& table, int rows) {
     const int tiles = table.tiles[rows - 1] + tiles_of(table.rows[rows - 1].size);
     const int64_t tile_shared = tile_shared_floats(table.rows[0].size) * sizeof(float);

@@ -1,5 +1,5 @@
-// What the CUDA refresh's host code (refresh_basis_host.cpp, ATen) asks of its kernels (refresh_basis.cu, no torch headers: every
-// architecture parses the whole file again, and ATen's headers would take longer than the kernels).
+// What the CUDA refresh's host code (refresh_basis_host.cpp, ATen) asks of its kernels (refresh_basis.cu, no torch headers:
+// every architecture parses the whole file again, and ATen's headers would take longer than the kernels).
 #pragma once
 
 #include <cstdint>
@@ -45,15 +45,15 @@ int64_t block_workspace(const Matrix* matrices, int count);
 // The refresh of `count` matrices of sizes up to kWarpLimit, in one launch for each kTableRows of them. `matrices` is in the
 // host's memory and travels as a kernel argument: no copy to the device, nothing that has to outlive the call, and a CUDA
 // graph keeps it with the launch. On the device: due [n] bool, null for all; outcomes [n] int32 in and out:
-// a matrix that is not due and whose outcome is kKept already is passed over. A negative tolerance refreshes every matrix that is
-// due.
+// a matrix that is not due and whose outcome is kKept already is passed over. A negative tolerance refreshes every matrix that
+// is due.
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream);
 
 // The same for larger matrices that fit_in_block, sorted by falling size. Three kinds of launch for each table: the products
 // G Q in tiles, the QRs, a block a matrix (a launch for each class of sizes: its shared memory is that of its largest matrix,
 // and decides how many share an SM), and the products Q^T Q' in tiles. workspace: block_workspace floats, whatever they hold.
-void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes,
-                       float* workspace, Stream stream);
+void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, float* workspace,
+                       Stream stream);
 
 // One panel of the QR of `count` matrices: columns first .. first + width - 1, width <= kLargePanel.
 //   transposed [count, d, d]: row j is column j of the matrix. The panel's rows become Householder vectors, from entry `first`

@@ -73,7 +73,8 @@ at::Tensor orthogonal(const at::Tensor& q) {
   const at::Tensor place = at::arange(d, q.options()), turned = place * 0.6180339887498949;
   const at::Tensor entries = 1 + (turned - at::floor(turned));
   const at::Tensor probe = at::where(at::remainder(place, 2) == 0, entries, -entries).unsqueeze(-1); // [d, 1]
-  const double eps = q.scalar_type() == at::kFloat ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
+  const double eps =
+      q.scalar_type() == at::kFloat ? std::numeric_limits<float>::epsilon() : std::numeric_limits<double>::epsilon();
   const double bound = 512 * eps * std::sqrt(double(d));
   const at::Tensor off = (at::matmul(q.mT(), at::matmul(q, probe)) - probe).abs().amax({-2, -1});
   const at::Tensor length = (q.square().sum(-2) - 1).abs().amax(-1);
@@ -102,9 +103,9 @@ struct Batch {
     const at::Tensor largest = gram.abs().amax({1, 2}, /*keepdim=*/true);
     const at::Tensor scale = at::exp2(-at::floor(at::log2(largest)).clamp_min(-126));
     gram.mul_(at::where((largest > 0).logical_and(at::isfinite(largest)), scale, at::ones_like(scale)));
-    const at::Tensor product = at::bmm(transposed, gram.mT()); // [B, d, d] P^T
+    const at::Tensor product = at::bmm(transposed, gram.mT());   // [B, d, d] P^T
     const at::Tensor estimates = (transposed * product).sum(-1); // [B, d] e
-    const at::Tensor norm = product.square().sum({1, 2}); // [B]
+    const at::Tensor norm = product.square().sum({1, 2});        // [B]
     const at::Tensor finite = at::isfinite(norm);
     at::Tensor wanted = at::ones_like(finite);
     if (due) {

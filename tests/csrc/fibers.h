@@ -5,7 +5,7 @@
 // - Shared memory is filled with NaNs before every block, and lies between two pages that may not be touched.
 // - __syncthreads: all threads of the block, at the same source line, or the launch fails ("divergent"). Warp collectives:
 //   all lanes of the mask, at the same line.
-// - options().skipped_line turns the barriers of a line off, for tests that a missing one is caught.
+// - options().skipped_place turns the barriers of a line off, for tests that a missing one is caught.
 //
 // What this cannot show: the GPU's memory model (a shuffle orders memory here), and data races that no order of the stretches
 // between barriers turns into a wrong result.
@@ -53,9 +53,21 @@ namespace fibers {
 
 struct Options {
   uint64_t seed = 1;
-  int skipped_line = 0;
+  int skipped_place = 0;
   int shared_limit = 232448; // cudaDevAttrMaxSharedMemoryPerBlockOptin: sm_90's
 };
+// A line of a file: hash of the file's name * 100,000 + line (tests/csrc/harness.py has the same).
+constexpr int place_of(const char* file, int line) {
+  const char* name = file;
+  for (const char* c = file; *c; ++c)
+    if (*c == '/') name = c + 1;
+  int hash = 0;
+  for (; *name; ++name) hash = (hash * 31 + *name) % 20011;
+  return hash * 100000 + line;
+}
+
+inline std::string line_of(int place) { return std::to_string(place % 100000); }
+
 inline Options& options() {
   static Options value;
   return value;
@@ -207,7 +219,7 @@ inline void resume(Fiber& fiber) {
 }
 
 inline void block_barrier(int line) {
-  if (line == options().skipped_line) return;
+  if (line == options().skipped_place) return;
   Block& b = block();
   b.current->state = State::kBlockBarrier;
   b.current->line = line;
@@ -220,12 +232,12 @@ inline const uint64_t* exchange(int line, unsigned mask, uint64_t value) {
   Block& b = block();
   const int thread = b.current->thread.x, lane = thread % kLanes;
   Warp& warp = b.warps[thread / kLanes];
-  if (!(mask >> lane & 1)) fail("line " + std::to_string(line) + ": a lane outside the mask of its own collective");
+  if (!(mask >> lane & 1)) fail("line " + line_of(line) + ": a lane outside the mask of its own collective");
   if (warp.arrived == 0) {
     warp.mask = mask;
     warp.line = line;
   } else if (warp.mask != mask || warp.line != line) {
-    fail("divergent warp: lanes at lines " + std::to_string(warp.line) + " and " + std::to_string(line));
+    fail("divergent warp: lanes at lines " + line_of(warp.line) + " and " + line_of(line));
   }
   uint64_t* values = warp.values[warp.generation & 1];
   values[lane] = value;
@@ -266,7 +278,7 @@ inline unsigned ballot(int line, unsigned mask, bool value) {
 }
 
 inline void warp_barrier(int line, unsigned mask = 0xffffffffu) {
-  if (line != options().skipped_line) exchange(line, mask, 0);
+  if (line != options().skipped_place) exchange(line, mask, 0);
 }
 
 inline int lane_of_this() { return block().current->thread.x % kLanes; }
@@ -283,7 +295,7 @@ inline std::string deadlock() {
     for (auto& [line, number] : lines) known |= line == fiber.line && ++number;
     if (!known) lines.push_back({fiber.line, 1});
   }
-  for (auto& [line, number] : lines) message += ", " + std::to_string(number) + " wait at line " + std::to_string(line);
+  for (auto& [line, number] : lines) message += ", " + std::to_string(number) + " wait at line " + line_of(line);
   return message;
 }
 
@@ -363,13 +375,14 @@ inline void launch(int blocks, int threads, size_t shared_bytes, std::function<v
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
   ((void)(stream), ::fibers::launch(blocks, threads, shared, [=] { kernel(__VA_ARGS__); }))
 
-#define __syncthreads() ::fibers::block_barrier(__LINE__)
-#define __syncwarp(...) ::fibers::warp_barrier(__LINE__ __VA_OPT__(, ) __VA_ARGS__)
-#define __shfl_sync(mask, value, source) ::fibers::shuffle(__LINE__, mask, value, source)
-#define __shfl_xor_sync(mask, value, bits) ::fibers::shuffle(__LINE__, mask, value, ::fibers::lane_of_this() ^ (bits))
-#define __ballot_sync(mask, value) ::fibers::ballot(__LINE__, mask, value)
-#define __any_sync(mask, value) (::fibers::ballot(__LINE__, mask, value) != 0)
-#define __all_sync(mask, value) (::fibers::ballot(__LINE__, mask, value) == (mask))
+#define FIBERS_PLACE ([] { constexpr int place = ::fibers::place_of(__FILE__, __LINE__); return place; }())
+#define __syncthreads() ::fibers::block_barrier(FIBERS_PLACE)
+#define __syncwarp(...) ::fibers::warp_barrier(FIBERS_PLACE __VA_OPT__(, ) __VA_ARGS__)
+#define __shfl_sync(mask, value, source) ::fibers::shuffle(FIBERS_PLACE, mask, value, source)
+#define __shfl_xor_sync(mask, value, bits) ::fibers::shuffle(FIBERS_PLACE, mask, value, ::fibers::lane_of_this() ^ (bits))
+#define __ballot_sync(mask, value) ::fibers::ballot(FIBERS_PLACE, mask, value)
+#define __any_sync(mask, value) (::fibers::ballot(FIBERS_PLACE, mask, value) != 0)
+#define __all_sync(mask, value) (::fibers::ballot(FIBERS_PLACE, mask, value) == (mask))
 
 using std::max;
 using std::min;

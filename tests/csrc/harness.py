@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-KERNELS = CUDA / "refresh_basis.cuh"
+KERNELS = sorted(path for path in CUDA.glob("*.cuh"))
 
 KEPT, REFRESHED, FAILED = 0, 1, 2
 
@@ -153,7 +153,16 @@ def refresh_by_operator(problems: Sequence[tuple], *, seed: int = 1, limit: int 
     ]
 
 
-def barrier_lines() -> dict[int, str]:
-    """Source lines of the kernels' barriers, 1-based."""
-    lines = KERNELS.read_text().splitlines()
-    return {i: line.strip() for i, line in enumerate(lines, 1) if re.match(r"\s*__sync(threads|warp)\(\)", line)}
+def barriers() -> dict[str, tuple[int, str]]:
+    """Every barrier of the kernels, "file:line", as fibers.h tells places, and its line."""
+    found = {}
+    for path in KERNELS:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"\s*__sync(threads|warp)\(\)", line):
+                found[f"{path.name}:{number}"] = place_of(path.name, number), line.strip()
+    return found
+
+
+def place_of(name: str, line: int) -> int:
+    """As fibers.h has it."""
+    return functools.reduce(lambda value, c: (31 * value + ord(c)) % 20011, name, 0) * 100_000 + line

@@ -1,4 +1,4 @@
-// Runs the CUDA refresh's kernels on fibers: refresh_harness INPUT OUTPUT [seed=..] [skip=line] [limit=bytes] [tolerance=..]
+// Runs the CUDA refresh's kernels on fibers: refresh_harness INPUT OUTPUT [seed=..] [skip=place] [limit=bytes] [tolerance=..]
 //
 // INPUT: for every matrix int64 d, int64 due, then G [d, d] and Q [d, d] float32. OUTPUT: for every matrix int64 outcome, the
 // order [d] int64, Q' [d, d] and the rotation [d, d]. Matrices beyond the shared memory take factor_panel and plain loops
@@ -104,7 +104,7 @@ int main(int argc, char** argv) try {
     const std::string argument = argv[i], name = argument.substr(0, argument.find('='));
     const char* value = argv[i] + name.size() + 1;
     if (name == "seed") fibers::options().seed = strtoull(value, nullptr, 10);
-    else if (name == "skip") fibers::options().skipped_line = atoi(value);
+    else if (name == "skip") fibers::options().skipped_place = atoi(value);
     else if (name == "limit") fibers::options().shared_limit = atoi(value);
     else if (name == "tolerance") tolerance = strtof(value, nullptr);
     else throw std::runtime_error("unknown argument " + argument);

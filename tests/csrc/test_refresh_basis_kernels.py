@@ -12,7 +12,7 @@ from harness import (
     KEPT,
     REFRESHED,
     SHARED_LIMITS,
-    barrier_lines,
+    barriers,
     binary,
     compiler,
     launch,
@@ -302,10 +302,10 @@ def test_probe_passes():
     assert not any(caught(seed=seed, limit=limit) for seed in range(3) for limit in (30000, 232448))
 
 
-@pytest.mark.parametrize("line, text", barrier_lines().items())
-def test_a_missing_barrier_is_caught(line, text):
+@pytest.mark.parametrize("place, text", barriers().values(), ids=barriers())
+def test_a_missing_barrier_is_caught(place, text):
     # limit: the matrix of 100 goes through the block kernel with one, through the panels with the other
-    assert any(caught(skip=line, seed=seed, limit=limit) for seed in range(3) for limit in (232448, 30000)), text
+    assert any(caught(skip=place, seed=seed, limit=limit) for seed in range(3) for limit in (232448, 30000)), text
 
 
 @pytest.mark.slow

@@ -1,0 +1,234 @@
+// From P to Q' for one matrix that fits into shared memory, by one block. Conventions: refresh_basis.cuh.
+#pragma once
+
+#include "panel.cuh"
+#include "tile.cuh"
+
+namespace soap_opt::cuda {
+
+// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T, V^T V [kPanel, kPanel],
+// taus [kPanel], partial results of the warps [2, 32].
+__host__ __device__ inline int64_t block_shared_floats(int64_t d) {
+  return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
+}
+
+// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted on its way in, factored, and Q' formed
+// in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation: 16 d floats of
+// shared memory less, and d = 192 fits on sm_80.
+__device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
+                                        float* shared) {
+  const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x, strips = strips_of(d);
+  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  float* a = shared;                        // [d columns, pitch]
+  float* w = a + d * pitch;                 // [kPanel, d]; before that a row [d] of e, and of places
+  float* triangle = w + kPanel * d;         // [kPanel, kPanel]
+  float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
+  float* taus = dots + kPanel * kPanel;     // [kPanel]; before that, of each strip of P, what brings it to the scale of all
+  float* partial = taus + kPanel;           // [2, 32]
+  // In the rotation's memory: P^T [d, d]; when that is read, T of every panel [panels, kPanel, kPanel], at most
+  // kPanel (d + kPanel - 1) <= d^2 numbers for d > 32
+  float* triangles = matrix.rotation;
+
+  // e, and by counting each column's place
+  static_assert(kBlockLimit <= kTile * kPanel, "a scale for each strip where the taus will be");
+  float* scales = taus;                        // [kPanel], 0 beyond the strips
+  float* estimates = w;                        // [d]
+  int* places = reinterpret_cast<int*>(w + d); // [d]
+  float largest = 0;
+  for (int s = 0; s < strips; ++s) largest = fmaxf(largest, work.largest[s]);
+  for (int s = thread; s < kPanel; s += threads)
+    scales[s] = s < strips ? power_of_two_scale(largest) / power_of_two_scale(work.largest[s]) : 0;
+  __syncthreads();
+  float square = 0, off = 0;
+  for (int j = thread; j < d; j += threads) {
+    float estimate = 0;
+    for (int s = 0; s < strips; ++s) estimate += scales[s] * work.estimates[s * d + j];
+    if (!(fabsf(estimate) <= FLT_MAX)) square = INFINITY; // places would be none
+    estimates[j] = estimate;
+  }
+  __syncthreads();
+  for (int j = thread; j < d; j += threads) {
+    const float estimate = estimates[j];
+    int rank = 0;
+    for (int l = 0; l < d; ++l) rank += estimates[l] > estimate || (estimates[l] == estimate && l < j);
+    places[j] = rank;
+  }
+  __syncthreads();
+
+  // P sorted, and whether it is finite and is to be refreshed
+  for (int j = warp; j < d; j += warps) {
+    ShortColumn column(matrix.rotation + j * d, d);
+    column.each([&](int i, float& entry) {
+      entry *= scales[i / kTile];
+      square += entry * entry;
+    });
+    if (tolerance >= 0) {
+      const ShortColumn old(work.basis + j * d, d);
+      column.each(old, [&](int, float entry, float of_old) {
+        const float rest = entry - of_old * estimates[j];
+        off += rest * rest;
+      });
+    }
+    column.store(a + places[j] * pitch);
+  }
+  const float norm = block_reduce<false>(square, partial);
+  if (tolerance >= 0) off = block_reduce<false>(off, partial + kWarp);
+  const bool finite = norm <= FLT_MAX;
+  if (!finite || is_kept(off, norm, tolerance)) {
+    write_identities(matrix, thread, threads);
+    if (thread == 0) *outcome = finite ? kKept : kFailed;
+    return;
+  }
+  for (int j = thread; j < d; j += threads) matrix.order[places[j]] = j;
+
+  // geqrf
+  for (int first = 0; first < d; first += kPanel) {
+    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    float* panel = a + first + first * pitch;
+    factor_columns<kPanel, kBlockLimit / kWarp>(panel, pitch, m, width, taus, dots);
+    // T, by the last warp, which W = V^T A leaves free: there are more warps than tiles of 32 columns
+    if (warp == warps - 1) make_triangle<kPanel>(width, taus, dots, triangle);
+    if (n > 0)
+      block_product(
+          width, n, m, [=](int c, int k) { return panel[k + c * pitch]; },
+          [=](int k, int j) { return a[first + k + (behind + j) * pitch]; },
+          [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    __syncthreads();
+    if (n == 0) break; // T of the last panel stays where it is
+    for (int i = thread; i < kPanel * kPanel; i += threads) triangles[first * kPanel + i] = triangle[i];
+    // W <- T^T W, a column a thread
+    for (int j = thread; j < n; j += threads) {
+      float column[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) column[c] = c < width ? w[c * n + j] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = 0;
+#pragma unroll
+        for (int l = 0; l <= c; ++l) sum += triangle[l * kPanel + c] * column[l];
+        if (c < width) w[c * n + j] = sum;
+      }
+    }
+    __syncthreads();
+    // A <- A - V W, in the rows that are still to be factored
+    block_product(
+        m - width, n, width, [=](int i, int c) { return panel[width + i + c * pitch]; },
+        [=](int c, int j) { return w[c * n + j]; },
+        [=](int i, int j, float sum) { a[behind + i + (behind + j) * pitch] -= sum; });
+    __syncthreads();
+  }
+
+  // orgqr: (I - V T V^T) on what the panels behind have made, then the panel's own columns in place of V
+  for (int first = (d - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
+    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    float* panel = a + first + first * pitch;
+    // W = V^T Q; rows `first` .. `behind` of these columns are zeros that were never written
+    if (n > 0)
+      block_product(
+          width, n, n, [=](int c, int k) { return panel[width + k + c * pitch]; },
+          [=](int k, int j) { return a[behind + k + (behind + j) * pitch]; },
+          [=](int c, int j, float sum) { w[c * n + j] = sum; });
+    // M = T V_1^T, V_1 the panel's first `width` rows
+    for (int i = threads - 1 - thread; i < kPanel * kPanel; i += threads) { // the last warps first: W leaves them free
+      const int row = i / kPanel, column = i % kPanel;
+      float sum = 0;
+      if (column < width)
+        for (int l = row; l <= column; ++l) sum += triangle[row * kPanel + l] * panel[column + l * pitch];
+      dots[i] = sum;
+    }
+    __syncthreads();
+    // W <- T W, a column a thread
+    for (int j = thread; j < n; j += threads) {
+      float column[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) column[c] = c < width ? w[c * n + j] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = 0;
+#pragma unroll
+        for (int l = c; l < kPanel; ++l) sum += triangle[c * kPanel + l] * column[l];
+        if (c < width) w[c * n + j] = sum;
+      }
+    }
+    __syncthreads();
+    if (n > 0)
+      block_product(
+          m, n, width, [=](int i, int c) { return panel[i + c * pitch]; }, [=](int c, int j) { return w[c * n + j]; },
+          [=](int i, int j, float sum) {
+            float* entry = a + first + i + (behind + j) * pitch;
+            *entry = (i < width ? 0 : *entry) - sum;
+          });
+    __syncthreads();
+    // (I - V T V^T) of the identity's columns: a row a thread
+    for (int i = thread; i < m; i += threads) {
+      float row[kPanel];
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) row[c] = c < width ? panel[i + c * pitch] : 0;
+#pragma unroll
+      for (int c = 0; c < kPanel; ++c) {
+        float sum = i == c;
+#pragma unroll
+        for (int l = 0; l <= c; ++l) sum -= row[l] * dots[l * kPanel + c];
+        if (c < width) panel[i + c * pitch] = sum;
+      }
+    }
+    // T of the panel that comes next
+    if (first > 0)
+      for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[(first - kPanel) * kPanel + i];
+    __syncthreads();
+  }
+
+  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row a thread, then Q'^T y, a column a thread
+  for (int i = thread; i < d; i += threads) {
+    float y = 0;
+    for (int j = 0; j < d; ++j) y += a[i + j * pitch] * probe(j);
+    w[i] = y;
+  }
+  __syncthreads();
+  float wrong = 0;
+  for (int j = thread; j < d; j += threads) {
+    float back = 0, length = 0;
+    for (int i = 0; i < d; ++i) {
+      const float entry = a[i + j * pitch];
+      back += entry * w[i];
+      length += entry * entry;
+    }
+    const float bound = orthogonality_bound(d);
+    if (!(fabsf(length - 1) <= bound && fabsf(back - probe(j)) <= bound)) wrong = 1; // for NaN too
+  }
+  if (block_reduce<true>(wrong, partial) > 0) {
+    write_identities(matrix, thread, threads);
+    if (thread == 0) *outcome = kFailed;
+    return;
+  }
+
+  // Q <- Q'; what is left to make is the rotation
+  for (int i = warp; i < d; i += warps)
+#pragma unroll 4
+    for (int j = lane; j < d; j += kWarp) matrix.basis[i * d + j] = a[i + j * pitch];
+  if (thread == 0) *outcome = kRefreshed;
+}
+
+constexpr int kBlockThreads = 512;
+
+// A block for each matrix from row `first` of the table on.
+template <int Rows>
+__global__ void __launch_bounds__(kBlockThreads)
+    refresh_in_blocks_kernel(GRID_CONSTANT const Table<Rows> table, int first, const bool* due, float tolerance,
+                             int32_t* outcomes, float* workspace) {
+  DYNAMIC_SHARED(float, shared);
+  const int place = first + blockIdx.x;
+  const Matrix matrix = table.rows[place];
+  int32_t* outcome = outcomes + matrix.index;
+  if (due != nullptr && !due[matrix.index]) {
+    const bool written = *outcome == kKept; // as above
+    __syncthreads();
+    if (written) return;
+    write_identities(matrix, threadIdx.x, blockDim.x);
+    if (threadIdx.x == 0) *outcome = kKept;
+    return;
+  }
+  refresh_in_block(matrix, Workspace(workspace, table.tiles[place], matrix.size), tolerance, outcome, shared);
+}
+
+} // namespace soap_opt::cuda

@@ -1,0 +1,216 @@
+// The whole refresh of one matrix by one warp, up to kWarpLimit. Conventions: refresh_basis.cuh.
+#pragma once
+
+#include "reflector.cuh"
+
+namespace soap_opt::cuda {
+
+// Floats of shared memory of a warp
+constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
+
+constexpr int kWarpThreads = 128; // four matrices a block
+
+// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D; what
+// all lanes need (G, reflectors, the old Q) goes through `rows` [D, D] and is read as a broadcast. Every lane has the whole
+// reflector, so that its norm and its products with the lane's column need no shuffles.
+template <int D>
+__device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* outcome, float* rows) {
+  float* estimates = rows + D * D; // [D] e
+  float* taus = estimates + D;     // [D]
+  float* inverses = taus + D;      // [D]
+  const int lane = threadIdx.x % kWarp, d = matrix.size;
+  const bool mine = lane < d;
+
+  // Global memory <-> rows, each lane its column: loops that are not unrolled whole. Between global memory and registers they
+  // would be, and 32 addresses that the first and the last of them share would cost as many registers throughout.
+  const auto fetch = [&](const float* from) {
+    float largest = 0;
+    if (lane >= D) return largest;
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) {
+      const float entry = mine && i < d ? from[i * d + lane] : 0;
+      rows[i * D + lane] = entry;
+      largest = fmaxf(largest, fabsf(entry));
+    }
+    return largest;
+  };
+
+  // P = G Q
+  float old[D], x[D];
+  fetch(matrix.basis);
+#pragma unroll
+  for (int i = 0; i < D; ++i) old[i] = lane < D ? rows[i * D + lane] : 0;
+  const float scale = power_of_two_scale(warp_max(fetch(matrix.gram)));
+  if (lane < D) {
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) rows[i * D + lane] *= scale;
+  }
+  __syncwarp();
+  float estimate = 0, square = 0, off = 0;
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum += rows[i * D + k] * old[k];
+    x[i] = sum;
+    estimate += old[i] * sum;
+    square += sum * sum;
+  }
+#pragma unroll
+  for (int i = 0; i < D; ++i) off += (x[i] - old[i] * estimate) * (x[i] - old[i] * estimate);
+  const float norm = warp_sum(square);
+  const bool finite = norm <= FLT_MAX;
+  if (!finite || is_kept(warp_sum(off), norm, tolerance)) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = finite ? kKept : kFailed;
+    return;
+  }
+
+  // Columns stay where they are; a lane's rank is its column's place.
+  if (lane < D) estimates[lane] = estimate;
+  __syncwarp();
+  int rank = 0;
+  for (int j = 0; j < d; ++j) rank += estimates[j] > estimate || (estimates[j] == estimate && j < lane);
+  if (mine) matrix.order[rank] = lane;
+
+  // Householder, column by column; rows[k] keeps column k as it was met
+  for (int k = 0; k < d; ++k) {
+    if (mine && rank == k) {
+#pragma unroll
+      for (int i = 0; i < D; ++i) rows[k * D + i] = x[i];
+    }
+    __syncwarp();
+    float v[D];
+    float below, alpha;
+    for (bool scaled = false;; scaled = true) {
+      alpha = rows[k * D + k];
+      below = 0;
+#pragma unroll
+      for (int i = 0; i < D; ++i) {
+        v[i] = i < k ? 0 : rows[k * D + i];
+        below += i > k ? v[i] * v[i] : 0;
+      }
+      // The same for every lane; and when a lane has its maximum, all have read the column
+      if (scaled || !(below + alpha * alpha < kTinySquare)) break;
+      const TinyScale scale_up(warp_max(lane >= k && lane < D ? fabsf(rows[k * D + lane]) : 0));
+      if (lane < D) rows[k * D + lane] = scale_up(rows[k * D + lane]);
+      __syncwarp();
+    }
+    const Reflector reflector = make_reflector(alpha, below);
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      v[i] = i == k ? 1 : v[i] * reflector.inverse;
+      dot += v[i] * x[i];
+    }
+    dot *= reflector.tau;
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
+    if (lane == 0) {
+      taus[k] = reflector.tau;
+      inverses[k] = reflector.inverse;
+    }
+  }
+
+  // Q' = H_0 .. H_{d-1}: the reflectors on the identity, last to first. Lane j makes column j.
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < D; ++i) x[i] = i == lane;
+  for (int k = d - 1; k >= 0; --k) {
+    const float inverse = inverses[k];
+    float v[D];
+    float dot = 0;
+#pragma unroll
+    for (int i = 0; i < D; ++i) {
+      v[i] = i < k ? 0 : i == k ? 1 : rows[k * D + i] * inverse;
+      dot += v[i] * x[i];
+    }
+    dot *= taus[k];
+#pragma unroll
+    for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
+  }
+
+  // Whatever the Gram was: nothing but an orthogonal Q' is written. y = Q' probe, a row a lane (each begins elsewhere: their
+  // places in `rows` are D apart), then Q'^T y, a column a lane.
+  __syncwarp();
+  if (lane < D) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
+  }
+  __syncwarp();
+  if (mine) {
+    float y = 0;
+#pragma unroll 1
+    for (int j = 0; j < d; ++j) {
+      const int column = j + lane < d ? j + lane : j + lane - d;
+      y += rows[lane * D + column] * probe(column);
+    }
+    estimates[lane] = y;
+  }
+  __syncwarp();
+  float back = 0, length = 0;
+  if (mine) {
+#pragma unroll 1
+    for (int i = 0; i < d; ++i) {
+      const float entry = rows[i * D + lane];
+      back += entry * estimates[i];
+      length += entry * entry;
+    }
+  }
+  const float bound = orthogonality_bound(d);
+  const bool good = !mine || (fabsf(length - 1) <= bound && fabsf(back - probe(lane)) <= bound); // false for NaN
+  if (warp_max(good ? 0 : 1) > 0) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = kFailed;
+    return;
+  }
+
+  // Q^T Q'. The old Q is read again, and the new one: 64 registers less since then. (No barrier before `rows` is written again:
+  // every lane's sums, which are all that it read of it, went into the maximum.)
+#pragma unroll
+  for (int i = 0; i < D; ++i) x[i] = lane < D ? rows[i * D + lane] : 0;
+  fetch(matrix.basis);
+  __syncwarp();
+#pragma unroll 2
+  for (int i = 0; i < d; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum += rows[k * D + i] * x[k];
+    if (mine) matrix.rotation[i * d + lane] = sum;
+  }
+  __syncwarp();
+  if (mine) {
+#pragma unroll
+    for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
+    for (int i = 0; i < d; ++i) matrix.basis[i * d + lane] = rows[i * D + lane];
+  }
+  if (lane == 0) *outcome = kRefreshed;
+}
+
+// Four blocks on an SM: left alone, ptxas takes so many registers for sm_100 that two fit.
+template <int Rows>
+__global__ void __launch_bounds__(kWarpThreads, 4)
+    refresh_in_warps_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float tolerance,
+                            int32_t* outcomes) {
+  DYNAMIC_SHARED(float, shared);
+  const int warp = threadIdx.x / kWarp, position = blockIdx.x * (blockDim.x / kWarp) + warp;
+  if (position >= count) return;
+  const Matrix& matrix = table.rows[position]; // (a copy would cost ten registers)
+  int32_t* outcome = outcomes + matrix.index;
+  float* rows = shared + warp * kWarpShared;
+  if (due != nullptr && !due[matrix.index]) {
+    const bool written = *outcome == kKept; // by an earlier call, which a CUDA graph replays again and again
+    __syncwarp();
+    if (written) return;
+    write_identities(matrix, threadIdx.x % kWarp, kWarp);
+    if (threadIdx.x % kWarp == 0) *outcome = kKept;
+  } else if (matrix.size <= 8) {
+    refresh_in_warp<8>(matrix, tolerance, outcome, rows);
+  } else if (matrix.size <= 16) {
+    refresh_in_warp<16>(matrix, tolerance, outcome, rows);
+  } else {
+    refresh_in_warp<32>(matrix, tolerance, outcome, rows);
+  }
+}
+
+} // namespace soap_opt::cuda
