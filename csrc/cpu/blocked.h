@@ -55,7 +55,7 @@ struct Cut {
         const int64_t columns = n * slab / layout.groups[g].width;
         if (!layout.groups[g].positions.empty()) {
           useful += double(columns) * layout.groups[g].width;
-          padded += double(panels_of<float>(columns) * kPanel<float>) * layout.groups[g].width;
+          padded += double(panels_of<float>(columns) * kPackedWidth<float>) * layout.groups[g].width;
         }
         before *= layout.groups[g].width;
       }
@@ -75,7 +75,7 @@ int64_t product_room(int64_t width) {
   return width > kTileWidth ? wide_room<T>(width) : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
 }
 
-// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPanel elements to spare.
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPackedWidth elements to spare.
 // sink(offset, values, n), where given, gets the result in runs instead of `to`: for a packed M, and A = 1 < B.
 struct NoSink {
   template <typename T>
@@ -135,7 +135,7 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
 template <typename T>
 int64_t gram_room(int64_t width) {
   if (width > kTileWidth) return wide_gram_room<T>(width);
-  const int64_t padded = panels_of<T>(width) * kPanel<T>;
+  const int64_t padded = panels_of<T>(width) * kPackedWidth<T>;
   return 2 * padded * padded + padded * kGramRows;
 }
 
@@ -148,7 +148,7 @@ void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t afte
     gram_wide<T>(grams[group.positions[0]], x, before, width, after, room, beta);
     return;
   }
-  int64_t ld = panels_of<T>(width) * kPanel<T>;
+  int64_t ld = panels_of<T>(width) * kPackedWidth<T>;
   T* sum = room;
   T* trace = room + ld * ld;
   T* panels = trace + ld * ld;
@@ -215,7 +215,7 @@ struct Workspace {
   Workspace(const Layout& layout, const Cut& cut, T* memory) {
     const auto take = [&](int64_t n) {
       T* place = memory == nullptr ? nullptr : memory + numel;
-      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      numel += panels_of<T>(n) * kPackedWidth<T>; // cache lines
       return place;
     };
     int64_t widest_product = 0, widest_gram = 0;
@@ -229,10 +229,10 @@ struct Workspace {
       if (modes > 0) widest_gram = std::max(widest_gram, gram_room<T>(width));
     }
     converted = take(layout.numel);
-    whole = take(layout.numel + kPanel<T>);
-    spare = take(cut.outer_modes ? layout.numel + kPanel<T> : 0);
-    chunk = take(cut.chunk() + kPanel<T>);
-    other = take(cut.chunk() + kPanel<T>);
+    whole = take(layout.numel + kPackedWidth<T>);
+    spare = take(cut.outer_modes ? layout.numel + kPackedWidth<T> : 0);
+    chunk = take(cut.chunk() + kPackedWidth<T>);
+    other = take(cut.chunk() + kPackedWidth<T>);
     kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
     gram = take(widest_gram);
     product = take(widest_product);
@@ -241,15 +241,15 @@ struct Workspace {
 
 // What a parameter that has all threads works in.
 template <typename T>
-struct LargeWorkspace {
+struct ParallelWorkspace {
   T *converted, *whole, *spare, *kronecker, *packed, *gram, *rooms;
   int64_t threads, room = 0; // elements of rooms for each thread
   int64_t numel = 0;
 
-  LargeWorkspace(const Layout& layout, int64_t threads, T* memory) : threads(threads) {
+  ParallelWorkspace(const Layout& layout, int64_t threads, T* memory) : threads(threads) {
     const auto take = [&](int64_t n) {
       T* place = memory == nullptr ? nullptr : memory + numel;
-      numel += panels_of<T>(n) * kPanel<T>; // cache lines
+      numel += panels_of<T>(n) * kPackedWidth<T>; // cache lines
       return place;
     };
     int64_t widest_gram = 0;
@@ -258,10 +258,10 @@ struct LargeWorkspace {
       room = std::max({room, wide_room<T>(group.width), product_room<T>(group.width)});
       widest_gram = std::max({widest_gram, wide_gram_room<T>(group.width), gram_room<T>(group.width)});
     }
-    room = panels_of<T>(room) * kPanel<T>;
+    room = panels_of<T>(room) * kPackedWidth<T>;
     converted = take(layout.numel);
-    whole = take(layout.numel + kPanel<T>);
-    spare = take(layout.numel + kPanel<T>);
+    whole = take(layout.numel + kPackedWidth<T>);
+    spare = take(layout.numel + kPackedWidth<T>);
     kronecker = take(2 * kKroneckerWidth * kKroneckerWidth);
     packed = take(packed_numel<T>(kTileWidth, kTileWidth));
     gram = take(widest_gram);
@@ -271,7 +271,7 @@ struct LargeWorkspace {
 
 // gram_ema_blocked with all threads.
 template <typename T>
-void gram_ema_large(const Layout& layout, const T* x, T* const* grams, const LargeWorkspace<T>& work, double beta) {
+void gram_ema_parallel(const Layout& layout, const T* x, T* const* grams, const ParallelWorkspace<T>& work, double beta) {
   int64_t before = 1;
   for (const Group& group : layout.groups) {
     const int64_t after = layout.numel / (before * group.width);

@@ -39,13 +39,13 @@ double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   const int64_t n = layout.numel;
   constexpr double limit = kLargestSquaredNorm<T>;
   if (n == 0) return 0;
-  if (task.alone) {
-    const LargeWorkspace<T> work(layout, free_threads(), scratch);
+  if (task.parallel) {
+    const ParallelWorkspace<T> work(layout, free_threads(), scratch);
     const T* g = arranged_gradient(task, work.converted, scale, /*maximize=*/false);
     const double norm = squared_norm(g, n);
     if (!(norm <= limit)) return norm;
     Matrices<T> matrices(task);
-    gram_ema_large<T>(layout, g, matrices.grams.data(), work, beta);
+    gram_ema_parallel<T>(layout, g, matrices.grams.data(), work, beta);
     matrices.write_back(task);
     return norm;
   }
@@ -87,7 +87,7 @@ at::Tensor gram_ema_(at::TensorList grads, at::TensorList grams, const at::Tenso
     task.cost = layout.flops();
     first += layout.modes;
   }
-  choose_alone(tasks);
+  choose_parallel(tasks);
   double* results = norms.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(scratch.scalar_type(), "soap_opt::gram_ema_", [&] {
     for_each_task<scalar_t>(tasks, layouts, scratch, [&](const Task& task, scalar_t* memory) {

@@ -92,7 +92,7 @@ class Reflections {
   Reflections(int64_t d)
       : d_(d),
         room_(new T[packed_numel<T>(d, d) + 2 * packed_numel<T>(kReflectors, d) + (d + 1) * kReflectors +
-                    packed_numel<T>(kReflectors, d) + kReflectors * (d + kPanel<T>)+4 * kReflectors * kReflectors]) {
+                    packed_numel<T>(kReflectors, d) + kReflectors * (d + kPackedWidth<T>)+4 * kReflectors * kReflectors]) {
     T* next = room_.get();
     const auto take = [&](int64_t n) {
       T* place = next;
@@ -104,7 +104,7 @@ class Reflections {
     turned_ = take(packed_numel<T>(kReflectors, d));
     product_ = take((d + 1) * kReflectors);
     product_packed_ = take(packed_numel<T>(kReflectors, d));
-    rows_ = take(kReflectors * (d + kPanel<T>));
+    rows_ = take(kReflectors * (d + kPackedWidth<T>));
     small_ = take(2 * kReflectors * kReflectors);
     small_packed_ = take(2 * kReflectors * kReflectors);
   }
@@ -138,7 +138,7 @@ class Reflections {
         small_[k * w + i] = -(back ? panel.triangle[k * kReflectors + i] : panel.triangle[i * kReflectors + k]);
     pack_rows<T>(small_packed_, w, 0, small_, w, w, w);
     pack_rows<T>(vectors_, w, 0, a + panel.first * d_ + panel.first + skip, d_, w, n);
-    const int64_t ld = panels_of<T>(n) * kPanel<T>;
+    const int64_t ld = panels_of<T>(n) * kPackedWidth<T>;
     multiply_panels<T>(rows_, ld, w, n, small_packed_, vectors_, w);
     pack_rows<T>(turned_, w, 0, rows_, ld, w, n);
     // x V^T, then x += (x V^T) U
@@ -168,7 +168,7 @@ void householder_q(T* columns, T* q, int64_t d) {
     if (behind < d) reflections.apply(panels.back(), columns, columns + behind * d + first, d - behind, /*back=*/false, count);
   }
   // q <- Q^T = (H_1 .. H_d I)^T, from the last panel: what lies right of and below it is all that is not the identity yet
-  std::fill_n(q, d * d + kPanel<T>, T(0));
+  std::fill_n(q, d * d + kPackedWidth<T>, T(0));
   for (int64_t i = 0; i < d; ++i) q[i * d + i] = 1;
   for (auto panel = panels.rbegin(); panel != panels.rend(); ++panel)
     reflections.apply(*panel, columns, q + panel->first * d + panel->first, d - panel->first, /*back=*/true, 0);

@@ -54,7 +54,7 @@ struct Reflector {
 };
 
 // q [d, d] row-major <- Q of a = Q R. columns [d, d] holds a by columns (row j is column j) and is overwritten; its entries are
-// scaled so that squares of the largest do not overflow. columns and q have kPanel elements to spare behind their end.
+// scaled so that squares of the largest do not overflow. columns and q have kPackedWidth elements to spare behind their end.
 template <typename T>
 void householder_q(T* columns, T* q, int64_t d);
 

@@ -100,7 +100,7 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
     for (int64_t i = 0; i < d * d; ++i) scaled[i] = gram[i] * scale;
     gram = scaled.get();
   }
-  const std::unique_ptr<T[]> product(new T[d * d + kPanel<T>]);
+  const std::unique_ptr<T[]> product(new T[d * d + kPackedWidth<T>]);
   std::unique_ptr<T[]> basis_packed, packed;
   std::vector<T> eigenvalues(d, T(0));
   if (tiles) {
@@ -133,11 +133,11 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   std::iota(result.order.begin(), result.order.end(), int64_t(0));
   std::stable_sort(result.order.begin(), result.order.end(),
                    [&](int64_t a, int64_t b) { return eigenvalues[a] > eigenvalues[b]; });
-  result.basis.resize(d * d + kPanel<T>);
+  result.basis.resize(d * d + kPackedWidth<T>);
   T* q = result.basis.data();
   const T scale = power_of_two_scale(largest_magnitude(product.get(), d * d));
   if (tiles) {
-    const std::unique_ptr<T[]> columns(new T[d * d + kPanel<T>]);
+    const std::unique_ptr<T[]> columns(new T[d * d + kPackedWidth<T>]);
     constexpr int64_t block = 16;
     for (int64_t i = 0; i < d; i += block)
       for (int64_t j = 0; j < d; ++j)
@@ -157,7 +157,7 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   // Whatever the Gram was: nothing but an orthogonal Q' leaves this function
   eigenvalues.resize(3 * d);
   if (!is_orthogonal(q, d, eigenvalues.data())) return result;
-  result.rotation.resize(d * d + kPanel<T>); // (not before: LAPACK's QR needs several d^2 of its own)
+  result.rotation.resize(d * d + kPackedWidth<T>); // (not before: LAPACK's QR needs several d^2 of its own)
   if (tiles) {
     pack_rows<T>(packed.get(), d, 0, q, d, d, d);
     multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);

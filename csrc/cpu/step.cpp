@@ -104,13 +104,13 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   return failed;
 }
 
-// step_large, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else the number of refreshes
-// that failed.
+// step_parallel, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else the number of
+// refreshes that failed.
 constexpr int32_t kUnusable = -1;
 
 // to <- from x_g M for a parameter that has all threads, both [A, D, B].
 template <typename T>
-void product_large(const T* from, T* to, int64_t before, int64_t after, Factor<T> m, const LargeWorkspace<T>& work) {
+void product_parallel(const T* from, T* to, int64_t before, int64_t after, Factor<T> m, const ParallelWorkspace<T>& work) {
   if (after == 1 || before == 1 || after >= kWideColumns / 4) {
     product_wide<T>(from, to, before, after, m, work.threads, work.rooms, work.room);
   } else if (m.width <= kTileWidth) { // a short B: whole a for each thread
@@ -126,10 +126,10 @@ void product_large(const T* from, T* to, int64_t before, int64_t after, Factor<T
 
 // A parameter that has all threads: stage after stage over the whole tensor.
 template <typename T, typename P>
-int32_t step_large(const Task& task, P* param, T* scratch, const Options& options) {
+int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
   const int64_t n = layout.numel;
-  const LargeWorkspace<T> work(layout, free_threads(), scratch);
+  const ParallelWorkspace<T> work(layout, free_threads(), scratch);
   const T* g = arranged_gradient(task, work.converted, options.scale, options.maximize);
   if (!(parallel_sum_squares(g, n) <= kLargestSquaredNorm<T>)) return kUnusable;
 
@@ -145,7 +145,7 @@ int32_t step_large(const Task& task, P* param, T* scratch, const Options& option
   const auto turn = [&](const T* x, int64_t i, bool back) {
     const Group& group = layout.groups[i];
     const Factor<T> factor{group_matrix(group, matrices.bases.data(), work.kronecker), group.width, back};
-    product_large<T>(x, to, before[i], n / (before[i] * group.width), factor, work);
+    product_parallel<T>(x, to, before[i], n / (before[i] * group.width), factor, work);
     std::swap(from, to);
   };
 
@@ -173,16 +173,16 @@ int32_t step_large(const Task& task, P* param, T* scratch, const Options& option
   parallel_for(0, n, kGrain, [&](int64_t b, int64_t e) { apply(param + b, from + b, e - b, size, keep); });
 
   // 5 gram EMA
-  gram_ema_large<T>(layout, g, matrices.grams.data(), work, options.shampoo_beta);
+  gram_ema_parallel<T>(layout, g, matrices.grams.data(), work, options.shampoo_beta);
   matrices.write_back(task);
   exp_avg.write_back();
   exp_avg_sq.write_back();
-  return 0; // 6 refresh: by refresh_alone
+  return 0; // 6 refresh: by refresh_parallel
 }
 
 // Step 6 with all threads. buffer [numel]. Returns how many refreshes failed.
 template <typename T>
-int32_t refresh_alone(const Task& task, T* buffer, const Options& options) {
+int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   const Layout& layout = *task.layout;
   const Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
@@ -306,7 +306,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
 
   // 6 refresh
   int32_t failed = 0;
-  if (!task.due.empty() && !task.refresh_alone) {
+  if (!task.due.empty() && !task.refresh_in_parallel) {
     failed = refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
       Factor<T> factor{turn.rotation.data(), layout.groups[turn.group].width};
       if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
@@ -326,8 +326,8 @@ int32_t step_one(const Task& task, T* scratch, const Options& options) {
   const auto run = [&](auto zero) {
     using P = decltype(zero);
     const Arranged<P> param(*task.param, layout);
-    const int32_t outcome = task.alone ? step_large<T, P>(task, param.data(), scratch, options)
-                                       : step_blocked<T, P>(task, param.data(), scratch, options);
+    const int32_t outcome = task.parallel ? step_parallel<T, P>(task, param.data(), scratch, options)
+                                          : step_blocked<T, P>(task, param.data(), scratch, options);
     if (outcome != kUnusable) param.write_back();
     return outcome;
   };
@@ -432,14 +432,14 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
         const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
         if ((t + offset) % precondition_frequency == 0) {
           task.due.push_back(k);
-          task.refresh_alone |= d > kThreadedSize;
-          if (!task.refresh_alone)
+          task.refresh_in_parallel |= d > kThreadedSize;
+          if (!task.refresh_in_parallel)
             task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
         }
       }
     first += layout.modes;
   }
-  choose_alone(tasks);
+  choose_parallel(tasks);
 
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
   AT_DISPATCH_FLOATING_TYPES(dtype, "soap_opt::step_", [&] {
@@ -449,10 +449,10 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     for (const Task& task : tasks) {
       int32_t& of_task = outcome[&task - tasks.data()];
       if (task.layout->numel == 0 || of_task == kUnusable) continue;
-      if ((task.alone || task.refresh_alone) && !task.due.empty()) {
+      if ((task.parallel || task.refresh_in_parallel) && !task.due.empty()) {
         at::AutoDispatchBelowADInplaceOrView guard;
         const FlushSubnormals flush;
-        of_task = refresh_alone<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
+        of_task = refresh_parallel<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }
       bump_versions(task);
     }

@@ -22,9 +22,9 @@ struct Task {
   const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (only grad where Grams alone are wanted)
   at::TensorList grams, bases;
   c10::SmallVector<int64_t, 4> due; // positions of the modes to refresh in this step
-  bool refresh_alone;               // a due mode is large: the refresh waits until all threads are free
+  bool refresh_in_parallel;         // a due mode is large: the refresh waits until all threads are free
   double cost;                      // flops
-  bool alone = false;               // has all threads, while no other parameter is stepped
+  bool parallel = false;            // has all threads, while no other parameter is stepped
   double lr = 0, keep = 1;          // keep: 1 - lr weight_decay
 };
 
@@ -45,14 +45,14 @@ inline bool calls_blas(const Layout& layout) {
 // The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by the layout
 // alone: the result does not depend on the number of threads then. BLAS, which some wide groups need, is only called outside of
 // workers.
-inline void choose_alone(std::vector<Task>& tasks) {
+inline void choose_parallel(std::vector<Task>& tasks) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const bool deterministic = at::globalContext().deterministicAlgorithms();
   std::vector<Task*> rest;
   double total = 0;
   for (Task& task : tasks) {
-    task.alone = task.layout->numel > kParallelNumel || (deterministic && calls_blas(*task.layout));
-    if (task.alone || task.cost < kWorthThreads) continue;
+    task.parallel = task.layout->numel > kParallelNumel || (deterministic && calls_blas(*task.layout));
+    if (task.parallel || task.cost < kWorthThreads) continue;
     rest.push_back(&task);
     total += task.cost;
   }
@@ -60,7 +60,7 @@ inline void choose_alone(std::vector<Task>& tasks) {
   std::sort(rest.begin(), rest.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
   for (Task* task : rest) {
     if (threads == 1 || task->cost <= total / threads) break;
-    task->alone = true;
+    task->parallel = true;
     total -= task->cost;
   }
 }
@@ -151,14 +151,15 @@ struct Matrices {
 
 // Elements of scratch: what the largest parameter that has all threads needs, and the largest of the others for each thread.
 struct ScratchSizes {
-  int64_t large = 0, worker = 0;
+  int64_t parallel = 0, worker = 0;
 
   template <typename T>
   static ScratchSizes of(const Layouts& layouts, int64_t threads) {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
-      if (layout.numel > kParallelNumel || threads > 1 || calls_blas(layout)) // any may come to be alone, by a due refresh too
-        sizes.large = std::max(sizes.large, LargeWorkspace<T>(layout, threads, nullptr).numel);
+      if (layout.numel > kParallelNumel || threads > 1 ||
+          calls_blas(layout)) // any may come to be stepped by all threads, by a due refresh too
+        sizes.parallel = std::max(sizes.parallel, ParallelWorkspace<T>(layout, threads, nullptr).numel);
       if (layout.numel <= kParallelNumel)
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
     }
@@ -167,7 +168,7 @@ struct ScratchSizes {
   static ScratchSizes of(const Layouts& layouts, int64_t threads, at::ScalarType dtype) {
     return dtype == at::kDouble ? of<double>(layouts, threads) : of<float>(layouts, threads);
   }
-  int64_t numel(int64_t threads) const { return std::max(large, threads * worker); }
+  int64_t numel(int64_t threads) const { return std::max(parallel, threads * worker); }
 };
 
 // function(task, scratch) for every task: those that have all threads one after the other, the rest one a core.
@@ -184,7 +185,7 @@ void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::T
   small.reserve(tasks.size());
   double total = 0;
   for (Task& task : tasks) {
-    if (task.alone) {
+    if (task.parallel) {
       at::AutoDispatchBelowADInplaceOrView guard;
       const FlushSubnormals flush;
       function(task, memory);

@@ -14,9 +14,9 @@ enum class Store { set, add, average }; // to <- sum, to <- to + sum, to <- keep
 // to [W, W] (row stride ld) <- a^T b for panels a, b [k, W]; only the first `valid` rows are written
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
-                          int64_t k, int valid = kPanel<T>, T keep = 1, T weight = 1) {
+                          int64_t k, int valid = kPackedWidth<T>, T keep = 1, T weight = 1) {
   using V = Vector<T, I>;
-  constexpr int width = kPanel<T>, columns = width / V::lanes;
+  constexpr int width = kPackedWidth<T>, columns = width / V::lanes;
   // Half of the registers hold sums; the rest is for b's row and what the compiler keeps in flight.
   constexpr int rows = std::min(width, I::registers / 2 / columns);
   for (int first = 0; first < valid; first += rows) {
@@ -51,7 +51,7 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
 
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
-  constexpr int64_t width = kPanel<T>;
+  constexpr int64_t width = kPackedWidth<T>;
   // Columns from the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes
   // later. The larger matrix is read once, the smaller one, which stays in cache, for each of its panels.
   const int64_t last = (panels_of<T>(n) - 1) * width;
@@ -76,7 +76,7 @@ SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n
 
 template <typename I, typename T>
 SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight) {
-  constexpr int64_t width = kPanel<T>;
+  constexpr int64_t width = kPackedWidth<T>;
   const int valid = int(std::min(width, n - i));
   for (int64_t j = 0; j < i; j += width)
     tile<I, Store::average>(gram + i * n + j, n, a + i * k, a + j * k, k, valid, keep, weight);
@@ -91,7 +91,7 @@ SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const 
 
 template <typename I, typename T>
 SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k) {
-  constexpr int64_t width = kPanel<T>;
+  constexpr int64_t width = kPackedWidth<T>;
   const int64_t ld = panels_of<T>(n) * width;
   for (int64_t i = 0; i < ld; i += width)
     for (int64_t j = 0; j <= i; j += width) tile<I, Store::add>(c + i * ld + j, ld, a + i * k, a + j * k, k);
@@ -99,7 +99,7 @@ SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k
 
 template <typename I, typename T>
 SOAP_OPT_INLINE void pack_rows_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n) {
-  constexpr int64_t width = kPanel<T>;
+  constexpr int64_t width = kPackedWidth<T>;
   for (int64_t j = 0; j < n; j += width) {
     T* to = panels + j * k + first * width;
     const int64_t columns = std::min(width, n - j);
@@ -136,7 +136,7 @@ SOAP_OPT_INLINE void transpose_4x4(double* to, int64_t to_ld, const double* x, i
 template <typename I, typename T>
 SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows,
                                           int64_t n) {
-  constexpr int64_t width = kPanel<T>;
+  constexpr int64_t width = kPackedWidth<T>;
   for (int64_t j = 0; j < n; j += width) {
     T* to = panels + j * k + first * width;
     const T* from = x + j * ld;

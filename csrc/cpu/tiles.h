@@ -1,7 +1,7 @@
 // Register tiles: products of two packed matrices, for everything in a step that is small enough to stay in a core's cache.
 //
-// A matrix [k, n] is packed into ceil(n / W) panels [k, W], W = kPanel, the last one padded with zeros. The product of two
-// panels is one W x W tile held in registers. One format serves the mode products (a basis and a piece of the gradient) and
+// A matrix [k, n] is packed into ceil(n / W) panels [k, W], W = kPackedWidth, the last one padded with zeros. The product of
+// two panels is one W x W tile held in registers. One format serves the mode products (a basis and a piece of the gradient) and
 // the Grams (a piece of the gradient and itself: tiles below the diagonal only). On an AVX-512 core that does 118 GF/s at
 // most, the tiles run at 117, its MKL's sgemm at 101 for 128 x 128 x 3200 and at 43 where 25 or 9 is a dimension.
 #pragma once
@@ -11,17 +11,17 @@
 namespace soap_opt {
 
 template <typename T>
-constexpr int64_t kPanel = 64 / int64_t(sizeof(T)); // one cache line
+constexpr int64_t kPackedWidth = 64 / int64_t(sizeof(T)); // one cache line
 
 template <typename T>
 constexpr int64_t panels_of(int64_t n) {
-  return (n + kPanel<T> - 1) / kPanel<T>;
+  return (n + kPackedWidth<T> - 1) / kPackedWidth<T>;
 }
 
 // Elements of a matrix [k, n] in panels.
 template <typename T>
 constexpr int64_t packed_numel(int64_t k, int64_t n) {
-  return panels_of<T>(n) * kPanel<T> * k;
+  return panels_of<T>(n) * kPackedWidth<T> * k;
 }
 
 // Rows [first, first + rows) of the panels of a matrix [k, n] <- x [rows, n] with row stride ld.

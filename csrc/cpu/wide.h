@@ -32,7 +32,7 @@ void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel,
 // Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not in place.
 template <typename T>
 int64_t wide_room(int64_t width) {
-  return kDepth * kWideColumns + kDepth * kPanel<T> + (width + kPanel<T>)*(kWideColumns + kPanel<T>);
+  return kDepth * kWideColumns + kDepth * kPackedWidth<T> + (width + kPackedWidth<T>)*(kWideColumns + kPackedWidth<T>);
 }
 
 // Whether product_wide() takes a group.
@@ -44,7 +44,7 @@ inline bool is_wide(int64_t width, int64_t before, int64_t after) {
 // threads busy to the end (768 columns on two threads are four pieces of 192, not three of 256), whole panels.
 template <typename T>
 int64_t wide_columns(int64_t columns, int64_t slabs, int64_t threads) {
-  constexpr int64_t panel = kPanel<T>;
+  constexpr int64_t panel = kPackedWidth<T>;
   int64_t pieces = (columns + kWideColumns - 1) / kWideColumns;
   if (slabs % threads != 0) pieces = (pieces + threads - 1) / threads * threads;
   const int64_t even = (columns + pieces - 1) / pieces;
@@ -55,7 +55,7 @@ int64_t wide_columns(int64_t columns, int64_t slabs, int64_t threads) {
 template <typename T>
 void product_wide(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, int64_t threads, T* rooms,
                   int64_t room_numel) {
-  constexpr int64_t panel = kPanel<T>;
+  constexpr int64_t panel = kPackedWidth<T>;
   const int64_t width = m.width;
   const bool rows = after == 1; // the pieces of the gradient are rows [A, D], otherwise columns of [D, B]
   const int64_t columns = rows ? before : after, slabs = rows ? 1 : before;
@@ -106,7 +106,7 @@ int64_t wide_gram_room(int64_t width) {
 // gram [D, D] <- beta gram + (1 - beta) (x [A, D, B] contracted with itself over A and B). Needs no room of gram's size.
 template <typename T>
 void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after, T* panels, double beta) {
-  constexpr int64_t panel = kPanel<T>;
+  constexpr int64_t panel = kPackedWidth<T>;
   const int64_t count = panels_of<T>(width);
   // Blocks of rows k = (a, b): of several a, or of a part of one a's b
   const int64_t from_b = std::min(after, kWideGramRows), from_a = std::max<int64_t>(1, kWideGramRows / after);

@@ -8,7 +8,7 @@ from comparison import IMPLEMENTATIONS, SoapRun, needs_engine, random_gradients,
 @needs_engine
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("shape", [(136, 2), (160, 10), (128, 120), (2, 256, 5, 5), (3, 192, 5, 5)], ids=str)
-def test_lockstep_of_a_parameter_alone(shape, threads):
+def test_lockstep_of_a_parameter_stepped_by_all_threads(shape, threads):
     torch.set_num_threads(threads)
     options = {"precondition_frequency": 1, "refresh": "together", "lr": 0.01}
     params = random_params([shape])
