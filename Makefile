@@ -1,6 +1,7 @@
 # make demo    train a learned image compression model with SOAP on the photographs in examples/photos
 # make test    run the tests (TESTS='-m "not slow"' for the quick loop)
 # make bench   run the benchmarks
+# make docs    build the documentation: build/docs/index.html
 # All of them create .venv and install what they need on first use.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TESTS  ?=
 # As many tests at a time as there are cores (TESTS='-n 0 ...' for one); most of them take one thread and about 1 GB
 PYTEST := $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test bench quick lint clean
+.PHONY: demo test bench quick lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-examples
@@ -28,6 +29,9 @@ bench: $(VENV)/.installed-bench
 lint: $(VENV)/.installed-test
 	$(PIP) ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 # The dependencies first (each built as its own authors ask), then this package in place, without build isolation, so that
 # its compiled parts are built against the torch that they will run with.

@@ -145,7 +145,7 @@ def run_decay(arguments: argparse.Namespace) -> None:
 
 def run_must_reach(arguments: argparse.Namespace) -> None:
     print("\n### Must reach\n")
-    print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_readmes())
+    print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_page())
 
 
 SUITES = {

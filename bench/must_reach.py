@@ -11,7 +11,7 @@ from .contest import WARMUP
 from .models import LIC_MODELS
 from .results import Row, read, read_nested, table
 
-README = Path(__file__).with_name("README.md")
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 QUIET = 0.9  # a lower ``quiet`` (see contest.py), or none, and something else may have been running
 START, END = "<!-- must-reach -->\n", "<!-- /must-reach -->"
 
@@ -176,17 +176,17 @@ def rows() -> list[Row]:
         for file in target.files:
             found = judged(target, file)
             row = {"target": target.what, "value": found["value"], **bounds(target), "": found["verdict"]}
-            result.append({**row, "data": f"[{file}.csv](results/{file}.csv)"})
-    return [*result, {**EQUALITY, "data": f"[{EQUALITY_TEST.name}](../{EQUALITY_TEST})"}]
+            result.append({**row, "data": f"bench/results/{file}.csv"})
+    return [*result, {**EQUALITY, "data": str(EQUALITY_TEST)}]
 
 
 def summary() -> list[Row]:
-    """One row for each target: all its values, each a link to its data."""
+    """One row for each target: all its values, each a link to its data from docs/."""
     result = []
     for target in TARGETS:
         found = [judged(target, file) for file in target.files]
         values = [
-            f"[{row['value'] if row['value'] is not None else 'not measured'}](bench/results/{row['file']}.csv)"
+            f"[{row['value'] if row['value'] is not None else 'not measured'}](../bench/results/{row['file']}.csv)"
             + (f" {row['file'].removeprefix('step_')}" if len(found) > 1 else "")
             for row in found
         ]
@@ -195,14 +195,12 @@ def summary() -> list[Row]:
         verdict = min(verdicts, key=lambda text: next(i for i, start in enumerate(order) if text.startswith(start)))
         command = f"`python -m bench {target.files[0].partition('_')[0]}`"
         result.append({"target": target.what, **bounds(target), "measured": ", ".join(values), "": verdict, "command": command})
-    test = {"measured": f"[{EQUALITY_TEST.name}]({EQUALITY_TEST})", "command": f"`pytest {EQUALITY_TEST}`"}
+    test = {"measured": f"[{EQUALITY_TEST.name}](../{EQUALITY_TEST})", "command": f"`pytest {EQUALITY_TEST}`"}
     return [*result, {**EQUALITY, **test}]
 
 
-def write_into_readmes() -> str:
-    """Put the tables between the markers of bench/README.md and README.md; returns the longer one."""
-    text = table(rows())
-    for path, inserted in ((README, text), (README.parent.parent / "README.md", table(summary()))):
-        before, rest = path.read_text().split(START)
-        path.write_text(f"{before}{START}{inserted}\n{END}{rest.split(END)[1]}")
-    return text
+def write_into_page() -> str:
+    """Put the table of :func:`summary` between the markers of docs/benchmarks.md; returns that of :func:`rows`."""
+    before, rest = PAGE.read_text().split(START)
+    PAGE.write_text(f"{before}{START}{table(summary())}\n{END}{rest.split(END)[1]}")
+    return table(rows())

@@ -1,4 +1,4 @@
-"""memory_report counts what an optimizer holds, and foretells what it will hold. And the README's example runs."""
+"""memory_report counts what an optimizer holds, and foretells what it will hold. And the documentation's example runs."""
 
 import re
 from pathlib import Path
@@ -143,9 +143,9 @@ def test_an_installed_version_is_known():
     assert soap_opt.__version__.count(".") == 2
 
 
-def test_the_readme_s_example_runs(capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = re.findall(r"### Diagnostics\n.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_documentation_s_example_runs(capsys):
+    page = (Path(__file__).parent.parent / "docs/api/diagnostics.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {}
     exec(example, names)
     printed = capsys.readouterr().out

@@ -146,13 +146,13 @@ class OutlierMeter:
 
     - ``kurtosis_channels``: kurtosis of the channels' root mean squares, each over all images and places;
     - ``kurtosis``: of all values;
-    - ``max_over_median``: the largest |s| over the median |s|; inf where the median is 0 (behind a ReLU);
-    - ``beyond_6_sigma``: share of |s| > 6 sqrt(mean s^2).
+    - ``max_over_median``: the largest ``|s|`` over the median ``|s|``; inf where the median is 0 (behind a ReLU);
+    - ``beyond_6_sigma``: share of ``|s|`` > 6 sqrt(mean s^2).
 
     Values of several images, and of several calls of one module, count as one sample, in any order. The sums are float64 and
     so exact; the median, and how many lie beyond 6 sigma, come from a histogram whose bins are 1/256 to 1/128 of the value wide
-    (of float64 values as float32): the median is off by less than 0.8 %, the share by less than the share of |s| within 0.8 %
-    of 6 sigma. NaN where a layer saw nothing, or zeros alone; an image of another number of channels leaves
+    (of float64 values as float32): the median is off by less than 0.8 %, the share by less than the share of ``|s|`` within
+    0.8 % of 6 sigma. NaN where a layer saw nothing, or zeros alone; an image of another number of channels leaves
     ``kurtosis_channels`` NaN.
 
     A measured forward pass takes longer, by about half on a CPU, and some 20 bytes for each value of one output at a time;
