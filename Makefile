@@ -33,6 +33,11 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
 
+# (needs no compiled parts, and leaves those that there are)
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	SOAP_OPT_BUILD=0 $(PIP) -e ".[docs]"
+	touch $@
+
 # The dependencies first (each built as its own authors ask), then this package in place, without build isolation, so that
 # its compiled parts are built against the torch that they will run with.
 $(VENV)/.installed-%: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python

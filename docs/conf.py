@@ -25,6 +25,7 @@ myst_heading_anchors = 3  # [text](page.md#a-heading), as GitHub has them
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures carry them already
 autodoc_typehints_format = "short"
+autodoc_mock_imports = ["compressai"]  # of the extra "examples", which the documentation does not need
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 
