@@ -19,7 +19,6 @@ html_theme = "furo"
 html_title = f"soap_opt {__version__}"
 copybutton_exclude = ".linenos, .gp, .go"
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3  # [text](page.md#a-heading), as GitHub has them
 
 autodoc_member_order = "bysource"
