@@ -27,8 +27,8 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m pytest bench --benchmark-columns=median,min,rounds -s
 
 lint: $(VENV)/.installed-test
-	$(PIP) ruff
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(PIP) ruff mypy
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
@@ -52,4 +52,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _imported(name: str, absent: str) -> str | None:
@@ -23,16 +26,20 @@ def _imported(name: str, absent: str) -> str | None:
     return None
 
 
+def compiled_part() -> ModuleType:
+    """soap_opt._C, where there is one."""
+    return importlib.import_module("soap_opt._C")
+
+
 def _load() -> str | None:
     """Load soap_opt._C, which registers torch.ops.soap_opt.*; the reason when that fails."""
     reason = _imported("_C", "soap_opt was installed without its compiled part (see the first section of the README)")
     if reason is not None:
         return reason
-    from . import _C
-
-    built_with, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (_C.torch_version, torch.__version__))
-    if built_with != running:
-        return f"soap_opt._C was built with torch {_C.torch_version}, this is {torch.__version__}; reinstall soap_opt"
+    built_with: str = compiled_part().torch_version
+    wanted, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (built_with, torch.__version__))
+    if wanted != running:
+        return f"soap_opt._C was built with torch {built_with}, this is {torch.__version__}; reinstall soap_opt"
     _register_fakes()
     return None
 
@@ -40,21 +47,23 @@ def _load() -> str | None:
 def _register_fakes() -> None:
     """What the operators return for tensors without data: for torch.compile, export and torch.library.opcheck."""
 
-    @torch.library.register_fake("soap_opt::step_")
-    def _(params, *args, **kwargs):
+    def step(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return torch.empty(len(params), dtype=torch.int32, device="cpu")
 
-    @torch.library.register_fake("soap_opt::gram_ema_")
-    def _(grads, *args, **kwargs):
+    def gram_ema(grads: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return torch.empty(len(grads), dtype=torch.float64, device="cpu")
 
-    @torch.library.register_fake("soap_opt::refresh_basis_")
-    def _(grams, bases, orders, rotations, outcomes, tolerance=-1.0, due=None):
+    def refresh_basis(*args: Any, **kwargs: Any) -> None:
         return None
 
-    @torch.library.register_fake("soap_opt::init_basis")
-    def _(grams):
+    def init_basis(grams: list[Tensor]) -> list[Tensor]:
         return [torch.empty_like(gram) for gram in grams]
+
+    # (not as decorators, which are not annotated)
+    torch.library.register_fake("soap_opt::step_", step)
+    torch.library.register_fake("soap_opt::gram_ema_", gram_ema)
+    torch.library.register_fake("soap_opt::refresh_basis_", refresh_basis)
+    torch.library.register_fake("soap_opt::init_basis", init_basis)
 
 
 def _load_cuda() -> str | None:

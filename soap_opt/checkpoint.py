@@ -111,10 +111,10 @@ def _number(param: Tensor, key: str, value: Any, options: dict[str, Any], descri
         device = step_device(param, Options.of({**DEFAULTS, **options}))
     elif key == "initialized":
         dtype = torch.bool
-    value = torch.as_tensor(value).to(dtype=dtype, device=device)
-    if value.numel() != 1:
-        raise ValueError(f"the state of {describe(param)}: {key} has shape {tuple(value.shape)}, but one number is expected")
-    return value.reshape(())
+    number = torch.as_tensor(value).to(dtype=dtype, device=device)
+    if number.numel() != 1:
+        raise ValueError(f"the state of {describe(param)}: {key} has shape {tuple(number.shape)}, but one number is expected")
+    return number.reshape(())
 
 
 def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_avg_space: str = "eigenbasis") -> None:
@@ -197,8 +197,7 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
     if [getattr(gram, "shape", None) for gram in grams] != [getattr(basis, "shape", None) for basis in bases]:
         raise ValueError(f"the checkpoint's Q for {description} does not have the shapes of its GG")
 
-    dtype = state_dtype(param)
-    convert = {"dtype": dtype, "device": param.device}
+    dtype, device = state_dtype(param), param.device
     result: dict[str, Any] = {
         "step": torch.tensor(float(raw["step"]), dtype=torch.float32, device="cpu"),
         "initialized": torch.tensor(True, device="cpu"),
@@ -206,8 +205,8 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
         "exp_avg_sq": torch.empty_like(param, dtype=dtype).copy_(raw["exp_avg_sq"]),
     }
     for mode in layout.modes:
-        result[f"gram_{mode}"] = grams[mode].to(**convert, copy=True).contiguous()
-        result[f"basis_{mode}"] = bases[mode].to(**convert, copy=True).contiguous()
+        result[f"gram_{mode}"] = grams[mode].to(dtype=dtype, device=device, copy=True).contiguous()
+        result[f"basis_{mode}"] = bases[mode].to(dtype=dtype, device=device, copy=True).contiguous()
     if exp_avg_space == "parameter":
         with torch.no_grad(), full_precision_matmul({param.device.type}):
             turned = project(result["exp_avg"], [result[f"basis_{mode}"] for mode in layout.modes], layout)
@@ -216,5 +215,5 @@ def _import_param(param: Tensor, raw: dict[str, Any], layout: Layout, exp_avg_sp
         # The original has a 1 x 1 basis for a mode of size 1, which may be -1; here that mode is the identity.
         for mode, basis in enumerate(bases):
             if mode not in layout.modes and isinstance(basis, Tensor):
-                result["exp_avg"].mul_(basis.to(**convert).reshape(()).sign())
+                result["exp_avg"].mul_(basis.to(dtype=dtype, device=device).reshape(()).sign())
     return result

@@ -71,7 +71,14 @@ def optimizer_step_(
 
 
 @optimizer_step_.register_fake
-def _(params, grads, places, number, grad_scale=None, found_inf=None):
+def _(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    places: Sequence[int],
+    number: int,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
     return None
 
 

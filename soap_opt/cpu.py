@@ -60,13 +60,18 @@ def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
     )
 
 
-_memory = threading.local()
+class _Memory(threading.local):
+    def __init__(self) -> None:  # once for each thread
+        self.kept: dict[torch.dtype, Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
     """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
     allocated it anew would spend as long on page faults as on the elementwise work."""
-    kept: dict[torch.dtype, Tensor] = _memory.__dict__
+    kept = _memory.kept
     needed = scratch_numel(layouts, dtype, torch.get_num_threads())
     if dtype not in kept or kept[dtype].numel() < needed:
         kept.pop(dtype, None)
@@ -79,4 +84,5 @@ def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
 @outside_modes()
 def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
     """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
-    return torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)
+    numel: int = torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)
+    return numel

@@ -33,7 +33,7 @@ def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
     """No autocast and no TF32/bfloat16 inside matrix products: reduced precision there is known to ruin the basis."""
     # Settings of each backend, not torch.set_float32_matmul_precision: that one raises once somebody has set a backend, and
     # would on the way back overwrite what was set. "none" inherits; where nothing is set it means full precision.
-    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch replaces the module
     with ExitStack() as stack:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -207,7 +207,7 @@ def is_orthogonal(basis: Tensor) -> Tensor:
     # no two alike, so that no errors of an ordinary kind add up to nothing
     probe = torch.where(place % 2 == 0, 1.0, -1.0) * (1 + (place * 0.6180339887498949).frac())
     x = probe.to(basis).unsqueeze(-1)  # [d, 1]
-    bound = 512 * torch.finfo(basis.dtype).eps * d**0.5
+    bound: float = 512 * torch.finfo(basis.dtype).eps * d**0.5
     off = (basis.mT @ (basis @ x) - x).abs().amax((-2, -1))
     return (off <= bound) & ((basis.square().sum(-2) - 1).abs().amax(-1) <= bound)  # NaN is neither
 
@@ -288,7 +288,7 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
         EigenDecompositionError: eigh did not converge on a matrix, not in float64 either.
     """
     if fused and grams:
-        made = torch.ops.soap_opt.init_basis(list(grams))
+        made: list[Tensor] = torch.ops.soap_opt.init_basis(list(grams))
         for i, (gram, basis) in enumerate(zip(grams, made)):
             if basis.shape != gram.shape:
                 raise EigenDecompositionError(i, "linalg.eigh: The algorithm failed to converge")
@@ -298,8 +298,8 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
 
 
 def _init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
-    bases: list[Tensor | None] = [None] * len(grams)
-    alike: dict[tuple, list[int]] = {}
+    bases: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for i, gram in enumerate(grams):
         alike.setdefault((gram.device, gram.dtype, gram.shape[0]), []).append(i)
     for (_, _, size), indices in alike.items():
@@ -312,12 +312,12 @@ def _init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
             for i, q in zip(chunk, basis.unbind(0)):
                 # clone: a view would keep (and save) the whole stack for each of its members
                 bases[i] = q.clone(memory_format=torch.contiguous_format) if len(chunk) > 1 else q.contiguous()
-    return bases
+    return [bases[i] for i in range(len(grams))]
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
     damping = 1e-30 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    vectors = torch.linalg.eigh(gram + damping).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(gram + damping).eigenvectors
     if not is_orthogonal(vectors).all():
         raise torch.linalg.LinAlgError("linalg.eigh: the result is not finite, or not orthogonal")
     return vectors.flip(-1)

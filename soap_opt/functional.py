@@ -186,7 +186,7 @@ def parts_of(batch: Batch) -> list[tuple[Path, list[int]]]:
         for param, exp_avg in zip(batch.params, batch.exp_avgs):
             if state_dtype(param) != exp_avg.dtype:
                 raise RuntimeError(f"a parameter is {param.dtype}, its state {exp_avg.dtype}")
-    parts = []
+    parts: list[tuple[Path, list[int]]] = []
     for path, indices in zip(paths, kinds.values()):
         if path is not Path.CUDA:
             parts.append((path, indices))

@@ -43,5 +43,5 @@ def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=state_dtype(grad)).to(device, dtype) for grad in grads])
     scale = norms.new_ones(1) if grad_scale is None else grad_scale.to(device, dtype).reshape(1)
     norms = norms / scale
-    total = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
+    total: Tensor = torch.linalg.vector_norm(torch.where(is_usable(norms), norms, 0))
     return scale / (max_grad_norm / (total + 1e-6)).clamp(max=1.0)

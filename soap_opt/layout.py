@@ -154,7 +154,8 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     identity = tuple(range(x.dim()))
     if x.is_contiguous():
         return identity
-    order = tuple(sorted(identity, key=lambda i: (-x.stride(i), i)))
+    strides = x.stride()
+    order = tuple(sorted(identity, key=lambda i: (-strides[i], i)))
     return order if x.permute(order).is_contiguous() else identity
 
 

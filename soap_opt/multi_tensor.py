@@ -116,7 +116,8 @@ def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
             torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
 
         # 5 gram EMA
-        averaged, outers = [], []
+        averaged: list[Tensor] = []
+        outers: list[Tensor] = []
         for stack in stacks:
             for k, outer in enumerate(outer_products(_stack(grad, stack), layouts[stack[0]])):
                 averaged += [gram[i][k] for i in stack]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral
@@ -155,8 +156,10 @@ def names_of(*roles: str) -> tuple[str, ...]:
     return tuple(f.name for f in fields(Options) if not roles or f.metadata["role"] in roles)
 
 
+_Values = Callable[[dict[str, Any]], tuple[Any, ...]]  # several of a dict's
+
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 SHAPING = names_of("shape")
-_VALUES = itemgetter(*names_of())
-_STEP_AND_PATH = itemgetter(*names_of("step", "path"))
-_CALL = itemgetter(*names_of("call"))
+_VALUES: _Values = itemgetter(*names_of())
+_STEP_AND_PATH: _Values = itemgetter(*names_of("step", "path"))
+_CALL: _Values = itemgetter(*names_of("call"))

@@ -35,10 +35,6 @@ def largest_in_shared_memory(limit: int) -> int:
     return max(d for d in range(33, 257) if block_shared_memory(d) <= limit)
 
 
-def _operator():
-    return torch.ops.soap_opt.refresh_basis_
-
-
 def refresh_bases_(
     grams: Sequence[Tensor],
     bases: Sequence[Tensor],
@@ -67,5 +63,5 @@ def refresh_bases_(
         orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
         out = orders, [torch.empty_like(gram) for gram in grams], grams[0].new_full((len(grams),), -1, dtype=torch.int32)
     orders, rotations, outcomes = out
-    _operator()(list(grams), list(bases), orders, rotations, outcomes, tolerance, due)
+    torch.ops.soap_opt.refresh_basis_(list(grams), list(bases), orders, rotations, outcomes, tolerance, due)
     return [Refresh(*parts) for parts in zip(orders, bases, rotations)], outcomes

@@ -58,10 +58,9 @@ def _capability() -> str:
     """The engine's instruction set, and what keeps it below the processor's."""
     if _ext.unavailable("cpu") is not None:
         return "none"
-    from soap_opt import _C
-
+    capability: str = _ext.compiled_part().cpu_capability
     allowed = os.environ.get("SOAP_OPT_CPU_CAPABILITY")
-    return _C.cpu_capability + (f" (SOAP_OPT_CPU_CAPABILITY={allowed})" if allowed else "")
+    return capability + (f" (SOAP_OPT_CPU_CAPABILITY={allowed})" if allowed else "")
 
 
 def _compiler() -> str:

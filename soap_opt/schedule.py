@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 POLICIES = ("together", "staggered", "adaptive")
 
@@ -22,10 +23,13 @@ def is_due(step: int, offset: int, frequency: int, policy: str) -> bool:
     return step > 0 and (step + offset) % frequency == 0
 
 
-def due_units(steps: np.ndarray, offsets: np.ndarray, frequency: int | np.ndarray, policy: str) -> np.ndarray:
+def due_units(
+    steps: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], frequency: int | npt.NDArray[np.int64], policy: str
+) -> npt.NDArray[np.bool_]:
     """:func:`is_due` for many units: [n] bool of [n] int64."""
     moved = steps if policy == "together" else steps + offsets
-    return (steps > 0) & (moved % frequency == 0)
+    due: npt.NDArray[np.bool_] = (steps > 0) & (moved % frequency == 0)
+    return due
 
 
 def tolerance_of(policy: str, refresh_tolerance: float) -> float:

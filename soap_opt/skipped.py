@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -73,7 +74,8 @@ class Skips:
 
 def users_stacklevel() -> int:
     """The first frame outside of torch and soap_opt, counted from the function that warns: torch's wrappers vary in number."""
-    frame, level = sys._getframe(1), 1
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt"):
         frame, level = frame.f_back, level + 1
     return level

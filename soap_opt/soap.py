@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .checkpoint import restore_state
 from .cuda.follow import Following
 from .cuda.stepper import CudaStepper
 from .eigenbasis import full_precision_matmul
-from .functional import Path, path_of, require_fused, step_batch
+from .functional import require_fused, step_batch
 from .gradients import clipping_scale
 from .init import initialize, step_dataless
 from .layout import Layout
@@ -26,7 +26,7 @@ from .parameters import check_params, describe_place, first_step_costs
 from .precondition import precondition
 from .skipped import Skips, users_stacklevel
 from .state import Layouts, add_missing_offsets, explain_misfit, keep_on_host, step_tensor
-from .work import Work, batch_of, check_capture, together, with_grad
+from .work import Given, Work, batch_of, check_capture, looks_at_found_inf, together, with_grad
 
 
 class SOAP(Optimizer):
@@ -157,7 +157,7 @@ class SOAP(Optimizer):
         defaults = {name: given[name] for name in names_of()} | {"betas": tuple(betas)}
         Options.of(defaults).check()
         self._cuda = CudaStepper()
-        self._number, self._traced_params = compiled.register(self), []
+        self._number, self._traced_params = compiled.register(self), list[Tensor]()
         self._skips = Skips()
         self._layouts = Layouts()
         self._cubes = 0  # of the sizes of all Grams: what a first step takes goes with it
@@ -218,9 +218,7 @@ class SOAP(Optimizer):
         return loss
 
     @torch.no_grad()
-    def _step(
-        self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step(self, given: Given | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """:meth:`step` without a closure. given: of each parameter with a gradient the tensor that is updated and the gradient;
         None takes the parameters themselves and ``p.grad``."""
         self.wait_for_refresh()
@@ -229,9 +227,7 @@ class SOAP(Optimizer):
         finally:  # a warning may be an exception: not before all groups are stepped
             self._skips.warn(self._describe)
 
-    def _step_all(
-        self, given: dict[Tensor, tuple[Tensor, Tensor]] | None, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step_all(self, given: Given | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         # Every check comes before the first change.
         keep_on_host(self.state.values())
         work = [with_grad(self, group, given) for group in self.param_groups]
@@ -247,7 +243,7 @@ class SOAP(Optimizer):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             check_capture(work, [param for _, param, _ in pending], self._describe)
         # Where the kernels look at found_inf, the host need not wait
-        if found_inf is not None and (pending or not all(map(_looks_at_found_inf, work))):
+        if found_inf is not None and (pending or not all(map(looks_at_found_inf, work))):
             if float(found_inf) != 0:
                 return
             found_inf = None
@@ -268,10 +264,8 @@ class SOAP(Optimizer):
     def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clipped: bool) -> None:
         """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clipped: by grad_scale."""
         try:
-            batch = batch_of(works)
-            skipped = step_batch(
-                batch.with_options(max_grad_norm=None) if clipped else batch, grad_scale, found_inf, self._cuda
-            )
+            batch = batch_of(works).with_options(max_grad_norm=None) if clipped else batch_of(works)
+            skipped = step_batch(batch, grad_scale, found_inf, self._cuda)
         except (RuntimeError, KeyError) as error:
             for work in works:
                 for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
@@ -283,6 +277,12 @@ class SOAP(Optimizer):
         if any(skipped):
             self._skips.add([param for work in works for param in work.params], skipped)
 
+    @overload
+    def skipped_steps(self, per_parameter: Literal[False] = False) -> int: ...
+    @overload
+    def skipped_steps(self, per_parameter: Literal[True]) -> list[int]: ...
+    @overload
+    def skipped_steps(self, per_parameter: bool) -> int | list[int]: ...
     def skipped_steps(self, per_parameter: bool = False) -> int | list[int]:
         """How often a gradient was not usable (not finite, or its squared norm overflowed): its parameter stayed as it was.
 
@@ -294,12 +294,16 @@ class SOAP(Optimizer):
         counts = self._skips.totals(*self._counted()).steps
         return counts if per_parameter else sum(counts)
 
+    @overload
+    def skipped_refreshes(self, per_parameter: Literal[False] = False) -> int: ...
+    @overload
+    def skipped_refreshes(self, per_parameter: Literal[True]) -> list[int]: ...
+    @overload
+    def skipped_refreshes(self, per_parameter: bool) -> int | list[int]: ...
     def skipped_refreshes(self, per_parameter: bool = False) -> int | list[int]:
         """How often a basis was due and could not be refreshed: its Gram was not finite, or what the QR decomposition made of
         it was not finite, or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments stayed as
-        they were.
-
-        The count is not part of the state_dict.
+        they were. The count is not part of the state_dict.
 
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
@@ -399,7 +403,7 @@ class SOAP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        counts = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # an older version counted steps alone
+        steps, refreshes = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # (once steps alone)
         super().__setstate__(state)
         # torch adds `differentiable`, which no group of ours has, and which would be saved with the next checkpoint
         self.defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
@@ -408,7 +412,7 @@ class SOAP(Optimizer):
         self._traced_params = compiled.all_params(self)
         if "_skips" not in self.__dict__:
             self._skips = Skips()
-            self._skips.counts = tuple(map(dict, counts))
+            self._skips.counts = dict(steps), dict(refreshes)
         self._support_amp_scaling()
         self.__dict__.setdefault("_cubes", 0)
         self._layouts = Layouts()
@@ -442,8 +446,3 @@ class SOAP(Optimizer):
                     return describe_place(named, before, place)
             before += len(group["params"])
         return f"a parameter of shape {tuple(param.shape)}"
-
-
-def _looks_at_found_inf(work: Work) -> bool:
-    """Whether the kernels that step these parameters do."""
-    return all(path_of(param, work.options, layout) is Path.CUDA for param, layout in zip(work.params, work.layouts))

@@ -126,7 +126,9 @@ def add_missing_offsets(optimizer: SOAP) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state.get(param)
-            for place, key in enumerate(optimizer._layout(param, group).offset_keys if state else ()):
+            if not state:
+                continue
+            for place, key in enumerate(optimizer._layout(param, group).offset_keys):
                 if key not in state:
                     offsets = offsets or refresh_offsets(optimizer)
                     state[key] = torch.tensor(offsets[param][place], dtype=torch.int64, device="cpu")

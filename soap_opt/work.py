@@ -19,6 +19,9 @@ from .options import Options
 if TYPE_CHECKING:
     from .soap import SOAP
 
+# Of each parameter with a gradient the tensor that is updated, and the gradient
+Given = dict[Tensor, tuple[Tensor, Tensor]]
+
 
 class Work(NamedTuple):
     """A group's parameters that have a gradient, as parallel lists (see :class:`soap_opt.batch.Batch`)."""
@@ -28,14 +31,17 @@ class Work(NamedTuple):
     params: list[Tensor]
     tensors: list[Tensor]  # what is updated: the parameters, or what stands for them in a compiled graph
     grads: list[Tensor]
-    states: list[dict[str, Tensor] | None]
+    states: list[dict[str, Tensor]]  # empty before the first gradient
     layouts: list[Layout]
 
     def where(self, wanted: list[bool]) -> Work:
-        return Work(self.group, self.options, *(list(compress(column, wanted)) for column in self[2:]))
+        return Work(
+            self.group, self.options, list(compress(self.params, wanted)), list(compress(self.tensors, wanted)),
+            list(compress(self.grads, wanted)), list(compress(self.states, wanted)), list(compress(self.layouts, wanted)),
+        )  # fmt: skip
 
 
-def with_grad(optimizer: SOAP, group: dict[str, Any], given: dict[Tensor, tuple[Tensor, Tensor]] | None = None) -> Work:
+def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None) -> Work:
     """The group's parameters that have a gradient, after every check that could fail.
 
     Args:
@@ -47,7 +53,7 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: dict[Tensor, tuple[
     layouts = optimizer._layouts
     # This loop is a good part of a step of thousands of small tensors, and everything in it is looked up once.
     shaping, pinned_of, state_of, strided = layouts.shaping(group), layouts.pinned.get, optimizer.state.get, torch.strided
-    work = Work(group, options, [], [], [], [], [])
+    work, stateless = Work(group, options, [], [], [], [], []), dict[str, Tensor]()
     for param in group["params"]:
         if given is None:
             tensor, grad = param, param.grad
@@ -59,7 +65,7 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: dict[Tensor, tuple[
             raise RuntimeError(
                 f"SOAP does not support sparse gradients, but that of {optimizer._describe(param)} is {grad.layout}"
             )
-        pinned, state = pinned_of(param), state_of(param)
+        pinned, state = pinned_of(param), state_of(param, stateless)
         # (a matrix has no memory formats to choose from)
         if (
             pinned is None
@@ -116,6 +122,11 @@ def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], T
                 key = (*devices, id(scale), options.agree_on_cpu())
         calls.setdefault(key, ([], scale))[0].append(w)
     return list(calls.values())
+
+
+def looks_at_found_inf(work: Work) -> bool:
+    """Whether the kernels that step these parameters do."""
+    return all(path_of(param, work.options, layout) is Path.CUDA for param, layout in zip(work.params, work.layouts))
 
 
 def check_capture(work: Sequence[Work], not_initialized: Sequence[Tensor], describe: Callable[[Tensor], str]) -> None:

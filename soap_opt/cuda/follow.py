@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -53,7 +54,7 @@ class Flags:
         on_cuda = scalars.device.type == "cuda"
         self._flags = torch.empty(scalars.shape, dtype=scalars.dtype, device="cpu", pin_memory=on_cuda)
         self._flags.copy_(scalars, non_blocking=True)
-        self._event = None
+        self._event: torch.cuda.Event | None = None
         if on_cuda:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(scalars.device))
@@ -103,7 +104,9 @@ class ParameterList:
             return tensors
         return [_in_memory_order(tensor, layout) for tensor, layout in zip(tensors, self.layouts)]
 
-    def phases(self, refresh_offsets: list[Tensor], frequencies: Sequence[int], together: Sequence[bool]) -> np.ndarray:
+    def phases(
+        self, refresh_offsets: list[Tensor], frequencies: Sequence[int], together: Sequence[bool]
+    ) -> npt.NDArray[np.int64]:
         """[units, 2] int64: offset and frequency of every unit.
 
         Args:
@@ -119,7 +122,7 @@ class ParameterList:
         result[:, 1] = np.asarray(frequencies, dtype=np.int64)[self.owners]
         return result
 
-    def due(self, t: list[int], phases: np.ndarray) -> list[tuple[int, int]]:
+    def due(self, t: list[int], phases: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
         """Units that are due at t (of each parameter)."""
         due = due_units(np.asarray(t, dtype=np.int64)[self.owners], phases[:, 0], phases[:, 1], "staggered")
         return [self.units[unit] for unit in np.flatnonzero(due)]
@@ -171,12 +174,13 @@ class Following:
     """What one optimizer knows of the parameters that were stepped on CUDA."""
 
     def __init__(self) -> None:
-        self._followed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg -> Followed
-        self._lists: WeakIdKeyDictionary = WeakIdKeyDictionary()  # exp_avg of a list's first parameter -> lists, latest first
+        self._followed: MutableMapping[Tensor, Followed] = WeakIdKeyDictionary()  # by exp_avg
+        # by the exp_avg of a list's first parameter, the latest first
+        self._lists: MutableMapping[Tensor, list[ParameterList]] = WeakIdKeyDictionary()
 
     def of(self, exp_avg: Tensor) -> Followed:
         """A parameter, told by its ``exp_avg``."""
-        known: Followed | None = self._followed.get(exp_avg)
+        known = self._followed.get(exp_avg)
         if known is None:
             known = self._followed[exp_avg] = Followed(exp_avg.device)
         return known
@@ -188,7 +192,7 @@ class Following:
 
     def list_of(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
         """The kept one, or a new one."""
-        lists: list[ParameterList] | None = self._lists.get(exp_avgs[0])
+        lists = self._lists.get(exp_avgs[0])
         if lists is None:
             lists = self._lists[exp_avgs[0]] = []
         for place, known in enumerate(lists):

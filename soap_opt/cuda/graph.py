@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +25,9 @@ def has_conditional_nodes() -> bool:
     """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on, where PyTorch has it."""
     if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
         return False
-    if torch.version.cuda is None or not torch.cuda.is_available() or torch._C._cuda_getDriverVersion() < 12040:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    if torch._C._cuda_getDriverVersion() < 12040:  # type: ignore[attr-defined]  # missing in torch's stubs
         return False
     return tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 4)
 
@@ -42,7 +45,11 @@ def if_set(condition: Tensor) -> Iterator[None]:
 
 def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else sys.maxsize
+    if device.type != "cuda":
+        return sys.maxsize
+    properties = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
+    return limit
 
 
 class GraphRefresh:
@@ -60,7 +67,7 @@ class GraphRefresh:
         self,
         layouts: list[Layout],
         grouped: list[int],
-        aligned: np.ndarray,
+        aligned: npt.NDArray[np.bool_],
         buffers: Buffers,
         scratch: ScratchOfStreams,
         following: Following,
@@ -126,7 +133,7 @@ class GraphRefresh:
         exp_avg_sqs: list[Tensor],
         grams: list[list[Tensor]],
         bases: list[list[Tensor]],
-        phases: np.ndarray,
+        phases: npt.NDArray[np.int64],
         steps: list[Tensor],
         layouts: list[Layout],
         scalars: Tensor,
@@ -148,9 +155,11 @@ class GraphRefresh:
         wanted = self.due.view(torch.bool)
 
         def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:
-            of = [[matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)]
+            due_grams, due_bases = (
+                [matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)
+            )
             out = [orders[n] for n in places], [rotations[n] for n in places], outcomes
-            refresh_basis.refresh_bases_(*of, tolerance, due, out=out)
+            refresh_basis.refresh_bases_(due_grams, due_bases, tolerance, due, out=out)
 
         by_phase: dict[tuple[int, int], list[int]] = {}
         for n, d in enumerate(refresh.sizes):

@@ -27,7 +27,7 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
     known = _compiled.get(key)
     if known is not None:
         compiled, values = known
-        compiled[(*grid, 1, 1)](*arguments, *values)
+        compiled[grid[0], 1, 1](*arguments, *values)
         return
     config = config_of(_architecture(kernel), name)
     if config.deep:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", bound=np.generic)
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """A copy on the device; the host does not wait for it."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
@@ -23,7 +27,7 @@ class DeviceTable:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> None:
         self.tensor = torch.empty(shape, dtype=dtype, device=device)
-        self.source: np.ndarray | None = None
+        self.source: npt.NDArray[np.generic] | None = None
         self._staging: Tensor | None = None
 
     def reserve(self) -> None:
@@ -31,7 +35,11 @@ class DeviceTable:
         on_cuda = self.tensor.device.type == "cuda"
         self._staging = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device="cpu", pin_memory=on_cuda)
 
-    def send(self, source: np.ndarray, make: Callable[[np.ndarray], np.ndarray] = lambda source: source) -> None:
+    def send(
+        self,
+        source: npt.NDArray[Number],
+        make: Callable[[npt.NDArray[Number]], npt.NDArray[Number]] = lambda source: source,
+    ) -> None:
         """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
         if self.source is not None and np.array_equal(source, self.source):
             return
@@ -53,7 +61,8 @@ class Scratch:
     def take(self, numel: int) -> tuple[Tensor, Tensor]:
         """Both buffers, of at least ``numel`` elements each. (Replaced ones go back to the allocator of their stream.)"""
         if self._buffers is None or self._buffers[0].numel() < numel:
-            self._buffers = tuple(torch.empty(max(1, numel), dtype=torch.float32, device=self.device) for _ in range(2))
+            first, second = (torch.empty(max(1, numel), dtype=torch.float32, device=self.device) for _ in range(2))
+            self._buffers = first, second
         return self._buffers
 
 

@@ -99,8 +99,8 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
             at(stage + number, partial(product, index, problem, number % 2 == 0, offset))
         if len(problems) % 2 == 1:
             at(stage + len(problems), partial(blocks, index, COPY, "scratch_0", "exp_avg"))
-    for stage in stages:
-        for function in stage:
+    for functions in stages:
+        for function in functions:
             function()
         build.launch("reexpress")
     return build.tables(starts[-1], kronecker_numel)

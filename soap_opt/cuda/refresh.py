@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,11 +22,13 @@ from .launch import launch, on_device
 from .memory import Buffers, DeviceTable, Scratch, ScratchOfStreams, to_device
 from .problems import padded
 from .reexpress_tables import can_reexpress, make_reexpress_tables
+from .tables import Tables
 
 if TYPE_CHECKING:
     from .stepper import Plan
 
 Units = list[tuple[int, int]]  # (parameter, place in its layout.modes), in order
+RefreshKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]  # of a plan's refreshes: the due units, the grouped parameters
 
 
 def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], frequency: int, behind: bool) -> int:
@@ -69,14 +72,14 @@ class GroupedRefresh:
         due: Units,
         layouts: list[Layout],
         grouped: list[int],
-        aligned: np.ndarray,
+        aligned: npt.NDArray[np.bool_],
         buffers: Buffers,
         scratch: ScratchOfStreams,
         following: Following,
     ) -> None:
         device = buffers.device
         self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
-        self._counting: list[weakref.ref] = []  # the exp_avgs that know of it
+        self._counting: list[weakref.ref[Tensor]] = []  # the exp_avgs that know of it
         self.due, self.grouped, self.buffers = due, grouped, buffers
         self.sizes = [layouts[i].sizes[k] for i, k in due]
         self.places = {unit: n for n, unit in enumerate(due)}
@@ -91,7 +94,7 @@ class GroupedRefresh:
         self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
         self._scratch, self._following = scratch, following
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
-        self.tables = None
+        self.tables: Tables | None = None
         if grouped:
             self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
             self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
@@ -112,6 +115,7 @@ class GroupedRefresh:
 
     def send(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], orders: list[Tensor], rotations: list[Tensor]) -> None:
         """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
+        assert self.tables is not None  # prepare asks
         own = []
         for i, first in zip(self.grouped, self.first_unit):
             own += [0, 0, exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), self.outcomes[first:].data_ptr(), 0]
@@ -161,8 +165,8 @@ class GroupedRefresh:
         """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
         orders, rotations = self.prepare(exp_avgs, exp_avg_sqs)
         self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
-        of = [[matrices[i][k] for i, k in self.due] for matrices in (grams, bases)]
-        refresh_basis.refresh_bases_(*of, tolerance, wanted, out=(orders, rotations, self.outcomes))
+        due_grams, due_bases = ([matrices[i][k] for i, k in self.due] for matrices in (grams, bases))
+        refresh_basis.refresh_bases_(due_grams, due_bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
         self.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
 
     def reexpress(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import MutableMapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -25,7 +27,7 @@ from .launch import launch, on_device
 from .memory import Buffers, DeviceTable, Scratch, ScratchOfStreams, to_device
 from .overlap import Overlap
 from .problems import is_too_large, padded
-from .refresh import GroupedRefresh, Units, groupable, refresh_due, refresh_due_through_torch
+from .refresh import GroupedRefresh, RefreshKey, Units, groupable, refresh_due, refresh_due_through_torch
 from .tables import PER_PARAMETER, make_tables
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
@@ -60,7 +62,7 @@ class Plan:
     def __init__(
         self,
         key: PlanKey,
-        aligned: np.ndarray,
+        aligned: npt.NDArray[np.bool_],
         device: torch.device,
         scratch: ScratchOfStreams,
         following: Following,
@@ -89,7 +91,7 @@ class Plan:
         self.own_scratch: Scratch | None = None  # of a graph
         self.behind = False  # where the refreshes below were made
         self.buffers = Buffers(device)  # of the refreshes
-        self.refreshes: dict[tuple, GroupedRefresh] = {}  # by their due units
+        self.refreshes: dict[RefreshKey, GroupedRefresh] = {}
         self.precision = ""  # of the step that made it ready for a capture
         self.under_way = False  # a step has begun and not ended
         self.for_graph: Plan | None = None  # what the next capture takes
@@ -136,6 +138,7 @@ class Plan:
 
     def begin_capture(self) -> None:
         """Scratch from the graph's own pool: replays run on any stream, beside anything."""
+        assert self.graph_refresh is not None  # reserve made it
         self.own_scratch = self.graph_refresh.refresh.own_scratch = Scratch(self.one.device)
 
 
@@ -227,8 +230,8 @@ class CudaStepper:
         self.overlap = Overlap()
         self.following = Following()
         self.scratch = ScratchOfStreams()
-        # exp_avg of a list's first parameter -> what the plan depends on -> Plan, the latest last
-        self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # by the exp_avg of a list's first parameter, then by what the plan depends on; the latest last
+        self._plans: MutableMapping[Tensor, OrderedDict[PlanKey, Plan]] = WeakIdKeyDictionary()
 
     def wait(self) -> None:
         """Let the current streams wait for refreshes that run behind; the host does not."""
@@ -257,9 +260,9 @@ class CudaStepper:
         run.refresh()
         return Skipped([], [])
 
-    def plan_of(self, owner: Tensor, key: PlanKey, aligned: np.ndarray) -> Plan:
+    def plan_of(self, owner: Tensor, key: PlanKey, aligned: npt.NDArray[np.bool_]) -> Plan:
         """The kept plan for the parameters of which ``owner`` is the first exp_avg, or a new one."""
-        plans: OrderedDict[PlanKey, Plan] | None = self._plans.get(owner)
+        plans = self._plans.get(owner)
         if plans is None:
             plans = self._plans[owner] = OrderedDict()
         plan = plans.get(key)
@@ -270,7 +273,9 @@ class CudaStepper:
         plans.move_to_end(key)
         return plan
 
-    def make_ready_for_graph(self, plan: Plan, key: PlanKey, aligned: np.ndarray, batch: Batch, units: Units) -> None:
+    def make_ready_for_graph(
+        self, plan: Plan, key: PlanKey, aligned: npt.NDArray[np.bool_], batch: Batch, units: Units
+    ) -> None:
         """The plan that the next capture takes: a capture can make none."""
         if plan.for_graph is None and refresh_basis.unavailable(plan.one.device.type) is None:
             made = Plan(key, aligned, plan.one.device, self.scratch, self.following)
@@ -278,12 +283,13 @@ class CudaStepper:
             plan.for_graph = made.reserve(grouped, batch.options[0].precision)
 
     def plan_of_graph(
-        self, exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: np.ndarray, precision: str
+        self, exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: npt.NDArray[np.bool_], precision: str
     ) -> Plan:
         """The plan that an earlier step made ready, which is the graph's from now on."""
-        made = self._plans.get(exp_avgs[0], {}).get(key)
-        plan: Plan | None = None if made is None else made.for_graph
-        if plan is None or plan.precision != precision or (plan.aligned & ~aligned).any():
+        plans = self._plans.get(exp_avgs[0])
+        made = None if plans is None else plans.get(key)
+        plan = None if made is None else made.for_graph
+        if made is None or plan is None or plan.precision != precision or (plan.aligned & ~aligned).any():
             raise RuntimeError(
                 "a step of SOAP is recorded into a CUDA graph after a step with capturable=True that was not, with gradients "
                 "for the same parameters, of the same dtypes and with the same options: make one before each capture"
@@ -373,6 +379,7 @@ class Run:
         )
         if self.recording:
             grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
+            assert plan.graph_refresh is not None  # a graph's plan was reserved
             plan.graph_refresh.run(
                 exp_avgs, exp_avg_sqs, grams, bases, phases, self.steps, layouts, plan.scalars, common.tolerance
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from ..layout import Layout
 from . import columns as columns_module
@@ -68,15 +69,15 @@ class Tables:
     """
 
     launches: list[Launch]
-    tiles: np.ndarray
-    problems: np.ndarray
+    tiles: npt.NDArray[np.int32]
+    problems: npt.NDArray[np.int64]
     scratch_numel: int
     partials_numel: int
     counters: int
     kronecker_numel: int
-    _places: np.ndarray = field(repr=False, default=None)  # [n] flat places in problems that hold pointers
-    _sources: np.ndarray = field(repr=False, default=None)  # [n] which of fill's pointers
-    _offsets: np.ndarray = field(repr=False, default=None)  # [n] bytes behind it
+    _places: npt.NDArray[np.int64] = field(repr=False)  # [n] flat places in problems that hold pointers
+    _sources: npt.NDArray[np.int64] = field(repr=False)  # [n] which of fill's pointers
+    _offsets: npt.NDArray[np.int64] = field(repr=False)  # [n] bytes behind it
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +85,7 @@ class Tables:
         tables = self.tiles.nbytes + self.problems.nbytes
         return tables + 4 * (self.partials_numel + self.counters + self.kronecker_numel)
 
-    def fill(self, pointers: np.ndarray) -> np.ndarray:
+    def fill(self, pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """problems with these pointers, [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
         self.problems.reshape(-1)[self._places] = pointers[self._sources] + self._offsets
         return self.problems
@@ -102,9 +103,9 @@ class Builder:
         self.groups = groups  # of each parameter
         self.rows: list[list[int]] = []
         self.places: list[tuple[int, int, int]] = []  # (flat place, source, offset)
-        self.tiles: list[np.ndarray] = []
+        self.tiles: list[npt.NDArray[np.int32]] = []
         self.launches: list[Launch] = []
-        self.pending: list[np.ndarray] = []
+        self.pending: list[npt.NDArray[np.int32]] = []
         # the first counters, one for each group: parameters whose norm is known
         self.partials, self.counters = 0, 1 + max(groups, default=0)
         parameters = len(layouts)

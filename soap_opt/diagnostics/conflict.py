@@ -70,7 +70,8 @@ def preconditioner_of(optimizer: Optimizer) -> Preconditioner:
         TypeError: another optimizer.
     """
     check_optimizer(optimizer)
-    if callable(own := getattr(optimizer, "precondition", None)):
+    own: Preconditioner | None = getattr(optimizer, "precondition", None)
+    if callable(own):
         return own
     for kind, function in ((Adam, _adam), (SGD, _sgd)):
         if isinstance(optimizer, kind):
@@ -222,11 +223,11 @@ class ConflictMeter:
                     raise ValueError(f"preconditioner returned {len(updates)} updates for {len(owners)} parameters")
                 known = [ok and (g is None or u is not None) for ok, g, u in zip(known, grads[i], updates)]
                 grads[i] = updates
-        updates = _grams(grads)
+        preconditioned = _grams(grads)
         self._within = {}
         for name, grams, weights in (
             ("raw", raw, torch.ones(len(owners), dtype=torch.float64)),
-            ("preconditioned", updates, _weights([group for _, group, _ in owners]) * torch.tensor(known)),
+            ("preconditioned", preconditioned, _weights([group for _, group, _ in owners]) * torch.tensor(known)),
         ):
             shared = (grams.diagonal(dim1=1, dim2=2) != 0).all(1)  # [P]; what is not finite is to be seen
             weighted = grams * weights.square()[:, None, None]

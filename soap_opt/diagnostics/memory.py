@@ -96,7 +96,9 @@ def _human(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], **options: Any) -> MemoryReport:
+def memory_report(
+    model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor] | Iterable[tuple[str, Tensor]], **options: Any
+) -> MemoryReport:
     """Bytes of SOAP's state, by kind and by parameter, before training or during it.
 
     Args:
@@ -123,6 +125,7 @@ def memory_report(model_or_optimizer: nn.Module | Optimizer | Iterable[Tensor], 
     unknown = [name for name in options if name not in defaults]
     if unknown:
         raise TypeError(f"SOAP has no option {', '.join(unknown)}")
+    named: list[tuple[str, Tensor]]
     if isinstance(model_or_optimizer, nn.Module):
         named = [(name, p) for name, p in model_or_optimizer.named_parameters() if p.requires_grad]
     else:

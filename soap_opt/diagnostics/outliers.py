@@ -96,7 +96,7 @@ class Moments:
         rms = math.sqrt(self.squares / self.count)
         median = self._quantile(0.5)
         of_channels = math.nan
-        if not self.channels_differ:  # every channel has as many values as any other
+        if self.channel_squares is not None and not self.channels_differ:  # every channel has as many values as any other
             of_channels = float(self.channel_squares.square().mean() / self.channel_squares.mean().square())
         return {
             "kurtosis_channels": of_channels,
