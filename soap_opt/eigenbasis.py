@@ -33,7 +33,10 @@ def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
     """No autocast and no TF32/bfloat16 inside matrix products: reduced precision there is known to ruin the basis."""
     # Settings of each backend, not torch.set_float32_matmul_precision: that one raises once somebody has set a backend, and
     # would on the way back overwrite what was set. "none" inherits; where nothing is set it means full precision.
-    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]  # torch replaces the module
+    products = [
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # torch puts an object in the module's place
+    ]
     with ExitStack() as stack:
         for device_type in device_types:
             if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
