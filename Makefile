@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TESTS  ?=
+# (another version finds other things; .pre-commit-config.yaml has the same)
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 # As many tests at a time as there are cores (TESTS='-n 0 ...' for one); most of them take one thread and about 1 GB
 PYTEST := $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
@@ -27,8 +29,9 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m pytest bench --benchmark-columns=median,min,rounds -s
 
 lint: $(VENV)/.installed-test
-	$(PIP) ruff mypy
+	$(PIP) $(LINTERS)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs

@@ -48,7 +48,7 @@ from .table import (
 )
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of the largest number: functional.is_usable
+LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of the largest number: gradients.is_usable
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def precondition(optimizer: SOAP, grads: Iterable[Tensor | None]) -> list[Tensor
 
 
 def _precondition(grad: Tensor, state: dict[str, Tensor], layout: Layout, group: dict[str, Any]) -> Tensor:
-    """Steps 1 to 3 of :func:`soap_opt.functional._single_tensor_soap` with m = G', times step 4's c for b1 = 0."""
+    """Steps 1 to 3 of :func:`soap_opt.single_tensor._single_tensor_soap` with m = G', times step 4's c for b1 = 0."""
     v, bases = state["exp_avg_sq"], [state[key] for key in layout.basis_keys]
     projected = project(prepare_gradient(grad.detach(), v.dtype, None, group["maximize"]), bases, layout)
     denominator = v.sqrt().add_(group["eps"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,14 @@ class Skips:
                 if param not in counts and param.device.type == "cpu":  # (elsewhere nobody waits to hear of it)
                     news.append(param)
                 counts[param] = counts.get(param, 0) + 1
+
+    @contextmanager
+    def warning_at_the_end(self, describe: Callable[[Tensor], str]) -> Iterator[None]:
+        """:meth:`warn`, whatever happens inside."""
+        try:
+            yield
+        finally:
+            self.warn(describe)
 
     def warn(self, describe: Callable[[Tensor], str]) -> None:
         """Warn of what is new. Under ``-W error`` a warning is an exception: to be called when the step is done."""
@@ -76,6 +85,6 @@ def users_stacklevel() -> int:
     """The first frame outside of torch and soap_opt, counted from the function that warns: torch's wrappers vary in number."""
     frame: FrameType | None = sys._getframe(1)
     level = 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt"):
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "soap_opt", "contextlib"):
         frame, level = frame.f_back, level + 1
     return level

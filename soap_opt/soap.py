@@ -25,8 +25,8 @@ from .options import DEFAULTS, REFUSED, SCRATCH_LIMIT, Options, names_of
 from .parameters import check_params, describe_place, first_step_costs
 from .precondition import precondition
 from .skipped import Skips, users_stacklevel
-from .state import Layouts, add_missing_offsets, explain_misfit, keep_on_host, step_tensor
-from .work import Given, Work, batch_of, check_capture, looks_at_found_inf, together, with_grad
+from .state import Layouts, add_missing_offsets, keep_on_host, step_tensor
+from .work import Given, batch_of, check_capture, explained, looks_at_found_inf, together, with_grad
 
 
 class SOAP(Optimizer):
@@ -222,12 +222,6 @@ class SOAP(Optimizer):
         """:meth:`step` without a closure. given: of each parameter with a gradient the tensor that is updated and the gradient;
         None takes the parameters themselves and ``p.grad``."""
         self.wait_for_refresh()
-        try:
-            self._step_all(given, grad_scale, found_inf)
-        finally:  # a warning may be an exception: not before all groups are stepped
-            self._skips.warn(self._describe)
-
-    def _step_all(self, given: Given | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         # Every check comes before the first change.
         keep_on_host(self.state.values())
         work = [with_grad(self, group, given) for group in self.param_groups]
@@ -247,7 +241,7 @@ class SOAP(Optimizer):
             if float(found_inf) != 0:
                 return
             found_inf = None
-        with full_precision_matmul(device_types):
+        with self._skips.warning_at_the_end(self._describe), full_precision_matmul(device_types):
             scales = [grad_scale] * len(work)
             if pending:
                 groups = {id(group) for group, _, _ in pending}
@@ -259,23 +253,11 @@ class SOAP(Optimizer):
                 waiting = {param for _, param, _ in pending}
                 work = [w.where([p not in waiting for p in w.params]) for w in work]
             for works, scale in together([(w, scale) for w, scale in zip(work, scales) if w.params]):
-                self._steady_step(works, scale, found_inf, clipped=scale is not grad_scale)
-
-    def _steady_step(self, works: list[Work], grad_scale: Tensor | None, found_inf: Tensor | None, clipped: bool) -> None:
-        """One steady step of groups that one call may serve (:func:`soap_opt.work.together`). clipped: by grad_scale."""
-        try:
-            batch = batch_of(works).with_options(max_grad_norm=None) if clipped else batch_of(works)
-            skipped = step_batch(batch, grad_scale, found_inf, self._cuda)
-        except (RuntimeError, KeyError) as error:
-            for work in works:
-                for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
-                    try:
-                        explain_misfit(param, grad, state, layout, self._describe(param))
-                    except RuntimeError as explained:
-                        raise explained from error
-            raise
-        if any(skipped):
-            self._skips.add([param for work in works for param in work.params], skipped)
+                with explained(works, self._describe):
+                    batch = batch_of(works, clipped=scale is not grad_scale)
+                    skipped = step_batch(batch, scale, found_inf, self._cuda)
+                if any(skipped):
+                    self._skips.add([param for w in works for param in w.params], skipped)
 
     @overload
     def skipped_steps(self, per_parameter: Literal[False] = False) -> int: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from .cuda.problems import is_too_large
 from .functional import Path, path_of, require_fused
 from .layout import Layout
 from .options import Options
+from .state import explain_misfit
 
 if TYPE_CHECKING:
     from .soap import SOAP
@@ -86,11 +88,27 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
     return work
 
 
-def batch_of(works: Sequence[Work]) -> Batch:
-    """What a step takes of parameters that are initialised."""
+@contextmanager
+def explained(works: Sequence[Work], describe: Callable[[Tensor], str]) -> Iterator[None]:
+    """Where a step fails because a gradient or state does not fit its parameter, raise with the parameter's name, the cause and
+    what to do."""
+    try:
+        yield
+    except (RuntimeError, KeyError) as error:
+        for work in works:
+            for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
+                try:
+                    explain_misfit(param, grad, state, layout, describe(param))
+                except RuntimeError as explanation:
+                    raise explanation from error
+        raise
+
+
+def batch_of(works: Sequence[Work], clipped: bool = False) -> Batch:
+    """The batch of parameters that are initialised. clipped: by the scale that their gradients will be divided by."""
     states = [state for work in works for state in work.states]
     layouts = [layout for work in works for layout in work.layouts]
-    return Batch(
+    batch = Batch(
         [tensor for work in works for tensor in work.tensors],
         [grad for work in works for grad in work.grads],
         [state["exp_avg"] for state in states],
@@ -102,6 +120,7 @@ def batch_of(works: Sequence[Work]) -> Batch:
         layouts,
         [work.options for work in works for _ in work.params],
     )
+    return batch.with_options(max_grad_norm=None) if clipped else batch
 
 
 def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], Tensor | None]]:

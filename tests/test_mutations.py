@@ -10,7 +10,7 @@ import torch
 from comparison import OracleRun, SoapRun, random_gradients, random_params, run_lockstep
 from test_parity import CASES, TOLERANCE, follow, run_of
 
-from soap_opt import SOAP, eigenbasis, multi_tensor, single_tensor, soap, state, work
+from soap_opt import eigenbasis, multi_tensor, single_tensor, soap, state, work
 from soap_opt import init as first_gradient
 from soap_opt.eigenbasis import Refresh
 from soap_opt.options import Options
@@ -248,7 +248,7 @@ def test_first_gradient_is_used_twice(monkeypatch, foreach):
     def mutated(optimizer, pending, scales):
         original(optimizer, pending, scales)
         for group in optimizer.param_groups:
-            SOAP._steady_step(optimizer, [work.with_grad(optimizer, group)], scales[id(group)], None, clipped=False)
+            soap.step_batch(work.batch_of([work.with_grad(optimizer, group)]), scales[id(group)], None, optimizer._cuda)
 
     monkeypatch.setattr(soap, "initialize", mutated)
     assert_caught(foreach)

@@ -157,36 +157,35 @@ class Launch:
             yield Expected("gram", gram.flatten(), gram.double().lerp(trace, self.option(row, columns.SHAMPOO_REST)).flatten())
 
 
-class Watched:
-    """In place of a stepper.Call: the launch, and a comparison of what it left with what it should have."""
-
-    def __init__(self, watch: Watch, plan: stepper.Plan, each: tables.Launch, call: stepper.Call) -> None:
-        self.watch, self.plan, self.each, self.call = watch, plan, each, call
-
-    def launch(self, scale: tuple[Tensor, Tensor]) -> None:
-        name, device = f"{self.each.kernel} {self.each.grad_dtype}", self.watch.device
-        synchronize(device)
-        expected = list(Launch(self.plan, self.each).expected())
-        self.call.launch(scale)
-        synchronize(device)
-        for what, where, want in expected:
-            error = float((where.double() - want).norm() / want.norm().clamp_min(1e-300))
-            self.watch.note(name, what, error)
-        if self.each.kernel == "project_first":
-            unusable = self.plan.scalars[:, columns.USABLE] != 1
-            self.watch.note(name, "unusable gradients", float(unusable.sum()))
-
-
 class Watch:
-    """In place of stepper.calls_of: the worst errors of all launches, by kernel and by what is written."""
+    """Around every launch of a step: the worst errors of what it left, by kernel and by what is written."""
 
     def __init__(self, device: str) -> None:
         self.device, self.errors = device, {}
-        self.calls_of = stepper.calls_of
+        self.launches: dict[int, tuple[stepper.Plan, tables.Launch]] = {}  # by the address of their tiles
+        self._launch, self._calls_of = stepper.launch, stepper.calls_of
 
-    def __call__(self, plan: stepper.Plan, precision: str) -> list[Watched]:
-        calls = self.calls_of(plan, precision)
-        return [Watched(self, plan, each, call) for each, call in zip(plan.tables.launches, calls)]
+    def calls_of(self, plan: stepper.Plan, precision: str) -> list[stepper.Call]:
+        """In place of stepper.calls_of: notes whose launch is whose."""
+        calls = self._calls_of(plan, precision)
+        for each, call in zip(plan.tables.launches, calls):
+            self.launches[call.before[0].data_ptr()] = plan, each
+        return calls
+
+    def launch(self, kernel: Any, grid: tuple[int], tiles: Tensor, *arguments: Any, **constants: Any) -> None:
+        """In place of stepper.launch: the launch, and a comparison of what it left with what it should have."""
+        plan, each = self.launches[tiles.data_ptr()]
+        name = f"{each.kernel} {each.grad_dtype}"
+        synchronize(self.device)
+        expected = list(Launch(plan, each).expected())
+        self._launch(kernel, grid, tiles, *arguments, **constants)
+        synchronize(self.device)
+        for what, where, want in expected:
+            error = float((where.double() - want).norm() / want.norm().clamp_min(1e-300))
+            self.note(name, what, error)
+        if each.kernel == "project_first":
+            unusable = plan.scalars[:, columns.USABLE] != 1
+            self.note(name, "unusable gradients", float(unusable.sum()))
 
     def note(self, kernel: str, what: str, error: float) -> None:
         worst = self.errors.get((kernel, what), 0.0)
@@ -200,11 +199,11 @@ def check(device: str, quick: bool, options: dict[str, Any], dtype: torch.dtype 
     params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device, dtype)) for s in shapes]
     optimizer = soap_opt.SOAP(params, fused=True, **options)
     watch = Watch(device)
-    with mock.patch.object(stepper, "calls_of", watch):
+    with mock.patch.object(stepper, "calls_of", watch.calls_of), mock.patch.object(stepper, "launch", watch.launch):
         for _ in range(4):  # the first makes the bases alone
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
             optimizer.step()
     if not watch.errors:
-        raise RuntimeError("no launch went through stepper.calls_of: was it renamed?")
+        raise RuntimeError("no launch went through stepper.launch: was it renamed?")
     return [{"kernel": kernel, "what": what, "error": significant(e, 2)} for (kernel, what), e in watch.errors.items()]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -185,9 +186,9 @@ class Call(NamedTuple):
     after: tuple[Tensor, ...]
     constants: dict[str, Any]
 
-    def launch(self, scale: tuple[Tensor, Tensor]) -> None:
-        between = scale if self.with_scale else ()
-        launch(self.kernel, self.grid, *self.before, *between, *self.after, **self.constants)
+    def arguments(self, scale: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """All of them. scale: grad_scale and found_inf."""
+        return (*self.before, *(scale if self.with_scale else ()), *self.after)
 
 
 def calls_of(plan: Plan, precision: str) -> list[Call]:
@@ -256,7 +257,9 @@ class CudaStepper:
             found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable.
         """
         run = Run(self, batch)
-        run.launch(grad_scale, found_inf)
+        with run.launches(grad_scale, found_inf) as (calls, scale):
+            for call in calls:
+                launch(call.kernel, call.grid, *call.arguments(scale), **call.constants)
         run.refresh()
         return Skipped([], [])
 
@@ -302,7 +305,7 @@ class CudaStepper:
 
 
 class Run:
-    """One step: first :meth:`launch`, then :meth:`refresh`."""
+    """One step: first what :meth:`launches` yields, then :meth:`refresh`."""
 
     def __init__(self, stepper: CudaStepper, batch: Batch) -> None:
         self.stepper, self.batch = stepper, batch
@@ -344,13 +347,14 @@ class Run:
         plan.problems.send(pointers, plan.tables.fill)
         return plan
 
-    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Steps 1 to 5."""
+    @contextmanager
+    def launches(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Iterator[tuple[list[Call], tuple[Tensor, Tensor]]]:
+        """The launches of steps 1 to 5, to be made inside, and grad_scale and found_inf as they take them."""
         plan, batch, device = self.plan, self.batch, self.device
-        grad_scale, found_inf = (
-            none if given is None else given.to(device=device, dtype=torch.float32)
-            for given, none in ((grad_scale, plan.one), (found_inf, plan.zero))
-        )
+        scale = plan.one if grad_scale is None else grad_scale.to(device=device, dtype=torch.float32)
+        found = plan.zero if found_inf is None else found_inf.to(device=device, dtype=torch.float32)
         plan.send_options(self.groups)
         with on_device(device):
             if plan.under_way:  # an exception came after a launch: programs that arrived are still counted, t may have moved
@@ -358,8 +362,7 @@ class Run:
                 for each in self.known.followed:
                     each.identity = None
             plan.under_way = True
-            for call in plan.calls(batch.options[0].precision):
-                call.launch((grad_scale, found_inf))
+            yield plan.calls(batch.options[0].precision), (scale, found)
         for of_original, of_copy in ((batch.state_steps, self.steps), *zip(self.originals, self.arranged)):
             if of_copy is not of_original:
                 for original, copy in zip(of_original, of_copy):
