@@ -167,9 +167,11 @@ def outcome(study: Study, run: TrainingRun, status: int) -> dict:
 
 
 def urgency(study: Study, run: TrainingRun) -> float:
-    """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts, and what
-    claims rest on before the rest."""
+    """Lowest first: from coarse to fine, so that a study of which an hour is made says something of all its parts; what claims
+    rest on before the rest, and of that the longest horizons, against which all others are held, with every seed."""
     claims = run.label in (study.baseline, study.subject) and (
         not run.experiments or {"rates", "horizons", "curves"} & set(run.experiments)
     )
+    if claims and "horizons" in run.experiments and run.fraction == 1.0:
+        return 0.9 * run.steps
     return run.steps * (1 + run.seed) * (1 if claims else 5)
