@@ -25,7 +25,7 @@ def rate_distortion(report: Report) -> None:
     report.section("Rate and distortion")
     if started := [run for run in report.data.of("curves") if run["start"]]:
         report.text(
-            f"Every model goes on for {started[0]['steps']:,.0f} steps from one and the same a seed: "
+            f"Every model continues another one for {started[0]['steps']:,.0f} steps, with each seed the same for all: "
             f"{report.start_of(started[0])} steps."
         )
     rows, remarks = [], {}
@@ -252,36 +252,39 @@ def plot_quantization(report: Report, settings: list[str], losses: dict[str, dic
 
 
 def quantized_models(report: Report, settings: list[str]) -> None:
-    """The loss R + 255^2 lambda D of models trained from scratch at one lambda and length, before and after."""
+    """The loss R + 255^2 lambda D of every model before and after: of models trained from scratch at one lambda and length,
+    which lie far apart in quality, and of the curves' models that go on from one, which do not."""
     measured = report.data.rows("quantization")
-    runs = [run for run in report.data.of("horizons", fraction=1.0) if run["run"] in measured]
     base, subject = report.study.baseline, report.study.subject
-    changes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scratch = [run for run in report.data.of("horizons", fraction=1.0) if run["run"] in measured]
+    started = [run for run in report.data.of("curves") if run["run"] in measured and run["start"]]
     rows = []
-    for setting in settings:
-        for label in report.study.optimizers:
-            pairs = []
-            for run in (run for run in runs if run["optimizer"] == label):
-                of = {s: [row for row in measured[run["run"]] if row["setting"] == s] for s in ("float", setting)}
-                if all(of.values()):
-                    pairs.append([mean_loss(rows_, run["lambda"]) for rows_ in of.values()])
-            if pairs:
-                changes[setting][label] = [100 * (after / before - 1) for before, after in pairs]
-                before, after = (spread([pair[k] for pair in pairs]) for k in (0, 1))
-                rows.append([setting, label, before, after, spread(changes[setting][label], 1) + " %"])
-    if not rows:
-        return
-    report.text(
-        "Models trained from scratch, which lie far apart in quality: the loss (bpp in actual bitstreams, 255^2 lambda MSE) "
-        "over all images, mean and range over seeds."
-    )
-    report.table(["weights/activations, rounding, ranges", "optimizer", "loss in float", "quantised", "change"], rows)
-    pairs = [(s, changes[s].get(subject), changes[s].get(base)) for s in settings]
-    if all(a and b for _, a, b in pairs):
-        text = "; ".join(f"{s}: {np.mean(a):+.1f} % against {np.mean(b):+.1f} %" for s, a, b in pairs)
-        holds = all(np.mean(a) < np.mean(b) for _, a, b in pairs)
-        claim = "loss by quantisation, relative, of models from scratch"
-        report.claim(claim, f"smaller than {base}'s", text, holds, ["horizons"], "quantization")
+    for (text, _), runs, experiment in ((SCRATCH, scratch, "horizons"), (STARTED, started, "curves")):
+        changes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for setting in settings:
+            for label in report.study.optimizers:
+                losses = []
+                for run in (run for run in runs if run["optimizer"] == label):
+                    of = {s: [row for row in measured[run["run"]] if row["setting"] == s] for s in ("float", setting)}
+                    if all(of.values()):
+                        losses.append([mean_loss(rows_, run["lambda"]) for rows_ in of.values()])
+                if losses:
+                    changes[setting][label] = [100 * (after / before - 1) for before, after in losses]
+                    before, after = (spread([pair[k] for pair in losses]) for k in (0, 1))
+                    rows.append([text, setting, label, before, after, spread(changes[setting][label], 1) + " %"])
+        pairs = [(s, changes[s].get(subject), changes[s].get(base)) for s in settings]
+        if all(a and b for _, a, b in pairs):
+            means = [(s, float(np.mean(a)), float(np.mean(b))) for s, a, b in pairs if a and b]
+            measured_ = "; ".join(f"{s}: {a:+.1f} % against {b:+.1f} %" for s, a, b in means)
+            holds = all(a < b for _, a, b in means)
+            claim = f"relative loss by quantisation, models {text}"
+            report.claim(claim, f"smaller than {base}'s", measured_, holds, [experiment], "quantization")
+    if rows:
+        report.text(
+            "The loss (bpp in actual bitstreams, 255^2 lambda MSE) over all images; mean and range over seeds and lambdas."
+        )
+        header = ["models", "weights/activations, rounding, ranges", "optimizer", "loss in float", "quantised", "change"]
+        report.table(header, rows)
 
 
 def mean_loss(rows: list[dict[str, str]], lmbda: float) -> float:

@@ -500,7 +500,7 @@ def test_quantisation_of_models_from_scratch(known, tmp_path):
 
     claims, _ = changed(known, tmp_path, quantization=more)
     before = 0.013 * 255**2 * 10**-2.7 + 0.2
-    claim = claims["loss by quantisation, relative, of models from scratch"]
+    claim = claims["relative loss by quantisation, models from scratch"]
     assert claim["measured"] == f"8/8 nearest mse: {10 / (before + 1):+.1f} % against {10 / before:+.1f} %" and claim["holds"]
 
 
