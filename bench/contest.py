@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from soap_opt.refresh_basis import refresh_bases_
+from soap_opt.refresh_operator import refresh_bases_
 from soap_opt.schedule import unit_flops
 
 from .models import Problem

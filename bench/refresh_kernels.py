@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from soap_opt.refresh_basis import SMALL_TABLE_ROWS, WARP_LIMIT, block_shared_memory
-from soap_opt.refresh_basis import largest_in_shared_memory as largest_block
+from soap_opt.refresh_operator import SMALL_TABLE_ROWS, WARP_LIMIT, block_shared_memory
+from soap_opt.refresh_operator import largest_in_shared_memory as largest_block
 
 from .results import Row, save, significant, table
 

@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 from soap_opt import SOAP
 from soap_opt.eigenbasis import gram_times_basis, init_bases, outer_products, project, project_back, refresh_basis
 from soap_opt.layout import layout_of, memory_order
-from soap_opt.refresh_basis import refresh_bases_
+from soap_opt.refresh_operator import refresh_bases_
 
 from .contest import GemmRate
 from .models import MAX_PRECOND_DIM, drawn

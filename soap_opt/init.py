@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import refresh_basis
+from . import refresh_operator
 from .batch import Skipped
 from .cpu import cpu_first_grams
 from .eigenbasis import EigenDecompositionError, init_bases, outer_products, same_for_all_threads
@@ -84,7 +84,7 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
     by_engine = True
     for group, params, gradients in kinds.values():
         layouts, options = [optimizer._layout(p, group) for p in params], Options.of(group)
-        compiled = all(refresh_basis.unavailable(grad.device.type) is None for grad in gradients)
+        compiled = all(refresh_operator.why_missing(grad.device.type) is None for grad in gradients)
         by_engine = by_engine and compiled and all(uses_own_kernels(grad, options) for grad in gradients)
         made = first_grams(gradients, layouts, options, scales[id(group)])
         for param, layout, (outers, says_something) in zip(params, layouts, made):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import refresh_basis
+from . import refresh_operator
 from .batch import Batch
 from .cuda.problems import is_too_large
 from .functional import Path, path_of, require_fused
@@ -159,7 +159,7 @@ def _reasons_against_capture(
 ) -> Iterator[str]:
     if not_initialized:
         yield f"{describe(not_initialized[0])} is not initialised: step it before, outside of the capture"
-    missing = refresh_basis.unavailable("cuda")
+    missing = refresh_operator.why_missing("cuda")
     if missing is not None:
         yield missing
     device = torch.device("cuda", torch.cuda.current_device())

@@ -33,7 +33,7 @@ LAYERS = [
     ["cuda.columns", "cuda.configs", "cuda"],
     ["multi_tensor"],
     ["single_tensor"],
-    ["gradients", "refresh_basis"],
+    ["gradients", "refresh_operator"],
     ["batch", "eigenbasis"],
     ["options", "layout"],
     ["schedule", "_ext", "_version"],

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import refresh_basis
+from .. import refresh_operator
 from ..layout import Layout
 from .columns import BLOCK, KEPT, SCALARS, WIDTH
 from .configs import ACCELERATOR, PRECISION
@@ -82,7 +82,7 @@ class GraphRefresh:
         self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
         self.limit = sys.maxsize  # sizes above it go into conditional nodes
         if has_conditional_nodes():
-            self.limit = refresh_basis.largest_in_shared_memory(shared_memory_limit(buffers.device))
+            self.limit = refresh_operator.largest_in_shared_memory(shared_memory_limit(buffers.device))
         large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
         self._rest(large)
         # None: all of them
@@ -111,16 +111,16 @@ class GraphRefresh:
             launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
         sizes = sorted(set(self.refresh.sizes))
         # Once more with so many that fit in shared memory as have kernels of their own
-        in_shared = refresh_basis.largest_in_shared_memory(shared_memory_limit(device))
+        in_shared = refresh_operator.largest_in_shared_memory(shared_memory_limit(device))
         kinds = (
-            [d for d in sizes if d <= refresh_basis.WARP_LIMIT],
-            [d for d in sizes if refresh_basis.WARP_LIMIT < d <= in_shared],
+            [d for d in sizes if d <= refresh_operator.WARP_LIMIT],
+            [d for d in sizes if refresh_operator.WARP_LIMIT < d <= in_shared],
         )
-        many = [kind[0] for kind in kinds if kind for _ in range(refresh_basis.SMALL_TABLE_ROWS + 1)]
+        many = [kind[0] for kind in kinds if kind for _ in range(refresh_operator.SMALL_TABLE_ROWS + 1)]
         for chosen in (sizes, many):
             none = torch.zeros(len(chosen), dtype=torch.bool, device=device)
             matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in chosen]
-            refresh_basis.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
+            refresh_operator.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
         if self._small_places is not None:  # torch's own, too
             first = torch.zeros_like(self._small_places[:1])
             outcomes = self.refresh.outcomes.index_select(0, first)
@@ -159,7 +159,7 @@ class GraphRefresh:
                 [matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)
             )
             out = [orders[n] for n in places], [rotations[n] for n in places], outcomes
-            refresh_basis.refresh_bases_(due_grams, due_bases, tolerance, due, out=out)
+            refresh_operator.refresh_bases_(due_grams, due_bases, tolerance, due, out=out)
 
         by_phase: dict[tuple[int, int], list[int]] = {}
         for n, d in enumerate(refresh.sizes):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import refresh_basis
+from .. import refresh_operator
 from ..eigenbasis import Refresh, reexpress_
 from ..layout import KRONECKER_MAX_FACTOR, Layout
 from ..multi_tensor import refresh_units
@@ -166,7 +166,7 @@ class GroupedRefresh:
         orders, rotations = self.prepare(exp_avgs, exp_avg_sqs)
         self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
         due_grams, due_bases = ([matrices[i][k] for i, k in self.due] for matrices in (grams, bases))
-        refresh_basis.refresh_bases_(due_grams, due_bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
+        refresh_operator.refresh_bases_(due_grams, due_bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
         self.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
 
     def reexpress(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import refresh_basis
+from .. import refresh_operator
 from ..batch import Batch, Skipped
 from ..layout import Layout
 from ..options import SCRATCH_LIMIT, Options
@@ -280,7 +280,7 @@ class CudaStepper:
         self, plan: Plan, key: PlanKey, aligned: npt.NDArray[np.bool_], batch: Batch, units: Units
     ) -> None:
         """The plan that the next capture takes: a capture can make none."""
-        if plan.for_graph is None and refresh_basis.unavailable(plan.one.device.type) is None:
+        if plan.for_graph is None and refresh_operator.why_missing(plan.one.device.type) is None:
             made = Plan(key, aligned, plan.one.device, self.scratch, self.following)
             grouped = groupable(units, batch.exp_avgs, batch.exp_avg_sqs, batch.layouts)
             plan.for_graph = made.reserve(grouped, batch.options[0].precision)
@@ -397,7 +397,7 @@ class Run:
         increment_version([bases[i][k] for i, k in due])
         usable = plan.scalars[:, USABLE]  # [P], 1 or 0
         state = (due, exp_avgs, exp_avg_sqs, grams, bases, layouts, usable, common.tolerance)
-        if refresh_basis.unavailable(self.device.type) is not None:
+        if refresh_operator.why_missing(self.device.type) is not None:
             # It waits for the device: nothing that could run behind
             refresh_due_through_torch(*state, self.stepper.following)
         elif not common.overlap_refresh or common.capturable:  # (a graph's replay does not wait for an event from outside)

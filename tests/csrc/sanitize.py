@@ -118,7 +118,7 @@ def run(short: bool) -> None:
 
     import soap_opt
     from soap_opt import cpu
-    from soap_opt.refresh_basis import refresh_bases_
+    from soap_opt.refresh_operator import refresh_bases_
 
     reason = soap_opt._ext.unavailable("cpu")
     if reason is not None:

@@ -24,7 +24,7 @@ from comparison import (
 
 from soap_opt import cpu, eigenbasis
 from soap_opt.layout import layout_of, memory_order
-from soap_opt.refresh_basis import refresh_bases_
+from soap_opt.refresh_operator import refresh_bases_
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
 

@@ -6,7 +6,7 @@ from comparison import SoapRun, random_gradients, random_params, run_lockstep
 from harness import SHARED_LIMITS
 
 from soap_opt import _ext, multi_tensor
-from soap_opt.refresh_basis import refresh_bases_, unavailable
+from soap_opt.refresh_operator import refresh_bases_, why_missing
 
 SHAPES = ((8, 8), (6, 4, 3, 3), (40, 12), (5, 3, 4), (33, 70), (7,))
 
@@ -17,7 +17,7 @@ def operator(request, monkeypatch):
     if request.param == "fibers":
         operators = request.getfixturevalue("fibers")
         operators.configure(1, SHARED_LIMITS["sm_90"])
-        monkeypatch.setattr("soap_opt.refresh_basis._operator", lambda: operators.refresh_basis_)
+        monkeypatch.setattr(torch.ops.soap_opt, "refresh_basis_", operators.refresh_basis_)
     elif _ext._load_error is not None:
         pytest.skip(_ext._load_error)
     calls = []
@@ -48,4 +48,4 @@ def test_lockstep_with_the_specification(operator, refresh, dtype):
 def test_nothing_and_nowhere():
     refreshed, outcomes = refresh_bases_([], [])
     assert refreshed == [] and outcomes.tolist() == []
-    assert "mps" in unavailable("mps")
+    assert "mps" in why_missing("mps")

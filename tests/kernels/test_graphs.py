@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import soap_opt
 import soap_opt.options
-from soap_opt import refresh_basis
+from soap_opt import refresh_operator
 from soap_opt.cuda import follow, graph, memory, refresh, stepper
 from soap_opt.state import allocate
 
@@ -300,9 +300,9 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     allocate(run.optimizer, [(run.optimizer.param_groups[0], run.params[0])])
     run.state_of(0)["initialized"].fill_(True)
     reason = "soap_opt was installed without its CUDA part"
-    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: reason)
+    monkeypatch.setattr(refresh_operator, "why_missing", lambda device_type: reason)
     refused(reason)
-    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: None)
+    monkeypatch.setattr(refresh_operator, "why_missing", lambda device_type: None)
     run.optimizer.param_groups[0]["fused"] = None
     refused("not stepped by the fused CUDA path")
     run.optimizer.param_groups[0]["fused"] = True

@@ -8,7 +8,7 @@ from comparison import Setting, SoapRun, compare_step, needs_engine, random_grad
 from lockstep import OPTIONS, lockstep
 
 import soap_opt
-from soap_opt import refresh_basis
+from soap_opt import refresh_operator
 from soap_opt.cuda import follow, graph, memory, refresh, stepper
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -314,8 +314,8 @@ def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
 
 def test_capturable_steps_without_the_compiled_refresh(monkeypatch):
     """ROCm, or no nvcc at installation: nothing can be captured there, and nothing needs to be made ready."""
-    monkeypatch.setattr(refresh_basis, "unavailable", lambda device_type: "not built")
-    monkeypatch.setattr(refresh_basis, "refresh_bases_", lambda *a, **k: pytest.fail("called"))
+    monkeypatch.setattr(refresh_operator, "why_missing", lambda device_type: "not built")
+    monkeypatch.setattr(refresh_operator, "refresh_bases_", lambda *a, **k: pytest.fail("called"))
     assert lockstep([(6, 5), (4, 3, 3)], 4, {"capturable": True}) > 3
 
 

@@ -11,7 +11,7 @@ from . import _ext
 from .eigenbasis import Refresh
 
 
-def unavailable(device_type: str) -> str | None:
+def why_missing(device_type: str) -> str | None:
     """Why the operator cannot run on a device of this type; None where it can."""
     if device_type == "cpu":
         return _ext._load_error
