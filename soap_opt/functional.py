@@ -15,7 +15,7 @@ from .cuda.stepper import CudaStepper, pieces_of
 from .gradients import clipping_scale, state_dtype
 from .layout import Layout
 from .multi_tensor import _multi_tensor_soap
-from .options import SCRATCH_LIMIT, Options
+from .options import SCRATCH_LIMIT, Options, names_of
 from .single_tensor import _single_tensor_soap
 
 
@@ -128,13 +128,8 @@ def soap(
         Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed.
         (With ``cuda`` the fused CUDA path counts both there.)
     """
-    options = Options(
-        lr=lr, betas=(beta1, beta2), shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
-        precondition_frequency=precondition_frequency, normalize_grads=normalize_grads, correct_bias=correct_bias,
-        refresh=refresh, refresh_tolerance=refresh_tolerance, maximize=maximize, max_grad_norm=max_grad_norm,
-        precision=precision, overlap_refresh=overlap_refresh and cuda is not None, capturable=capturable,
-        scratch_limit=scratch_limit, foreach=foreach, fused=fused,
-    )  # fmt: skip
+    given = {**locals(), "betas": (beta1, beta2), "overlap_refresh": overlap_refresh and cuda is not None}
+    options = Options(**{name: given[name] for name in names_of() if name in given})
     if not params:
         return Skipped([], [])
     state = (exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
