@@ -21,6 +21,7 @@ def why_missing(device_type: str) -> str | None:
 
 
 WARP_LIMIT = 32  # CUDA: matrices up to this have a warp, larger ones that fit in shared memory a block (kWarpLimit)
+LARGEST = 256  # above this no matrix has a block, whatever its shared memory (kBlockLimit)
 SMALL_TABLE_ROWS = 32  # launches of more matrices are other kernels than those of so many (kSmallTableRows)
 
 
@@ -32,7 +33,7 @@ def block_shared_memory(d: int) -> int:
 
 def largest_in_shared_memory(limit: int) -> int:
     """The largest d that fits in ``limit`` bytes: from there on the operator is a sequence of ATen calls, on CUDA."""
-    return max(d for d in range(33, 257) if block_shared_memory(d) <= limit)
+    return max(d for d in range(WARP_LIMIT + 1, LARGEST + 1) if block_shared_memory(d) <= limit)
 
 
 def refresh_bases_(

@@ -1,0 +1,46 @@
+"""Numbers that Python and C++ have to agree in, compared where each is written."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from soap_opt import layout, refresh_operator
+from soap_opt.cuda import columns
+from soap_opt.diagnostics import memory
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def constant(file: str, name: str) -> int:
+    """The last definition of an integer constant (the first ones are the tests' own, behind #ifdef)."""
+    found = re.findall(rf"\b{name} = (\d+)\b", (CSRC / file).read_text())
+    assert found, f"{file} has no {name}"
+    return int(found[-1])
+
+
+@pytest.mark.parametrize(
+    ("python", "file", "name"),
+    [
+        (memory.THREADED_SIZE, "cpu/refresh_basis.h", "kThreadedSize"),
+        (layout.KRONECKER_MAX_WIDTH, "cpu/layout.h", "kKroneckerWidth"),
+        (refresh_operator.WARP_LIMIT, "cuda/refresh_basis.h", "kWarpLimit"),
+        (refresh_operator.LARGEST, "cuda/refresh_basis.h", "kBlockLimit"),
+        (refresh_operator.SMALL_TABLE_ROWS, "cuda/reflector.cuh", "kSmallTableRows"),
+        (columns.KEPT, "cuda/refresh_basis.h", "kKept"),
+        (columns.REFRESHED, "cuda/refresh_basis.h", "kRefreshed"),
+        (columns.FAILED, "cuda/refresh_basis.h", "kFailed"),
+    ],
+)
+def test_a_constant_is_that_of_the_cpp(python, file, name):
+    assert python == constant(file, name)
+
+
+def test_shared_memory_of_a_block():
+    """refresh_operator.block_shared_memory against the expression in block.cuh, for every size."""
+    (expression,) = re.findall(
+        r"block_shared_floats\(int64_t d\) \{\s*return (.*?);", (CSRC / "cuda/block.cuh").read_text(), re.S
+    )
+    names = {"kPanel": constant("cuda/refresh_basis.h", "kPanel"), "kWarp": constant("cuda/reflector.cuh", "kWarp")}
+    for d in range(1, refresh_operator.LARGEST + 1):
+        assert refresh_operator.block_shared_memory(d) == 4 * eval(expression, {**names, "d": d})
