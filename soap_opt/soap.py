@@ -307,6 +307,13 @@ class SOAP(Optimizer):
         """
         self._cuda.wait()
 
+    def release_graphs(self) -> None:
+        """Free the tables, scratch and buffers of steps that were recorded into CUDA graphs. (They last as long as the state.)
+
+        To be called when those graphs are gone: one that is replayed afterwards reads memory that is somebody else's.
+        """
+        self._cuda.following.release_graphs()
+
     @torch._disable_dynamo
     @torch.no_grad()
     def precondition(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:

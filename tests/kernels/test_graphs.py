@@ -6,6 +6,8 @@ in the meantime. What was decided on the host while recording stays as it was, i
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import numpy
 import pytest
@@ -251,6 +253,24 @@ def test_a_plan_is_one_captures(monkeypatch):
     run.record(Tape(monkeypatch), gradients[4])
     plans = run.optimizer._cuda.following.of(run.state_of(0)["exp_avg"]).plans_of_graphs
     assert len(plans) == 2 and plans[0] is not plans[1]
+
+
+def test_a_graphs_plan_is_kept_until_it_is_released(monkeypatch):
+    shapes = [(6, 5), (4, 3, 3)]
+    run = Recorded(random_params(shapes), fused=True, capturable=True, **OPTIONS)
+    gradients = random_gradients(shapes, 4)
+    for grads in gradients[:2]:
+        run.step(grads)
+    run.record(Tape(monkeypatch), gradients[2])
+    plans = [weakref.ref(plan) for plan in run.optimizer._cuda.following.of(run.state_of(0)["exp_avg"]).plans_of_graphs]
+    run.tape = None
+    gc.collect()
+    assert len(plans) == 1 and plans[0]() is not None
+    run.optimizer.release_graphs()
+    gc.collect()
+    assert plans[0]() is None
+    run.step(gradients[3])  # t is read again
+    assert [int(run.state_of(i)["step"]) for i in range(2)] == [3, 3]
 
 
 def test_an_ordinary_step_after_a_capture_waits_once(monkeypatch):
