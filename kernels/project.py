@@ -56,7 +56,7 @@ def product_tile(
     a single large matrix: cuBLAS has larger tiles and wgmma pipelines that are tuned for it.
 
     Args:
-        r: which WIDE of the D results j; c: which LONG of the columns. DEEP: the i of one iteration.
+        r: the tile makes results j from r * WIDE on; c: of the columns from c * LONG on. DEEP: values of i in one iteration.
 
     Returns:
         The tile ([LONG, WIDE] with ROWS, else [WIDE, LONG]) in float32, its elements' offsets, which of them exist, and the

@@ -163,9 +163,9 @@ void householder_q(T* columns, T* q, int64_t d) {
   for (int64_t k = 0; k < d; ++k) noise[k] = noise_of_column(largest_magnitude(columns + k * d, d), d);
   std::vector<Reflection<T>> panels;
   for (int64_t first = 0; first < d; first += kReflectors) {
-    const int64_t count = std::min(kReflectors, d - first), behind = first + count;
+    const int64_t count = std::min(kReflectors, d - first), after = first + count;
     panels.push_back(reflections.factor(columns, first, count, noise.data()));
-    if (behind < d) reflections.apply(panels.back(), columns, columns + behind * d + first, d - behind, /*back=*/false, count);
+    if (after < d) reflections.apply(panels.back(), columns, columns + after * d + first, d - after, /*back=*/false, count);
   }
   // q <- Q^T = (H_1 .. H_d I)^T, from the last panel: what lies right of and below it is all that is not the identity yet
   std::fill_n(q, d * d + kPackedWidth<T>, T(0));

@@ -40,7 +40,7 @@ void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t af
   }
 }
 
-// What a group's refreshed modes make of its D, [A, D, B] seen from it.
+// The change of basis of one group, [A, D, B] seen from it, by those of its modes that were refreshed.
 template <typename T>
 struct Turn {
   size_t group;

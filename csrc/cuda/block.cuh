@@ -83,7 +83,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
 
   // geqrf
   for (int first = 0; first < d; first += kPanel) {
-    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
     factor_columns<kPanel, kBlockLimit / kWarp>(panel, pitch, m, width, taus, dots);
     // T, by the last warp, which W = V^T A leaves free: there are more warps than tiles of 32 columns
@@ -91,7 +91,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     if (n > 0)
       block_product(
           width, n, m, [=](int c, int k) { return panel[k + c * pitch]; },
-          [=](int k, int j) { return a[first + k + (behind + j) * pitch]; },
+          [=](int k, int j) { return a[first + k + (after + j) * pitch]; },
           [=](int c, int j, float sum) { w[c * n + j] = sum; });
     __syncthreads();
     if (n == 0) break; // T of the last panel stays where it is
@@ -114,19 +114,19 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     block_product(
         m - width, n, width, [=](int i, int c) { return panel[width + i + c * pitch]; },
         [=](int c, int j) { return w[c * n + j]; },
-        [=](int i, int j, float sum) { a[behind + i + (behind + j) * pitch] -= sum; });
+        [=](int i, int j, float sum) { a[after + i + (after + j) * pitch] -= sum; });
     __syncthreads();
   }
 
-  // orgqr: (I - V T V^T) on what the panels behind have made, then the panel's own columns in place of V
+  // orgqr: (I - V T V^T) on the columns that later panels have made, then the panel's own columns in place of V
   for (int first = (d - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
-    const int width = min(kPanel, d - first), behind = first + width, n = d - behind, m = d - first;
+    const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
-    // W = V^T Q; rows `first` .. `behind` of these columns are zeros that were never written
+    // W = V^T Q; rows `first` .. `after` of these columns are zeros that were never written
     if (n > 0)
       block_product(
           width, n, n, [=](int c, int k) { return panel[width + k + c * pitch]; },
-          [=](int k, int j) { return a[behind + k + (behind + j) * pitch]; },
+          [=](int k, int j) { return a[after + k + (after + j) * pitch]; },
           [=](int c, int j, float sum) { w[c * n + j] = sum; });
     // M = T V_1^T, V_1 the panel's first `width` rows
     for (int i = threads - 1 - thread; i < kPanel * kPanel; i += threads) { // the last warps first: W leaves them free
@@ -155,7 +155,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
       block_product(
           m, n, width, [=](int i, int c) { return panel[i + c * pitch]; }, [=](int c, int j) { return w[c * n + j]; },
           [=](int i, int j, float sum) {
-            float* entry = a + first + i + (behind + j) * pitch;
+            float* entry = a + first + i + (after + j) * pitch;
             *entry = (i < width ? 0 : *entry) - sum;
           });
     __syncthreads();

@@ -74,9 +74,9 @@ __device__ inline void tile_product(const float* left, const float* right, int d
 template <int Rows>
 __device__ int row_of_tile(const Table<Rows>& table, int count, int tile) {
   int row = 0;
-  for (int behind = count; behind - row > 1;) {
-    const int middle = (row + behind) / 2;
-    (table.tiles[middle] <= tile ? row : behind) = middle;
+  for (int end = count; end - row > 1;) {
+    const int middle = (row + end) / 2;
+    (table.tiles[middle] <= tile ? row : end) = middle;
   }
   return row;
 }
