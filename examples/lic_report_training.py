@@ -59,6 +59,8 @@ def learning_rates(report: Report) -> dict[str, float]:
             xlim=(0.7 * min(at), 1.4 * max(at)),
             ylim=(0.93 * lowest, ceiling),
         )
+        axis.set_xticks([], minor=True)
+        axis.set_xticks(sorted(set(at)), [f"{rate:g}" for rate in sorted(set(at))], rotation=60, size=8)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend()
@@ -80,10 +82,11 @@ def plot_grid(axis, losses: dict[float, list[float]], means: dict[float, float],
 
 
 def limits(axis) -> tuple[float, float]:
-    """The lowest value, and as much as shows every line's lowest in its surroundings."""
-    minima = [min(line.get_ydata()) for line in axis.lines if line.get_label()[0] != "_" and len(line.get_ydata())]
-    lowest = min(minima, default=1.0)
-    return lowest, max(1.1 * lowest, min(3 * max(minima, default=1.0), 12 * lowest))
+    """The lowest value, and as much as shows every line's lowest in its surroundings, or all of it."""
+    lines = [line.get_ydata() for line in axis.lines if line.get_label()[0] != "_" and len(line.get_ydata())]
+    minima = [min(values) for values in lines]
+    lowest, highest = min(minima, default=1.0), max(map(max, lines), default=1.0)
+    return lowest, max(1.1 * lowest, min(3 * max(minima, default=1.0), 12 * lowest, 1.07 * highest))
 
 
 def step_times(report: Report) -> dict[str, float]:
