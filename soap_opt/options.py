@@ -143,7 +143,7 @@ class Options:
 
     def agree_on_cpu(self) -> tuple[Any, ...]:
         """What groups must agree in for one call of the C++ engine or the multi-tensor path."""
-        return _STEP_AND_PATH(self.__dict__)
+        return (*self.betas, *_STEP_AND_PATH(self.__dict__))  # (betas may be a list, which has no hash)
 
     def agree_on_cuda(self) -> tuple[Any, ...]:
         """What groups must agree in for one call of the CUDA path: what is said of the call, and what is passed over when due,
@@ -161,5 +161,5 @@ _Values = Callable[[dict[str, Any]], tuple[Any, ...]]  # several of a dict's
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 SHAPING = names_of("shape")
 _VALUES: _Values = itemgetter(*names_of())
-_STEP_AND_PATH: _Values = itemgetter(*names_of("step", "path"))
+_STEP_AND_PATH: _Values = itemgetter(*(name for name in names_of("step", "path") if name != "betas"))
 _CALL: _Values = itemgetter(*names_of("call"))

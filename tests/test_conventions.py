@@ -221,6 +221,23 @@ def child(model, optimizer, threads, queue):
 
 
 @pytest.mark.slow
+@every_implementation
+def test_betas_of_groups_may_be_lists(flags):
+    """As a configuration file has them. Groups that share a call are told by their options, which betas are a part of."""
+    shapes, runs = [(4, 3), (5, 2)], []
+    for kind in (list, tuple):
+        params = random_params(shapes)
+        optimizer = SOAP(
+            [{"params": [p], "betas": kind((0.8, 0.9)), "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], **flags
+        )
+        for grads in random_gradients(shapes, 4):
+            for param, grad in zip(params, grads):
+                param.grad = grad
+            optimizer.step()
+        runs.append(params)
+    assert all(map(torch.equal, *runs))
+
+
 def test_shared_memory_and_another_process():
     """A shared model trained by a child process (Hogwild): the optimizer pickles through multiprocessing."""
     model, twin = model_of(), model_of()
