@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def first_grams(
-    grads: list[Tensor], layouts: list[Layout], options: Options, grad_scale: Tensor | None
+    grads: list[Tensor], layouts: list[Layout], dtype: torch.dtype, options: Options, grad_scale: Tensor | None
 ) -> list[tuple[list[Tensor] | None, bool]]:
     """Of each first gradient the Grams, (1 - beta_s) times it contracted with itself, [d_i, d_i] for every mode (None where the
     gradient is not usable, see :func:`soap_opt.gradients.is_usable`), and whether anything in it is not zero.
 
     Args:
-        grads: of parameters whose state is of one dtype; never written.
+        grads: of any dtype; never written.
         layouts: how each one's modes lie.
+        dtype: of the parameters' state. A gradient's own may be another (``param.grad_dtype``).
         options: of their group.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
     """
-    dtype = state_dtype(grads[0])
     if all(path_of(grad, options) is Path.CPU for grad in grads):
         made, squared_norms = cpu_first_grams(grads, layouts, dtype, grad_scale, options.gram_beta)
         limit = largest_squared_norm(dtype)
@@ -82,11 +82,11 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
         params.append(param)
         gradients.append(grad)
     by_engine = True
-    for group, params, gradients in kinds.values():
+    for (_, dtype), (group, params, gradients) in kinds.items():
         layouts, options = [optimizer._layout(p, group) for p in params], Options.of(group)
         compiled = all(refresh_operator.why_missing(grad.device.type) is None for grad in gradients)
         by_engine = by_engine and compiled and all(uses_own_kernels(grad, options) for grad in gradients)
-        made = first_grams(gradients, layouts, options, scales[id(group)])
+        made = first_grams(gradients, layouts, dtype, options, scales[id(group)])
         for param, layout, (outers, says_something) in zip(params, layouts, made):
             if outers is None:
                 unusable.append(param)

@@ -238,6 +238,23 @@ def test_betas_of_groups_may_be_lists(flags):
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch wants gradients of the parameter's dtype")
+@every_implementation
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_gradient_of_another_dtype_than_its_parameter(flags, dtype, grad_dtype):
+    """The state is of the parameter's dtype."""
+    param = nn.Parameter(random_params([(4, 3)])[0].detach().to(dtype))
+    param.grad_dtype = grad_dtype
+    optimizer = SOAP([param], **flags)
+    before = param.detach().clone()
+    for grads in random_gradients([(4, 3)], 3):
+        param.grad = grads[0].to(grad_dtype)
+        optimizer.step()
+    state = optimizer.state[param]
+    assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "gram_0", "basis_0", "gram_1", "basis_1")} == {dtype}
+    assert not torch.equal(param, before)
+
+
 def test_shared_memory_and_another_process():
     """A shared model trained by a child process (Hogwild): the optimizer pickles through multiprocessing."""
     model, twin = model_of(), model_of()
