@@ -394,8 +394,9 @@ class SOAP(Optimizer):
         state = dict(state)
         steps, refreshes = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # (once steps alone)
         super().__setstate__(state)
-        # torch adds `differentiable`, which no group of ours has, and which would be saved with the next checkpoint
-        self.defaults = {name: value for name, value in self.defaults.items() if name != "differentiable"}
+        # An older version knew fewer options. torch adds `differentiable`, which no group of ours has, and which would be saved
+        # with the next checkpoint.
+        self.defaults = DEFAULTS | {name: value for name, value in self.defaults.items() if name != "differentiable"}
         if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
             self._cuda, self._number = CudaStepper(), compiled.register(self)
         self._traced_params = compiled.all_params(self)
@@ -409,7 +410,7 @@ class SOAP(Optimizer):
         if restored is not None:
             self.state.update(restored)
         for group in self.param_groups:
-            for name, default in {**DEFAULTS, **self.defaults}.items():  # (an older version knew fewer)
+            for name, default in self.defaults.items():
                 group.setdefault(name, default)
             for param in group["params"]:
                 param_state = self.state.get(param)

@@ -221,6 +221,22 @@ def child(model, optimizer, threads, queue):
 
 
 @pytest.mark.slow
+def test_an_optimizer_of_an_older_version_takes_another_group():
+    optimizer = SOAP(random_params([(4, 3)]))
+    state = optimizer.__getstate__()
+    for options in (state["defaults"], *state["param_groups"]):
+        for name in ("overlap_refresh", "fused", "refresh"):
+            del options[name]
+    restored = SOAP.__new__(SOAP)
+    restored.__setstate__(state)
+    (added,) = random_params([(2, 5)])
+    restored.add_param_group({"params": [added]})
+    for grads in random_gradients([(2, 5)], 2):
+        added.grad = grads[0]
+        restored.step()
+    assert restored.state[added]["step"] == 1
+
+
 @every_implementation
 def test_betas_of_groups_may_be_lists(flags):
     """As a configuration file has them. Groups that share a call are told by their options, which betas are a part of."""
