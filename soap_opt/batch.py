@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ class Batch:
 
     def select(self, indices: Sequence[int]) -> Batch:
         """Some of the parameters, in this order."""
-        if len(indices) == len(self):
+        if len(indices) == len(self) and all(map(operator.eq, indices, range(len(self)))):
             return self
 
         def of_parameters(column: list[Any]) -> list[Any]:
@@ -81,7 +82,7 @@ class Batch:
 
     def with_options(self, **changes: Any) -> Batch:
         """The same parameters, with other values of some options."""
-        changed = {id(options): replace(options, **changes) for options in self.options}
+        changed = {id(options): replace(options, **changes) for options, _ in self.groups()}  # one a group, not one a parameter
         return replace(self, options=[changed[id(options)] for options in self.options])
 
 

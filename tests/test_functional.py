@@ -22,12 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import soap_opt
 from bench.fake_driver import triton_path_on_cpu
+from soap_opt import batch as batch_module
 from soap_opt import functional
 from soap_opt.functional import Path, path_of
 from soap_opt.gradients import is_usable, prepare_gradient
 from soap_opt.layout import layout_of
 from soap_opt.options import SHAPING, Options
 from soap_opt.single_tensor import step_size
+from soap_opt.work import batch_of, with_grad
 
 # Every kind of layout: tiny modes (Kronecker products), equal shapes (batches), odd sizes, ones, 0-D and 1-D.
 SHAPES = [
@@ -501,6 +503,26 @@ def test_the_flat_signature(flags):
     for i, param in enumerate(params):
         assert torch.equal(param, run.params[i])
         assert all(torch.equal(value, run.state_of(i)[key]) for key, value in state[i].items())
+
+
+def test_a_batch_and_its_parts(monkeypatch):
+    params = random_params([(2, 3), (4,), (3, 2)])
+    run = SoapRun(params, lr=0.1)
+    for grads in random_gradients([(2, 3), (4,), (3, 2)], 2):
+        run.step(grads)
+    (work,) = [with_grad(run.optimizer, group) for group in run.optimizer.param_groups]
+    batch = batch_of([work])
+    turned = batch.select([2, 1, 0])  # all of them, but in another order
+    assert [tuple(p.shape) for p in turned.params] == [(3, 2), (4,), (2, 3)]
+    assert [g.shape[0] for g in turned.grams] == [3, 2, 2, 3]
+    assert all(x is y for x, y in zip(turned.select([2, 1, 0]).bases, batch.bases))
+    made = []
+    original = batch_module.replace
+    monkeypatch.setattr(batch_module, "replace", lambda x, **changes: made.append(type(x)) or original(x, **changes))
+    changed = batch.with_options(lr=0.5)
+    assert changed.learning_rates() == [0.5] * 3 and batch.learning_rates() == [0.1] * 3
+    # one record a group: with one a parameter a clipped step of 2,000 small ones took 1.5 times as long
+    assert made.count(Options) == len(changed.groups()) == 1
 
 
 @pytest.mark.parametrize(
