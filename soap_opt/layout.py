@@ -103,7 +103,8 @@ class Layout:
 
     @cached_property
     def encoded(self) -> tuple[int, ...]:
-        """One layout of :func:`layout_table`: ndim, order.., numel, groups; for each group width, modes, positions, sizes."""
+        """One layout of :func:`soap_opt.cpu.layout_table`: ndim, order.., numel, groups; for each group width, modes,
+        positions, sizes."""
         code = [len(self.memory_order), *self.memory_order, self.numel, len(self.groups)]
         for group in self.groups:
             code += [group.width, len(group.modes), *(self.modes.index(mode) for mode in group.modes), *group.sizes]

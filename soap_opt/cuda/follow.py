@@ -35,7 +35,7 @@ class Followed:
         self.version = 0  # of the step tensor after the last step
         self.t = 0
         self.last: tuple[Flags, int] | None = None  # where to look whether the last gradient counted
-        self.plans_of_graphs: list[object] = []  # as long as the state lives
+        self.plans_of_graphs: list[object] = []  # kept until the state or the optimizer goes
 
     def catch_up(self) -> int:
         """t, after every step but the one under way."""

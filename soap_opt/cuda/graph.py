@@ -139,7 +139,12 @@ class GraphRefresh:
         scalars: Tensor,
         tolerance: float,
     ) -> None:
-        """As :func:`refresh_due`. phases: [units, 2] offset and frequency of every unit. steps, scalars: on the device."""
+        """As :func:`soap_opt.cuda.refresh.refresh_due`.
+
+        Args:
+            phases: [units, 2] offset and frequency of every unit.
+            steps, scalars: on the device.
+        """
         refresh = self.refresh
         if not refresh.due:
             return

@@ -20,7 +20,7 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
 
     Args:
         arguments: tensors, the first of them on the device, and int32; their dtypes are the same in every launch of a kernel.
-        constants: the kernel's constexprs but DEEP, which its :class:`Config` says.
+        constants: the kernel's constexprs but DEEP, which its :class:`soap_opt.cuda.configs.Config` says.
     """
     name = kernel.__name__
     key = (name, arguments[0].device, *constants.values())
