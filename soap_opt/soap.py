@@ -308,7 +308,8 @@ class SOAP(Optimizer):
         self._cuda.wait()
 
     def release_graphs(self) -> None:
-        """Free the tables, scratch and buffers of steps that were recorded into CUDA graphs. (They last as long as the state.)
+        """Free the tables, scratch and buffers of steps that were recorded into CUDA graphs. (They last as long as the
+        optimizer and its state.)
 
         To be called when those graphs are gone: one that is replayed afterwards reads memory that is somebody else's.
         """
