@@ -67,10 +67,10 @@ class Layout:
     @cached_property
     def memory_strides(self) -> tuple[int, ...]:
         """Strides of a tensor of this shape that lies in memory order, without gaps."""
-        strides, behind = [0] * len(self.shape), 1
+        strides, stride = [0] * len(self.shape), 1
         for dim in reversed(self.memory_order):
-            strides[dim] = behind
-            behind *= max(1, self.shape[dim])
+            strides[dim] = stride
+            stride *= max(1, self.shape[dim])
         return tuple(strides)
 
     @cached_property

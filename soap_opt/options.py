@@ -43,7 +43,7 @@ class Options:
     - step: the arithmetic of a step. One for all parameters of a call on the CPU; the CUDA kernels read a row a group.
     - shape: the shapes, or the meaning, of state. Pinned as soon as there is some.
     - call: what a call of the CUDA path does for all of its parameters.
-    - group: what is said of a group as a whole.
+    - group: applies to the group as a whole.
     - path: which implementation runs.
     """
 
@@ -146,8 +146,8 @@ class Options:
         return (*self.betas, *_STEP_AND_PATH(self.__dict__))  # (betas may be a list, which has no hash)
 
     def agree_on_cuda(self) -> tuple[Any, ...]:
-        """What groups must agree in for one call of the CUDA path: what is said of the call, and what is passed over when due,
-        since one call refreshes all."""
+        """What groups must agree in for one call of the CUDA path: the options of the call, and whether a due refresh may be
+        skipped, since one call refreshes all."""
         return (self.tolerance, *_CALL(self.__dict__))
 
 

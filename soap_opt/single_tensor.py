@@ -28,7 +28,7 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
     """One parameter after the other, step by step.
 
     Args:
-        batch: on any device, of any dtypes; clipped already.
+        batch: on any device, of any dtypes. Its caller has applied max_grad_norm, through grad_scale.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
     """
     skipped = Skipped([], [])

@@ -21,11 +21,11 @@ INDEX = 6  # number of the parameter: its row of scalars
 EXP_AVG, EXP_AVG_SQ, PARAM = 7, 8, 9  # pointers
 PARAM_DTYPE = 10  # place in DTYPES
 SLOT = 11  # first partial sum
-COUNT = 12  # how many programs share a result (Kronecker products: how many factors)
+COUNT = 12  # number of programs that share one result (rows of Kronecker products: number of factors)
 COUNTER = 13  # the first counter of arrivals
 STEP, SKIPPED = 14, 15  # pointers: t (float32), how many gradients were not usable (int32)
 OUTCOMES, UNITS = 14, 15  # re-expressing: pointer to what became of the parameter's first unit (int32), how many it has
-NUMEL = 16  # elements of the parameter (Grams: how many factors)
+NUMEL = 16  # number of elements of the parameter (rows of Grams: number of factors)
 GROUP = 17  # number of the param group: its row of options
 FACTORS = 18  # pointer and size of each factor: bases of a Kronecker product, Grams, orders (size + (stride << 32))
 MAX_FACTORS = int(math.log2(KRONECKER_MAX_WIDTH))
@@ -58,7 +58,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Kinds of tiles. 0 .. 11 are the classes of products and Grams: 4 * (place in TILES) + 2 * ROWS + ALIGNED.
 NORM, COPY, KRONECKER, ADAM_GRAD, ADAM_SCRATCH, APPLY, PERMUTE = 12, 13, 14, 15, 16, 17, 18
 
-# Outcomes of soap_opt::refresh_basis_: the basis is what it was, it is another
+# Outcomes of soap_opt::refresh_basis_: the basis was kept, was refreshed, could not be refreshed
 KEPT, REFRESHED, FAILED = 0, 1, 2
 
 BLOCK = 2048  # elements of an elementwise tile

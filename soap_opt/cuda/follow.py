@@ -70,7 +70,7 @@ class Flags:
 
 
 class ParameterList:
-    """A list of parameters that are stepped together, told by their ``exp_avg``s and layouts.
+    """A list of parameters that are stepped together, identified by their ``exp_avg``s and layouts.
 
     Attributes:
         layouts: of each parameter.
@@ -179,7 +179,7 @@ class Following:
         self._lists: MutableMapping[Tensor, list[ParameterList]] = WeakIdKeyDictionary()
 
     def of(self, exp_avg: Tensor) -> Followed:
-        """A parameter, told by its ``exp_avg``."""
+        """A parameter's record; its ``exp_avg`` identifies it."""
         known = self._followed.get(exp_avg)
         if known is None:
             known = self._followed[exp_avg] = Followed(exp_avg.device)

@@ -85,13 +85,13 @@ class GraphRefresh:
             self.limit = refresh_operator.largest_in_shared_memory(shared_memory_limit(buffers.device))
         large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
         self._rest(large)
-        # None: all of them
+        # None where every unit is small
         self.small = [n for n, d in enumerate(self.refresh.sizes) if d <= self.limit]
         self._small_places = to_device(np.asarray(self.small, dtype=np.int64), buffers.device) if large else None
         self._load_kernels()
 
     def _rest(self, places: list[int]) -> None:
-        """What stands where a unit is not refreshed."""
+        """Reset units that are not refreshed: identity as order and rotation, outcome KEPT."""
         orders, rotations = self.refresh.matrices()
         for n in places:
             torch.arange(self.refresh.sizes[n], out=orders[n], device=orders[n].device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class DeviceTable:
         source: npt.NDArray[Number],
         make: Callable[[npt.NDArray[Number]], npt.NDArray[Number]] = lambda source: source,
     ) -> None:
-        """Fill it with make(source); nothing is made or sent when the source is that of the last time."""
+        """Fill it with make(source); skipped where the source equals the previous one."""
         if self.source is not None and np.array_equal(source, self.source):
             return
         self.source = None  # until it is there: memory may run out on the way
@@ -52,7 +53,7 @@ class DeviceTable:
 
 
 class Scratch:
-    """Two float32 buffers that everything on one stream shares; kept as long as somebody holds this object."""
+    """Two float32 buffers, shared by everything on one stream; they grow on demand."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,13 +95,13 @@ class Buffers:
 
 class ScratchOfStreams:
     """The scratch of one optimizer, on each stream on which it steps or refreshes: the next step may run while a refresh behind
-    the last one is still using its own."""
+    the last one is still using its own. Kept as long as a plan, or a refresh, holds it: the one that used it last."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[torch.device, int], Scratch] = {}
+        self._kept: WeakValueDictionary[tuple[torch.device, int], Scratch] = WeakValueDictionary()
 
     def current(self, device: torch.device) -> Scratch:
-        """That of the device's current stream."""
+        """The scratch of the device's current stream."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return self._kept.setdefault((device, stream), Scratch(device))
 

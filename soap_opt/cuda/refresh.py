@@ -92,6 +92,7 @@ class GroupedRefresh:
         self.first_unit = [self.places[i, of[i][0]] for i in grouped]
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
+        self.held_scratch: Scratch | None = None  # of the last run
         self._scratch, self._following = scratch, following
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables: Tables | None = None
@@ -128,7 +129,7 @@ class GroupedRefresh:
             else:  # read only in a Kronecker product with a mode that is due
                 turns.append(self.buffers.identity(size).data_ptr() if size <= KRONECKER_MAX_FACTOR else 0)
                 permutations.append(0)
-        scratch = self.own_scratch or self._scratch.current(self.buffers.device)
+        self.held_scratch = scratch = self.own_scratch or self._scratch.current(self.buffers.device)
         shared = [*(buffer.data_ptr() for buffer in scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
         pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
         self.problems.send(pointers, self.tables.fill)
@@ -142,7 +143,7 @@ class GroupedRefresh:
         return orders, rotations
 
     def count_for(self, exp_avgs: list[Tensor]) -> None:
-        """Let the parameters find what ``failed`` counts of them."""
+        """Attach the counters of failed refreshes to the parameters' records."""
         owners = [exp_avgs[i] for i, _ in self.due]
         if len(self._counting) == len(owners) and all(known() is x for known, x in zip(self._counting, owners)):
             return
@@ -180,11 +181,11 @@ class GroupedRefresh:
             for each in self.tables.launches:
                 tiles = self.tiles[each.first : each.first + each.count]
                 launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
-        alone: dict[int, dict[int, Refresh]] = {}
+        ungrouped: dict[int, dict[int, Refresh]] = {}
         for (i, k), order, rotation in zip(self.due, *self.matrices()):
             if i not in self.grouped:
-                alone.setdefault(i, {})[k] = Refresh(order, bases[i][k], rotation)
-        for i, results in alone.items():
+                ungrouped.setdefault(i, {})[k] = Refresh(order, bases[i][k], rotation)
+        for i, results in ungrouped.items():
             reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], results)
 
 
@@ -250,7 +251,7 @@ def refresh_due_through_torch(
     which units "adaptive" wants."""
     done, failed = refresh_units(due, grams, bases, tolerance)
     for i in failed:
-        # (a stepped parameter's alone: a step that was skipped was not due)
+        # (only of parameters that were stepped: where a step was skipped no refresh was due)
         failures = following.of(exp_avgs[i]).failed
         failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
     for i, refreshed in done.items():

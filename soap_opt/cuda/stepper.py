@@ -46,7 +46,7 @@ def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
     ]  # fmt: skip
 
 
-# What a plan depends on: layouts, dtypes of gradients and of parameters, normalize_grads, number of the group
+# The key under which a plan is kept: layouts, dtypes of gradients and of parameters, normalize_grads, number of the group
 PlanKey = tuple[tuple[Layout, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
 
 
@@ -86,16 +86,17 @@ class Plan:
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
-        # the scale, and found_inf, where there is none
+        # defaults where grad_scale or found_inf is None
         self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
         self.scratch, self.following = scratch, following
         self.own_scratch: Scratch | None = None  # of a graph
-        self.behind = False  # where the refreshes below were made
+        self.held_scratch: Scratch | None = None  # of the last step
+        self.behind = False  # whether the refreshes below were allocated on the stream behind the step
         self.buffers = Buffers(device)  # of the refreshes
         self.refreshes: dict[RefreshKey, GroupedRefresh] = {}
         self.precision = ""  # of the step that made it ready for a capture
         self.under_way = False  # a step has begun and not ended
-        self.for_graph: Plan | None = None  # what the next capture takes
+        self.for_graph: Plan | None = None  # reserved for the next capture
         self.graph_refresh: GraphRefresh | None = None
 
     def calls(self, precision: str) -> list[Call]:
@@ -106,8 +107,8 @@ class Plan:
 
     def shared(self) -> list[int]:
         """Pointers in the order of tables.SHARED."""
-        scratch = self.own_scratch or self.scratch.current(self.one.device)
-        return [*(buffer.data_ptr() for buffer in scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
+        self.held_scratch = self.own_scratch or self.scratch.current(self.one.device)
+        return [*(buffer.data_ptr() for buffer in self.held_scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
 
     def send_options(self, groups: list[tuple[Options, list[int]]]) -> None:
         """Send the groups' rows where they are others than the last time's. A learning rate on the device is copied into its

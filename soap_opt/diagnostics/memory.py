@@ -78,7 +78,7 @@ class MemoryReport:
             lines.append(f"{name:{width}}  {shape:{shape_width}}" + "".join(f"{_human(value):>12}" for value in values))
         lines.insert(-1, "-" * len(header))
         if self.scratch:
-            lines.append(f"and {_human(self.scratch)} of scratch, shared by all optimizers")
+            lines.append(f"and {_human(self.scratch)} of scratch")
         if self.refresh:
             lines.append(f"and up to {_human(self.refresh)} while the largest basis is refreshed")
         if self.skipped_steps or self.skipped_refreshes:
