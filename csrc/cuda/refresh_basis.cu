@@ -85,13 +85,13 @@ void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float
     const int64_t tile_shared = tile_shared_floats(table.rows[0].size) * sizeof(float);
     LAUNCH(multiply_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, due, workspace);
     check(cudaGetLastError(), "multiply_tiles");
-    for (int first = 0, behind; first < rows; first = behind) {
+    for (int first = 0, end; first < rows; first = end) {
       // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
       const int largest = table.rows[first].size, smaller = largest > 128 ? 128 : largest > 64 ? 64 : 0;
       const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
-      for (behind = first; behind < rows && table.rows[behind].size > smaller;) ++behind;
-      LAUNCH(refresh_in_blocks_kernel, behind - first, threads, block_shared_memory(largest), stream, table, first, due,
-             tolerance, outcomes, workspace);
+      for (end = first; end < rows && table.rows[end].size > smaller;) ++end;
+      LAUNCH(refresh_in_blocks_kernel, end - first, threads, block_shared_memory(largest), stream, table, first, due, tolerance,
+             outcomes, workspace);
       check(cudaGetLastError(), "refresh_in_blocks");
     }
     LAUNCH(rotate_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, outcomes, workspace);

@@ -46,14 +46,14 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
   const auto triangle = [&](int64_t p) { return triangles[p].narrow(1, 0, width(p)).narrow(2, 0, width(p)); }; // T
 
   for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = p * kLargePanel, behind = first + width(p);
+    const int64_t first = p * kLargePanel, after = first + width(p);
     factor_panel(a.mutable_data_ptr<float>(), triangles[p].mutable_data_ptr<float>(), batch, d, first, width(p),
                  outcomes.const_data_ptr<int32_t>(), stream);
-    if (behind == d) break;
-    // The columns behind, without the rows that are done: x <- (I - V T^T V^T) x, here x^T <- x^T - ((x^T V) T) V^T
-    const at::Tensor rest = a.narrow(1, behind, d - behind), v = vectors(p);
-    const at::Tensor w = at::bmm(at::bmm(rest.narrow(2, first, d - first), v.mT()), triangle(p)); // [B, d - behind, width]
-    rest.narrow(2, behind, d - behind).baddbmm_(w, v.narrow(2, width(p), d - behind), 1, -1);
+    if (after == d) break;
+    // The columns after the panel, without the rows that are done: x <- (I - V T^T V^T) x, here x^T <- x^T - ((x^T V) T) V^T
+    const at::Tensor rest = a.narrow(1, after, d - after), v = vectors(p);
+    const at::Tensor w = at::bmm(at::bmm(rest.narrow(2, first, d - first), v.mT()), triangle(p)); // [B, d - after, width]
+    rest.narrow(2, after, d - after).baddbmm_(w, v.narrow(2, width(p), d - after), 1, -1);
   }
   const at::Tensor q = at::zeros_like(a); // [B, d, d] Q^T
   q.diagonal(0, 1, 2).fill_(1);
