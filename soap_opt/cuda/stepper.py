@@ -316,6 +316,7 @@ class Run:
         # Memory that does not lie in the layout's order (merged channels_last views, slices) is stepped on in a copy.
         self.originals = (batch.params, batch.exp_avgs, batch.exp_avg_sqs)
         self.arranged = [self.known.arranged(tensors) for tensors in self.originals]
+        self.grads = self.known.arranged(batch.grads)  # (held here: the kernels have their addresses)
         self.steps = [step if step.device == self.device else step.to(self.device) for step in batch.state_steps]
         self.groups = batch.groups()
         self.plan = self._fill_plan()
@@ -323,7 +324,7 @@ class Run:
     def _fill_plan(self) -> Plan:
         """The plan of this step, its table of problems pointing to this step's tensors."""
         batch, known, common = self.batch, self.known, self.batch.options[0]
-        columns = (known.arranged(batch.grads), *self.arranged)
+        columns = (self.grads, *self.arranged)
         own = np.empty((len(batch), len(PER_PARAMETER)), dtype=np.int64)
         for place, tensors in enumerate((*columns, self.steps)):
             own[:, place] = [tensor.data_ptr() for tensor in tensors]
