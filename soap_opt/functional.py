@@ -146,10 +146,10 @@ def soap(
 
 def step_batch(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None, cuda: CudaStepper) -> Skipped:
     """:func:`soap` for parameters that one call may serve (:func:`soap_opt.work.together`)."""
-    parts, groups = parts_of(batch), batch.groups()
+    parts = parts_of(batch)
     on_cuda = path_of(batch.exp_avgs[0], batch.options[0]) is Path.CUDA
     skipped = Skipped([], [])
-    if on_cuda and len(groups) > 1 and len(parts) > 1:  # what groups share is a launch, and this is several
+    if on_cuda and len(parts) > 1 and len(groups := batch.groups()) > 1:  # groups share a launch, and this is several
         for _, own in groups:
             skipped.extend(step_batch(batch.select(own), grad_scale, found_inf, cuda), own)
         return skipped
