@@ -3,6 +3,7 @@ data of a study that it is made from, its CSV tables only, so that it can be mad
 long gone."""
 
 import base64
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from lic_data import InputError  # noqa: E402
 from lic_files import read_table  # noqa: E402
 from lic_plots import COLOURS  # noqa: E402
 from lic_rd import markdown  # noqa: E402
-from lic_study import Study  # noqa: E402
+from lic_study import Study, TrainingRun  # noqa: E402
 
 EXTRA_COLOURS = ["#8c6d1f", "#1b9e77", "#e7298a", "#7570b3", "#66a61e", "#a6761d"]
 
@@ -114,10 +115,15 @@ class Report:
             measured, holds = f"{measured} (so far; runs missing: {missing})", None
         self.claims.append({"claim": claim, "bar": bar, "measured": measured, "holds": holds})
 
+    @functools.cached_property
+    def asked_for(self) -> tuple[list[TrainingRun], list[tuple[str, str]]]:
+        """Study.runs, once for all claims."""
+        return self.study.runs(self.data.results())
+
     def missing(self, experiments: Sequence[str], table: str = "") -> int:
         """How many runs of the baseline and of the subject the study asks for that the data do not have, in a table of theirs
         neither. A run that failed is not missing: it cannot be measured."""
-        runs, waiting = self.study.runs(self.data.results())
+        runs, waiting = self.asked_for
         labels = (self.study.baseline, self.study.subject)
         wanted = [run for run in runs if run.label in labels and set(experiments) & set(run.experiments)]
         if table:
