@@ -47,7 +47,7 @@ INTEGERS = {"tiles": torch.int32, "problems": torch.int64, "counters": torch.int
 
 
 def variants(backend: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each kernel with each set of its constants that soap_opt.cuda.stepper can ask for."""
+    """Each kernel with each set of its constants that soap_opt.cuda.plan can ask for."""
     for dtype in DTYPES:
         yield gram_ema_kernel, {"GRAD": dtype, "PRECISION": configs.PRECISION[backend]}
     yield reexpress_kernel, {"PRECISION": configs.PRECISION[backend]}

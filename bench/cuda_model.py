@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soap_opt.cuda import columns, configs, problems
 from soap_opt.cuda.columns import TILES
-from soap_opt.cuda.tables import Tables, make_tables
+from soap_opt.cuda.tables import Kinds, Tables, make_tables
 from soap_opt.layout import Layout, layout_of
 
 from .reference import ReferenceSOAP
@@ -214,8 +214,7 @@ def model(name: str, shapes: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
     layouts = layouts_of(shapes)
     numel = sum(layout.numel for layout in layouts)
     needed = 2.5 * sum(2 * layout.numel * sum(layout.sizes) for layout in layouts)
-    kinds = ["float32"] * len(layouts)
-    tables = make_tables(layouts, kinds, kinds, [True] * len(layouts), [False] * len(layouts), [0] * len(layouts))
+    tables = make_tables(Kinds.of(layouts), [True] * len(layouts))
     own = [{"implementation": "soap_opt", "launches": 1, **row} for row in launches_of(tables, layouts)]
     total = {key: sum(row[key] for row in own) for key in ("launches", "programs", "flops", "tensor_bytes", "matrix_bytes")}
     adam = {"launch": "all", "launches": 1, "flops": 0, "bytes": 28 * numel}

@@ -10,8 +10,9 @@ from torch import Tensor
 from . import _ext
 from .batch import Batch, Skipped
 from .cpu import cpu_soap
+from .cuda.plan import pieces_of
 from .cuda.problems import is_too_large
-from .cuda.stepper import CudaStepper, pieces_of
+from .cuda.stepper import CudaStepper
 from .gradients import clipping_scale, state_dtype
 from .layout import Layout
 from .multi_tensor import _multi_tensor_soap

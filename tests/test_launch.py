@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soap_opt.cuda import columns, configs, problems, stepper
+from soap_opt.cuda import plan as plans
 from soap_opt.cuda.columns import TILES
 from soap_opt.cuda.problems import kind_of, problems_of
-from soap_opt.cuda.tables import PER_PARAMETER, SHARED, make_tables
+from soap_opt.cuda.tables import PER_PARAMETER, SHARED, Kinds, make_tables
 from soap_opt.layout import layout_of
 
 
@@ -23,8 +24,7 @@ def layouts_of(shapes, max_precond_dim=10000, precondition_1d=False):
 
 
 def tables_of(layouts, dtype="float32", normalize=False):
-    kinds = [dtype] * len(layouts)
-    return make_tables(layouts, kinds, kinds, [True] * len(layouts), [normalize] * len(layouts), [0] * len(layouts))
+    return make_tables(Kinds.of(layouts, getattr(torch, dtype), normalize), [True] * len(layouts))
 
 
 def test_the_worked_example_of_the_readme():
@@ -159,19 +159,17 @@ def test_pointers_are_filled_in_where_they_belong():
 def test_scratch_is_what_the_tables_ask_for():
     layouts = layouts_of([(6, 5), (4,), (3, 3, 3), (300, 40, 3, 3)])
     buffers, tables = 2 * 4 * tables_of(layouts).scratch_numel, tables_of(layouts).nbytes
-    assert stepper.scratch_bytes(layouts) == buffers + tables
+    assert plans.scratch_bytes(layouts) == buffers + tables
     # (6, 5) and (4,) together, (3, 3, 3) after them, each with tables of its own
     few, last = layouts[:2], layouts[2:3]
     apart = tables_of(few).nbytes + tables_of(last).nbytes
-    assert stepper.scratch_bytes(layouts[:3], limit=8 * 40) == 2 * 4 * 36 + apart
-    assert stepper.scratch_bytes([]) == 0
+    assert plans.scratch_bytes(layouts[:3], limit=8 * 40) == 2 * 4 * 36 + apart
+    assert plans.scratch_bytes([]) == 0
 
 
 def test_what_a_plan_keeps_is_what_the_report_counts():
     layouts = tuple(layouts_of([(6, 5), (4,), (70, 3000), (300, 40, 3, 3)]))
-    count = len(layouts)
-    key = (layouts, (torch.float32,) * count, (torch.float32,) * count, (False,) * count, (0,) * count)
-    plan = stepper.CudaStepper().plan_of(torch.zeros(1), key, np.zeros(count, dtype=bool))
+    plan = stepper.CudaStepper().plan_of(torch.zeros(1), Kinds.of(layouts), np.zeros(len(layouts), dtype=bool))
     kept = [plan.tiles, plan.problems.tensor, plan.partials, plan.counters, plan.kronecker]
     assert plan.tables.nbytes == sum(tensor.nbytes for tensor in kept)
     assert plan.partials.nbytes > 0.1 * plan.tables.nbytes  # (what was left out once)
@@ -180,4 +178,4 @@ def test_what_a_plan_keeps_is_what_the_report_counts():
 def test_matrices_beyond_int32_offsets_are_not_for_the_kernels():
     small, wide, long = layouts_of([(6, 5), (50000, 2), (1 << 16, 1 << 15)], max_precond_dim=60000)
     assert [problems.is_too_large(layout) for layout in (small, wide, long)] == [False, True, True]
-    assert stepper.pieces_of((small, wide, small, small, long), sys.maxsize) == [[0], [1], [2, 3], [4]]
+    assert plans.pieces_of((small, wide, small, small, long), sys.maxsize) == [[0], [1], [2, 3], [4]]

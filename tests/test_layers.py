@@ -25,6 +25,7 @@ LAYERS = [
     ["parameters"],
     ["functional"],
     ["cpu", "cuda.stepper"],
+    ["cuda.plan"],
     ["cuda.graph"],
     ["cuda.refresh"],
     ["cuda.reexpress_tables"],

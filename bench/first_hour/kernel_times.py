@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from soap_opt.cuda.tables import make_tables
+from soap_opt.cuda.tables import Kinds, make_tables
 
 from .. import cuda_model
 from ..cuda_steps import WARMUP, TimedStepper, to
@@ -116,8 +116,7 @@ def launches_of(problem: Problem) -> list[Row]:
     except Exception as error:  # an estimate that fails must not keep back what was measured
         print(f"no estimate: {type(error).__name__}: {error}")
     layouts = cuda_model.layouts_of(shapes)
-    dtypes, many = ["float32"] * len(shapes), len(shapes)
-    tables = make_tables(layouts, dtypes, dtypes, [True] * many, [False] * many, [0] * many)
+    tables = make_tables(Kinds.of(layouts), [True] * len(layouts))
     return [{"launch": each.kernel, "programs": each.count, "h100_model_us": None} for each in tables.launches]
 
 

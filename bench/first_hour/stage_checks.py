@@ -18,6 +18,7 @@ from torch import Tensor
 
 import soap_opt
 from soap_opt.cuda import columns, stepper, tables
+from soap_opt.cuda import plan as plans
 
 from ..results import Row, significant
 from .common import synchronize
@@ -58,7 +59,7 @@ class Launch:
         each: of the plan's launches.
     """
 
-    def __init__(self, plan: stepper.Plan, each: tables.Launch) -> None:
+    def __init__(self, plan: plans.Plan, each: tables.Launch) -> None:
         self.kernel, self.device = each.kernel, plan.scalars.device
         self.grad_dtype = getattr(torch, each.grad_dtype)
         self.tiles = plan.tiles[each.first : each.first + each.count].cpu().numpy()
@@ -162,11 +163,11 @@ class Watch:
 
     def __init__(self, device: str) -> None:
         self.device, self.errors = device, {}
-        self.launches: dict[int, tuple[stepper.Plan, tables.Launch]] = {}  # by the address of their tiles
-        self._launch, self._calls_of = stepper.launch, stepper.calls_of
+        self.launches: dict[int, tuple[plans.Plan, tables.Launch]] = {}  # by the address of their tiles
+        self._launch, self._calls_of = stepper.launch, plans.calls_of
 
-    def calls_of(self, plan: stepper.Plan, precision: str) -> list[stepper.Call]:
-        """In place of stepper.calls_of: notes whose launch is whose."""
+    def calls_of(self, plan: plans.Plan, precision: str) -> list[plans.Call]:
+        """In place of plan.calls_of: notes whose launch is whose."""
         calls = self._calls_of(plan, precision)
         for each, call in zip(plan.tables.launches, calls):
             self.launches[call.before[0].data_ptr()] = plan, each
@@ -199,7 +200,7 @@ def check(device: str, quick: bool, options: dict[str, Any], dtype: torch.dtype 
     params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device, dtype)) for s in shapes]
     optimizer = soap_opt.SOAP(params, fused=True, **options)
     watch = Watch(device)
-    with mock.patch.object(stepper, "calls_of", watch.calls_of), mock.patch.object(stepper, "launch", watch.launch):
+    with mock.patch.object(plans, "calls_of", watch.calls_of), mock.patch.object(stepper, "launch", watch.launch):
         for _ in range(4):  # the first makes the bases alone
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import refresh_operator
-from ..layout import Layout
+from ..batch import Batch
 from .columns import BLOCK, KEPT, SCALARS, WIDTH
 from .configs import ACCELERATOR, PRECISION
-from .follow import Following
 from .launch import launch, on_device
-from .memory import Buffers, DeviceTable, ScratchOfStreams, to_device
-from .refresh import GroupedRefresh
+from .memory import DeviceTable, to_device
+from .refresh import GroupedRefresh, Refreshes
 
 
 def has_conditional_nodes() -> bool:
@@ -63,31 +62,24 @@ class GraphRefresh:
     :class:`GroupedRefresh`.
     """
 
-    def __init__(
-        self,
-        layouts: list[Layout],
-        grouped: list[int],
-        aligned: npt.NDArray[np.bool_],
-        buffers: Buffers,
-        scratch: ScratchOfStreams,
-        following: Following,
-    ) -> None:
-        units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
-        self.refresh = GroupedRefresh(units, layouts, grouped, aligned, buffers, scratch, following)
+    def __init__(self, plan: Refreshes, grouped: list[int]) -> None:
+        units = [(i, k) for i, layout in enumerate(plan.layouts) for k in range(len(layout.modes))]
+        device = plan.buffers.device
+        self.refresh = GroupedRefresh(plan, units, grouped)
         self.refresh.keep_for_graph()
         if self.refresh.tables is not None:
             self.refresh.problems.reserve()
-        self.units = DeviceTable((len(units), 4), buffers.device)
+        self.units = DeviceTable((len(units), 4), device)
         self.units.reserve()
-        self.due = torch.zeros(len(units), dtype=torch.uint8, device=buffers.device)
+        self.due = torch.zeros(len(units), dtype=torch.uint8, device=device)
         self.limit = sys.maxsize  # sizes above it go into conditional nodes
         if has_conditional_nodes():
-            self.limit = refresh_operator.largest_in_shared_memory(shared_memory_limit(buffers.device))
+            self.limit = refresh_operator.largest_in_shared_memory(shared_memory_limit(device))
         large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
         self._rest(large)
         # None where every unit is small
         self.small = [n for n, d in enumerate(self.refresh.sizes) if d <= self.limit]
-        self._small_places = to_device(np.asarray(self.small, dtype=np.int64), buffers.device) if large else None
+        self._small_places = to_device(np.asarray(self.small, dtype=np.int64), device) if large else None
         self._load_kernels()
 
     def _rest(self, places: list[int]) -> None:
@@ -127,19 +119,8 @@ class GraphRefresh:
             self.refresh.outcomes.index_copy_(0, first, outcomes)
             torch.stack([self.due.view(torch.bool)[0]]).index_select(0, first).any()
 
-    def run(
-        self,
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        grams: list[list[Tensor]],
-        bases: list[list[Tensor]],
-        phases: npt.NDArray[np.int64],
-        steps: list[Tensor],
-        layouts: list[Layout],
-        scalars: Tensor,
-        tolerance: float,
-    ) -> None:
-        """As :func:`soap_opt.cuda.refresh.refresh_due`.
+    def run(self, batch: Batch, phases: npt.NDArray[np.int64], steps: list[Tensor], scalars: Tensor, tolerance: float) -> None:
+        """As :meth:`soap_opt.cuda.refresh.Refreshes.run`.
 
         Args:
             phases: [units, 2] offset and frequency of every unit.
@@ -156,15 +137,15 @@ class GraphRefresh:
         rows[:, 2] = [i for i, _ in refresh.due]
         rows[:, [1, 3]] = phases
         self.units.send(rows)
-        orders, rotations = refresh.prepare(exp_avgs, exp_avg_sqs)
+        orders, rotations = refresh.prepare(batch)
         wanted = self.due.view(torch.bool)
 
         def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:
-            due_grams, due_bases = (
-                [matrices[i][k] for i, k in (refresh.due[n] for n in places)] for matrices in (grams, bases)
+            # (every unit is in the list of units, so that the number of one is the place of its matrices)
+            grams, bases, own_orders, own_rotations = (
+                [column[n] for n in places] for column in (batch.grams, batch.bases, orders, rotations)
             )
-            out = [orders[n] for n in places], [rotations[n] for n in places], outcomes
-            refresh_operator.refresh_bases_(due_grams, due_bases, tolerance, due, out=out)
+            refresh_operator.refresh_bases_(grams, bases, tolerance, due, out=(own_orders, own_rotations, outcomes))
 
         by_phase: dict[tuple[int, int], list[int]] = {}
         for n, d in enumerate(refresh.sizes):
@@ -187,7 +168,7 @@ class GraphRefresh:
                     refresh_units(places, due, outcomes)
                     for n, outcome in zip(places, outcomes.unbind()):
                         refresh.outcomes[n].copy_(outcome)
-            refresh.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+            refresh.reexpress(batch)
             for condition, places in zip(conditions, by_phase.values()):
                 with if_set(condition):
                     self._rest(places)

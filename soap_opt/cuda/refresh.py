@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import refresh_operator
+from ..batch import Batch
 from ..eigenbasis import Refresh, reexpress_
 from ..layout import KRONECKER_MAX_FACTOR, Layout
 from ..multi_tensor import refresh_units
@@ -24,11 +25,7 @@ from .problems import padded
 from .reexpress_tables import can_reexpress, make_reexpress_tables
 from .tables import Tables
 
-if TYPE_CHECKING:
-    from .stepper import Plan
-
 Units = list[tuple[int, int]]  # (parameter, place in its layout.modes), in order
-RefreshKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]  # of a plan's refreshes: the due units, the grouped parameters
 
 
 def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], frequency: int, behind: bool) -> int:
@@ -57,30 +54,18 @@ class GroupedRefresh:
     """Tables for the refresh of one set of due units; kept, because the same units are due again a period later.
 
     Args:
+        plan: the plan's refreshes, of which this is one: what they share.
         due: all of the units.
-        layouts: of every parameter of the plan.
         grouped: parameters that the launches re-express. The others, whose state does not lie in their layout's order or has
             too many modes, are re-expressed one by one.
-        aligned: of every parameter, as for :func:`soap_opt.cuda.tables.make_tables`.
-        buffers: the plan's.
-        scratch: of the optimizer.
-        following: where failed refreshes are counted.
     """
 
-    def __init__(
-        self,
-        due: Units,
-        layouts: list[Layout],
-        grouped: list[int],
-        aligned: npt.NDArray[np.bool_],
-        buffers: Buffers,
-        scratch: ScratchOfStreams,
-        following: Following,
-    ) -> None:
-        device = buffers.device
+    def __init__(self, plan: Refreshes, due: Units, grouped: list[int]) -> None:
+        layouts, aligned, device = plan.layouts, plan.aligned, plan.buffers.device
         self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
         self._counting: list[weakref.ref[Tensor]] = []  # the exp_avgs that know of it
-        self.due, self.grouped, self.buffers = due, grouped, buffers
+        self.due, self.grouped, self.layouts, self.buffers = due, grouped, layouts, plan.buffers
+        self.matrix_places = [plan.first_modes[i] + k for i, k in due]  # in the lists of all Grams and bases
         self.sizes = [layouts[i].sizes[k] for i, k in due]
         self.places = {unit: n for n, unit in enumerate(due)}
         self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
@@ -93,7 +78,7 @@ class GroupedRefresh:
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
         self.held_scratch: Scratch | None = None  # of the last run
-        self._scratch, self._following = scratch, following
+        self._scratch, self._following = plan.scratch, plan.following
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables: Tables | None = None
         if grouped:
@@ -114,12 +99,13 @@ class GroupedRefresh:
         nothing that was allocated inside the capture."""
         self._matrices = self.matrices()
 
-    def send(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], orders: list[Tensor], rotations: list[Tensor]) -> None:
+    def send(self, batch: Batch, orders: list[Tensor], rotations: list[Tensor]) -> None:
         """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
         assert self.tables is not None  # prepare asks
         own = []
         for i, first in zip(self.grouped, self.first_unit):
-            own += [0, 0, exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), self.outcomes[first:].data_ptr(), 0]
+            state = batch.exp_avgs[i].data_ptr(), batch.exp_avg_sqs[i].data_ptr()
+            own += [0, 0, *state, self.outcomes[first:].data_ptr(), 0]
         turns, permutations = [], []
         for mode, size in zip(self.modes, self.mode_sizes):
             place = self.places.get(mode)
@@ -134,12 +120,12 @@ class GroupedRefresh:
         pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
         self.problems.send(pointers, self.tables.fill)
 
-    def prepare(self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def prepare(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """Orders and rotations, and the table that points to them: all that allocates, before any basis is written."""
         orders, rotations = self.matrices()
         if self.tables is not None:
-            self.send(exp_avgs, exp_avg_sqs, orders, rotations)
-        self.count_for(exp_avgs)
+            self.send(batch, orders, rotations)
+        self.count_for(batch.exp_avgs)
         return orders, rotations
 
     def count_for(self, exp_avgs: list[Tensor]) -> None:
@@ -153,26 +139,15 @@ class GroupedRefresh:
         for exp_avg, count in zip(owners, self.failed.unbind()):
             self._following.of(exp_avg).failed.append(count)
 
-    def run(
-        self,
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        grams: list[list[Tensor]],
-        bases: list[list[Tensor]],
-        layouts: list[Layout],
-        wanted: Tensor,
-        tolerance: float,
-    ) -> None:
-        """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as :func:`refresh_due`'s."""
-        orders, rotations = self.prepare(exp_avgs, exp_avg_sqs)
+    def run(self, batch: Batch, wanted: Tensor, tolerance: float) -> None:
+        """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as of :meth:`Refreshes.run`."""
+        orders, rotations = self.prepare(batch)
         self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
-        due_grams, due_bases = ([matrices[i][k] for i, k in self.due] for matrices in (grams, bases))
-        refresh_operator.refresh_bases_(due_grams, due_bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
-        self.reexpress(exp_avgs, exp_avg_sqs, bases, layouts)
+        grams, bases = ([matrices[place] for place in self.matrix_places] for matrices in (batch.grams, batch.bases))
+        refresh_operator.refresh_bases_(grams, bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
+        self.reexpress(batch)
 
-    def reexpress(
-        self, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], bases: list[list[Tensor]], layouts: list[Layout]
-    ) -> None:
+    def reexpress(self, batch: Batch) -> None:
         """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
         self.failed.add_(self.outcomes == FAILED)
         if self.tables is not None:
@@ -182,84 +157,90 @@ class GroupedRefresh:
                 tiles = self.tiles[each.first : each.first + each.count]
                 launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
         ungrouped: dict[int, dict[int, Refresh]] = {}
-        for (i, k), order, rotation in zip(self.due, *self.matrices()):
+        for (i, k), place, order, rotation in zip(self.due, self.matrix_places, *self.matrices()):
             if i not in self.grouped:
-                ungrouped.setdefault(i, {})[k] = Refresh(order, bases[i][k], rotation)
+                ungrouped.setdefault(i, {})[k] = Refresh(order, batch.bases[place], rotation)
         for i, results in ungrouped.items():
-            reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], results)
+            # (the bases themselves are refreshed already: it copies each onto itself)
+            reexpress_(batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.bases_of(i), self.layouts[i], results)
 
 
-def groupable(due: Units, exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], layouts: list[Layout]) -> list[int]:
+class Refreshes:
+    """The refreshes of one plan: the tables for each set of units that was due, and the memory that these share.
+
+    Args:
+        layouts, aligned: of every parameter of the plan, as for :func:`soap_opt.cuda.tables.make_tables`.
+        device: of the parameters.
+        scratch, following: the stepper's; following counts failed refreshes.
+    """
+
+    # Sets of due units whose tables are kept: the phases of a period, and what a changed frequency makes of them.
+    MAX_KEPT = 256
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        aligned: npt.NDArray[np.bool_],
+        device: torch.device,
+        scratch: ScratchOfStreams,
+        following: Following,
+    ) -> None:
+        self.layouts, self.aligned, self.scratch, self.following = layouts, aligned, scratch, following
+        self.first_modes = list(itertools.accumulate((len(layout.modes) for layout in layouts), initial=0))
+        self.buffers = Buffers(device)
+        self.behind = False  # whether what is kept was allocated on the stream behind the step
+        self._kept: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], GroupedRefresh] = {}  # by (due, grouped)
+
+    def run_behind(self, behind: bool) -> None:
+        """Say on which stream they run from now on. Their memory belongs to the stream that it was allocated on."""
+        if behind != self.behind:
+            self.behind, self.buffers, self._kept = behind, Buffers(self.buffers.device), {}
+
+    def run(self, due: Units, batch: Batch, usable: Tensor, tolerance: float) -> None:
+        """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
+
+        Args:
+            due: units, parameter after parameter.
+            batch: every parameter of the plan.
+            usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
+            tolerance: with the policy "adaptive", else negative. What is passed over is known on the device only.
+        """
+        grouped = groupable(due, batch)
+        key = (tuple(due), tuple(grouped))
+        kept = self._kept.get(key)
+        if kept is None:
+            if len(self._kept) >= self.MAX_KEPT:
+                self._kept.clear()
+            kept = self._kept[key] = GroupedRefresh(self, due, grouped)
+        wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
+        with on_device(usable.device):
+            kept.run(batch, wanted, tolerance)
+
+    def run_through_torch(self, due: Units, batch: Batch, usable: Tensor, tolerance: float) -> None:
+        """:meth:`run` where the operator is not built: torch's QR, one size after the other, and the host waits to hear which
+        units "adaptive" wants."""
+        grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
+        done, failed = refresh_units(due, grams, bases, tolerance)
+        for i in failed:
+            # (only of parameters that were stepped: where a step was skipped no refresh was due)
+            failures = self.following.of(batch.exp_avgs[i]).failed
+            failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
+        for i, refreshed in done.items():
+            for k, new in refreshed.items():
+                counts, size = usable[i] != 0, bases[i][k].shape[0]
+                refreshed[k] = Refresh(
+                    torch.where(counts, new.order, torch.arange(size, device=usable.device)),
+                    torch.where(counts, new.basis, bases[i][k]),
+                    torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
+                )
+            reexpress_(batch.exp_avgs[i], batch.exp_avg_sqs[i], bases[i], self.layouts[i], refreshed)
+
+
+def groupable(due: Units, batch: Batch) -> list[int]:
     """The parameters with due units whose m and v the launches can re-express."""
 
     def lies_in_order(i: int) -> bool:
-        order = layouts[i].memory_order
-        return all(x.permute(order).is_contiguous() for x in (exp_avgs[i], exp_avg_sqs[i]))
+        order = batch.layouts[i].memory_order
+        return all(x.permute(order).is_contiguous() for x in (batch.exp_avgs[i], batch.exp_avg_sqs[i]))
 
-    return [i for i in dict.fromkeys(i for i, _ in due) if can_reexpress(layouts[i]) and lies_in_order(i)]
-
-
-def refresh_due(
-    plan: Plan,
-    due: Units,
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    layouts: list[Layout],
-    usable: Tensor,
-    tolerance: float,
-) -> None:
-    """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
-
-    Args:
-        plan: of the step; keeps the tables.
-        due: units, parameter after parameter.
-        exp_avgs, exp_avg_sqs, grams, bases, layouts: of every parameter of the plan, all on one device.
-        usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
-        tolerance: with the policy "adaptive", else negative. What is passed over is known on the device only.
-    """
-    grouped = groupable(due, exp_avgs, exp_avg_sqs, layouts)
-    key = (tuple(due), tuple(grouped))
-    kept = plan.refreshes.get(key)
-    if kept is None:
-        if len(plan.refreshes) >= MAX_KEPT:
-            plan.refreshes.clear()
-        kept = GroupedRefresh(due, layouts, grouped, plan.aligned, plan.buffers, plan.scratch, plan.following)
-        plan.refreshes[key] = kept
-    wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
-    with on_device(usable.device):
-        kept.run(exp_avgs, exp_avg_sqs, grams, bases, layouts, wanted, tolerance)
-
-
-# Sets of due units whose tables are kept for one plan: the phases of a period, and what a changed frequency makes of them.
-MAX_KEPT = 256
-
-
-def refresh_due_through_torch(
-    due: Units,
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grams: list[list[Tensor]],
-    bases: list[list[Tensor]],
-    layouts: list[Layout],
-    usable: Tensor,
-    tolerance: float,
-    following: Following,
-) -> None:
-    """:func:`refresh_due` where the operator is not built: torch's QR, one size after the other, and the host waits to hear
-    which units "adaptive" wants."""
-    done, failed = refresh_units(due, grams, bases, tolerance)
-    for i in failed:
-        # (only of parameters that were stepped: where a step was skipped no refresh was due)
-        failures = following.of(exp_avgs[i]).failed
-        failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
-    for i, refreshed in done.items():
-        for k, new in refreshed.items():
-            counts, size = usable[i] != 0, bases[i][k].shape[0]
-            refreshed[k] = Refresh(
-                torch.where(counts, new.order, torch.arange(size, device=usable.device)),
-                torch.where(counts, new.basis, bases[i][k]),
-                torch.where(counts, new.rotation, torch.eye(size, dtype=new.rotation.dtype, device=usable.device)),
-            )
-        reexpress_(exp_avgs[i], exp_avg_sqs[i], bases[i], layouts[i], refreshed)
+    return [i for i in dict.fromkeys(i for i, _ in due) if can_reexpress(batch.layouts[i]) and lies_in_order(i)]

@@ -1,13 +1,11 @@
-"""The fused step on CUDA: its launches, and all that one optimizer keeps of them between steps."""
+"""The fused step on CUDA, and all that one optimizer keeps of it between steps."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,203 +16,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import refresh_operator
 from ..batch import Batch, Skipped
-from ..layout import Layout
-from ..options import SCRATCH_LIMIT, Options
-from .columns import LR, OPTIONS, SCALARS, USABLE
-from .configs import ACCELERATOR, HIGH_PRECISION, PRECISION
+from .columns import USABLE
 from .follow import Following, ParameterList
-from .graph import GraphRefresh
 from .launch import launch, on_device
-from .memory import Buffers, DeviceTable, Scratch, ScratchOfStreams, to_device
+from .memory import ScratchOfStreams
 from .overlap import Overlap
-from .problems import is_too_large, padded
-from .refresh import GroupedRefresh, RefreshKey, Units, groupable, refresh_due, refresh_due_through_torch
-from .tables import PER_PARAMETER, make_tables
+from .plan import Call, Plan
+from .refresh import Units, groupable
+from .tables import PER_PARAMETER, Kinds
 
 # Plans kept for one list of parameters: lists differ while some parameters have no gradient.
 MAX_PLANS = 8
 
 
-def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
-    """A param group's row in the table of options, in the order of columns.LR and those after it. first, count: the group's
-    parameters."""
-    o = options
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in o.betas]
-    return [
-        lr, o.weight_decay, *logs, -1.0 if o.maximize else 1.0, o.correct_bias, o.max_grad_norm or 0.0, first, count,
-        1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.gram_beta, o.eps, o.normalize_grads, 0.0,
-    ]  # fmt: skip
-
-
-# The key under which a plan is kept: layouts, dtypes of gradients and of parameters, normalize_grads, number of the group
-PlanKey = tuple[tuple[Layout, ...], tuple[torch.dtype, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
-
-
-class Plan:
-    """One step's tables on the device, and the pointers that they were last filled with.
-
-    Args:
-        key: what it depends on.
-        aligned: [P] whether all pointers of a parameter are multiples of 16 bytes.
-        device: of the parameters.
-        scratch, following: the stepper's.
-    """
-
-    def __init__(
-        self,
-        key: PlanKey,
-        aligned: npt.NDArray[np.bool_],
-        device: torch.device,
-        scratch: ScratchOfStreams,
-        following: Following,
-    ) -> None:
-        layouts, grad_dtypes, param_dtypes, normalize, groups = key
-        self.layouts, self.aligned = list(layouts), aligned
-        self.tables = make_tables(
-            layouts,
-            [str(dtype).removeprefix("torch.") for dtype in grad_dtypes],
-            [str(dtype).removeprefix("torch.") for dtype in param_dtypes],
-            aligned.tolist(),
-            normalize,
-            groups,
-        )
-        self.options = DeviceTable((1 + max(groups), OPTIONS), device, torch.float32)  # [G, OPTIONS]
-        self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
-        self._calls: dict[str, list[Call]] = {}
-        self.problems = DeviceTable(self.tables.problems.shape, device)  # [R, WIDTH]
-        self.scalars = torch.zeros(len(layouts), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
-        self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
-        self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
-        self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
-        # defaults where grad_scale or found_inf is None
-        self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
-        self.scratch, self.following = scratch, following
-        self.own_scratch: Scratch | None = None  # of a graph
-        self.held_scratch: Scratch | None = None  # of the last step
-        self.behind = False  # whether the refreshes below were allocated on the stream behind the step
-        self.buffers = Buffers(device)  # of the refreshes
-        self.refreshes: dict[RefreshKey, GroupedRefresh] = {}
-        self.precision = ""  # of the step that made it ready for a capture
-        self.under_way = False  # a step has begun and not ended
-        self.for_graph: Plan | None = None  # reserved for the next capture
-        self.graph_refresh: GraphRefresh | None = None
-
-    def calls(self, precision: str) -> list[Call]:
-        """The launches, made once. precision: "highest" or "high"."""
-        if precision not in self._calls:
-            self._calls[precision] = calls_of(self, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR])
-        return self._calls[precision]
-
-    def shared(self) -> list[int]:
-        """Pointers in the order of tables.SHARED."""
-        self.held_scratch = self.own_scratch or self.scratch.current(self.one.device)
-        return [*(buffer.data_ptr() for buffer in self.held_scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
-
-    def send_options(self, groups: list[tuple[Options, list[int]]]) -> None:
-        """Send the groups' rows where they are others than the last time's. A learning rate on the device is copied into its
-        row by a kernel, which every replay of a graph repeats."""
-        device, rows, on_device = self.one.device, [], []
-        for number, (options, own) in enumerate(groups):
-            lr = options.lr
-            if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
-                on_device.append((number, lr))
-                lr = -1.0  # no learning rate is negative: the next one on the host differs, and is sent
-            rows.append(row_of(options, own[0], len(own), float(lr)))
-        table = np.asarray(rows, dtype=np.float32)
-        self.options.send(table)
-        for number, lr in on_device:
-            self.options.tensor[number, LR].copy_(lr.reshape(()))
-
-    def run_behind(self, behind: bool) -> None:
-        """Say on which stream the refreshes run from now on. Their memory belongs to the stream that it was allocated on."""
-        if behind != self.behind:
-            self.behind, self.buffers, self.refreshes = behind, Buffers(self.one.device), {}
-
-    def reserve(self, grouped: list[int], precision: str) -> Plan:
-        """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
-        self.precision = precision
-        self.problems.reserve()
-        self.options.reserve()
-        self.graph_refresh = GraphRefresh(self.layouts, grouped, self.aligned, self.buffers, self.scratch, self.following)
-        return self
-
-    def begin_capture(self) -> None:
-        """Scratch from the graph's own pool: replays run on any stream, beside anything."""
-        assert self.graph_refresh is not None  # reserve made it
-        self.own_scratch = self.graph_refresh.refresh.own_scratch = Scratch(self.one.device)
-
-
 def is_recording(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@lru_cache(maxsize=64)
-def pieces_of(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
-    """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
-    more; one that is too large for int32 offsets alone."""
-    pieces: list[list[int]] = [[]]
-    numel = 0
-    for i, layout in enumerate(layouts):
-        alone = is_too_large(layout) or (pieces[-1] and is_too_large(layouts[pieces[-1][-1]]))
-        if pieces[-1] and (alone or 8 * (numel + layout.numel) > limit):
-            pieces.append([])
-            numel = 0
-        pieces[-1].append(i)
-        numel += layout.numel
-    return pieces
-
-
-def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
-    """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and of each piece
-    its tables, the partial sums of split Grams and Kronecker products."""
-    buffers, plans = 0, 0
-    for piece in pieces_of(tuple(layouts), limit):
-        if piece and not is_too_large(layouts[piece[0]]):
-            of_piece, kinds, none = [layouts[i] for i in piece], ["float32"] * len(piece), [False] * len(piece)
-            plans += make_tables(of_piece, kinds, kinds, none, none, [0] * len(piece)).nbytes
-            buffers = max(buffers, 8 * sum(padded(layout.numel) for layout in of_piece))
-    return buffers + plans
-
-
-class Call(NamedTuple):
-    """One launch of a plan, with all that does not change from step to step."""
-
-    kernel: Any
-    grid: tuple[int]
-    before: tuple[Tensor, ...]  # arguments
-    with_scale: bool  # whether grad_scale and found_inf come next
-    after: tuple[Tensor, ...]
-    constants: dict[str, Any]
-
-    def arguments(self, scale: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """All of them. scale: grad_scale and found_inf."""
-        return (*self.before, *(scale if self.with_scale else ()), *self.after)
-
-
-def calls_of(plan: Plan, precision: str) -> list[Call]:
-    """The plan's launches. precision: of the products that do not feed Grams, in Triton's words."""
-    # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
-    import triton.language as tl
-
-    from ..kernels.gram_ema import gram_ema_kernel
-    from ..kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
-
-    calls = []
-    for each in plan.tables.launches:
-        tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
-        sums, options = (plan.scalars, plan.partials, plan.counters), (plan.options.tensor,)
-        grad = {"GRAD": getattr(tl, each.grad_dtype)}
-        kernel, before, after, constants = {
-            "project_first": (project_first_kernel, sums, options, {**grad, "PRECISION": precision}),
-            "gram_ema": (gram_ema_kernel, sums, options, {**grad, "PRECISION": PRECISION[ACCELERATOR]}),
-            "project": (project_kernel, (), (), {"BACK": False, "PRECISION": precision}),
-            "back": (project_kernel, (), (), {"BACK": True, "PRECISION": precision}),
-            "project_adam": (project_adam_kernel, sums, options, {"PRECISION": precision}),
-            "project_apply": (project_apply_kernel, (plan.scalars,), (), {"PRECISION": precision}),
-        }[each.kernel]
-        calls.append(Call(kernel, (each.count,), (*tables, *before), each.kernel == "project_first", after, constants))
-    return calls
 
 
 class CudaStepper:
@@ -233,7 +50,7 @@ class CudaStepper:
         self.following = Following()
         self.scratch = ScratchOfStreams()
         # by the exp_avg of a list's first parameter, then by what the plan depends on; the latest last
-        self._plans: MutableMapping[Tensor, OrderedDict[PlanKey, Plan]] = WeakIdKeyDictionary()
+        self._plans: MutableMapping[Tensor, OrderedDict[Kinds, Plan]] = WeakIdKeyDictionary()
 
     def wait(self) -> None:
         """Let the current streams wait for refreshes that run behind; the host does not."""
@@ -264,34 +81,34 @@ class CudaStepper:
         run.refresh()
         return Skipped([], [])
 
-    def plan_of(self, owner: Tensor, key: PlanKey, aligned: npt.NDArray[np.bool_]) -> Plan:
+    def plan_of(self, owner: Tensor, kinds: Kinds, aligned: npt.NDArray[np.bool_]) -> Plan:
         """The kept plan for the parameters of which ``owner`` is the first exp_avg, or a new one."""
         plans = self._plans.get(owner)
         if plans is None:
             plans = self._plans[owner] = OrderedDict()
-        plan = plans.get(key)
+        plan = plans.get(kinds)
         if plan is None or (plan.aligned & ~aligned).any():
-            plan = plans[key] = Plan(key, aligned, owner.device, self.scratch, self.following)
+            plan = plans[kinds] = Plan(kinds, aligned, owner.device, self.scratch, self.following)
             if len(plans) > MAX_PLANS:
                 plans.popitem(last=False)
-        plans.move_to_end(key)
+        plans.move_to_end(kinds)
         return plan
 
     def make_ready_for_graph(
-        self, plan: Plan, key: PlanKey, aligned: npt.NDArray[np.bool_], batch: Batch, units: Units
+        self, plan: Plan, kinds: Kinds, aligned: npt.NDArray[np.bool_], batch: Batch, units: Units
     ) -> None:
         """The plan that the next capture takes: a capture can make none."""
         if plan.for_graph is None and refresh_operator.why_missing(plan.one.device.type) is None:
-            made = Plan(key, aligned, plan.one.device, self.scratch, self.following)
-            grouped = groupable(units, batch.exp_avgs, batch.exp_avg_sqs, batch.layouts)
+            made = Plan(kinds, aligned, plan.one.device, self.scratch, self.following)
+            grouped = groupable(units, batch)
             plan.for_graph = made.reserve(grouped, batch.options[0].precision)
 
     def plan_of_graph(
-        self, exp_avgs: list[Tensor], known: ParameterList, key: PlanKey, aligned: npt.NDArray[np.bool_], precision: str
+        self, exp_avgs: list[Tensor], known: ParameterList, kinds: Kinds, aligned: npt.NDArray[np.bool_], precision: str
     ) -> Plan:
         """The plan that an earlier step made ready, which is the graph's from now on."""
         plans = self._plans.get(exp_avgs[0])
-        made = None if plans is None else plans.get(key)
+        made = None if plans is None else plans.get(kinds)
         plan = None if made is None else made.for_graph
         if made is None or plan is None or plan.precision != precision or (plan.aligned & ~aligned).any():
             raise RuntimeError(
@@ -330,7 +147,7 @@ class Run:
             own[:, place] = [tensor.data_ptr() for tensor in tensors]
         own[:, -1] = known.skipped
         matrices = [matrix.data_ptr() for column in (batch.bases, batch.grams) for matrix in column]
-        key = (
+        kinds = Kinds(
             tuple(batch.layouts),
             tuple(grad.dtype for grad in batch.grads),
             tuple(param.dtype for param in batch.params),
@@ -340,11 +157,11 @@ class Run:
         aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors, and of Grams and bases
         aligned[known.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
         if self.recording:
-            plan = self.stepper.plan_of_graph(batch.exp_avgs, known, key, aligned, common.precision)
+            plan = self.stepper.plan_of_graph(batch.exp_avgs, known, kinds, aligned, common.precision)
         else:
-            plan = self.stepper.plan_of(batch.exp_avgs[0], key, aligned)
+            plan = self.stepper.plan_of(batch.exp_avgs[0], kinds, aligned)
             if common.capturable:
-                self.stepper.make_ready_for_graph(plan, key, aligned, batch, known.units)
+                self.stepper.make_ready_for_graph(plan, kinds, aligned, batch, known.units)
         pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
         plan.problems.send(pointers, plan.tables.fill)
         return plan
@@ -376,18 +193,14 @@ class Run:
     def refresh(self) -> None:
         """Step 6, of what is due."""
         plan, batch, known, common = self.plan, self.batch, self.known, self.batch.options[0]
-        exp_avgs, exp_avg_sqs, layouts = batch.exp_avgs, batch.exp_avg_sqs, batch.layouts
         phases = known.phases(
             batch.refresh_offsets,
             [options.precondition_frequency for options, own in self.groups for _ in own],
             [options.refresh == "together" for options, own in self.groups for _ in own],
         )
         if self.recording:
-            grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
             assert plan.graph_refresh is not None  # a graph's plan was reserved
-            plan.graph_refresh.run(
-                exp_avgs, exp_avg_sqs, grams, bases, phases, self.steps, layouts, plan.scalars, common.tolerance
-            )
+            plan.graph_refresh.run(batch, phases, self.steps, plan.scalars, common.tolerance)
             plan.under_way = False
             return
         t = [before + 1 for before in known.steps_before(batch.state_steps, plan.scalars)]
@@ -395,19 +208,18 @@ class Run:
         due = known.due(t, phases)
         if not due:
             return
-        grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
-        increment_version([bases[i][k] for i, k in due])
-        usable = plan.scalars[:, USABLE]  # [P], 1 or 0
-        state = (due, exp_avgs, exp_avg_sqs, grams, bases, layouts, usable, common.tolerance)
+        first = plan.refreshes.first_modes
+        increment_version([batch.bases[first[i] + k] for i, k in due])
+        arguments = (due, batch, plan.scalars[:, USABLE], common.tolerance)  # [P], 1 or 0
         if refresh_operator.why_missing(self.device.type) is not None:
-            # It waits for the device: nothing that could run behind
-            refresh_due_through_torch(*state, self.stepper.following)
+            plan.refreshes.run_through_torch(*arguments)  # it waits for the device: nothing that could run behind
         elif not common.overlap_refresh or common.capturable:  # (a graph's replay does not wait for an event from outside)
-            plan.run_behind(False)
-            refresh_due(plan, *state)
+            plan.refreshes.run_behind(False)
+            plan.refreshes.run(*arguments)
         else:
-            plan.run_behind(True)
-            owners = {i for i, _ in due}
-            touched = [plan.scalars, *plan.buffers.tensors()]
-            touched += [x for i in owners for x in (exp_avgs[i], exp_avg_sqs[i], *grams[i], *bases[i])]
-            self.stepper.overlap.behind(self.device, partial(refresh_due, plan, *state), touched)
+            plan.refreshes.run_behind(True)
+            touched = [plan.scalars, *plan.refreshes.buffers.tensors()]
+            for i in {i for i, _ in due}:
+                modes = slice(first[i], first[i + 1])
+                touched += [batch.exp_avgs[i], batch.exp_avg_sqs[i], *batch.grams[modes], *batch.bases[modes]]
+            self.stepper.overlap.behind(self.device, partial(plan.refreshes.run, *arguments), touched)

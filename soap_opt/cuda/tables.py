@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..layout import Layout
 from . import columns as columns_module
@@ -179,14 +181,23 @@ class Builder:
         )
 
 
-def make_tables(
-    layouts: Sequence[Layout],
-    grad_dtypes: Sequence[str],
-    param_dtypes: Sequence[str],
-    aligned: Sequence[bool],
-    normalize_grads: Sequence[bool],
-    groups: Sequence[int],
-) -> Tables:
+class Kinds(NamedTuple):
+    """What the tables of a step depend on, of each parameter; pointers apart, and how they are aligned."""
+
+    layouts: tuple[Layout, ...]
+    grad_dtypes: tuple[torch.dtype, ...]
+    param_dtypes: tuple[torch.dtype, ...]
+    normalize_grads: tuple[bool, ...]  # its update waits for its rms
+    groups: tuple[int, ...]  # the number of its param group, from 0 on; a group's parameters are neighbours
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout], dtype: torch.dtype = torch.float32, normalize_grads: bool = False) -> Kinds:
+        """Of one group's parameters, and gradients of their dtype."""
+        count = len(layouts)
+        return cls(tuple(layouts), (dtype,) * count, (dtype,) * count, (normalize_grads,) * count, (0,) * count)
+
+
+def make_tables(kinds: Kinds, aligned: Sequence[bool]) -> Tables:
     """Lay out the launches of a step: project 1 (with norms and Kronecker products), the Grams, project 2 .. k (the last with
     Adam), back 1 .. k (the last with apply).
 
@@ -194,13 +205,9 @@ def make_tables(
     epilogue of one launch for all and the application that of the last; the first launch then only takes its norm.
 
     Args:
-        layouts: of each parameter.
-        grad_dtypes, param_dtypes: of DTYPES.
         aligned: whether all pointers of a parameter are multiples of 16 bytes.
-        normalize_grads: of each parameter; its update waits for its rms.
-        groups: of each parameter, the number of its param group, from 0 on; a group's parameters are neighbours.
     """
-    step = StepTables(layouts, grad_dtypes, param_dtypes, aligned, normalize_grads, groups)
+    step = StepTables(kinds, aligned)
     for dtype in DTYPES:
         step.project_first(dtype)
     for dtype in DTYPES:
@@ -213,6 +220,11 @@ def make_tables(
     return step.tables(step.starts[-1], step.kronecker_numel)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As in DTYPES."""
+    return str(dtype).removeprefix("torch.")
+
+
 class StepTables(Builder):
     """The launches of a step, one method a launch; to be called in the order of :func:`make_tables`. Arguments as there.
 
@@ -223,27 +235,19 @@ class StepTables(Builder):
         kronecker_numel: elements of all Kronecker products so far.
     """
 
-    def __init__(
-        self,
-        layouts: Sequence[Layout],
-        grad_dtypes: Sequence[str],
-        param_dtypes: Sequence[str],
-        aligned: Sequence[bool],
-        normalize_grads: Sequence[bool],
-        groups: Sequence[int],
-    ) -> None:
-        super().__init__(layouts, groups)
-        self.layouts, self.grad_dtypes, self.param_dtypes = layouts, grad_dtypes, param_dtypes
-        self.aligned, self.normalize_grads = aligned, normalize_grads
-        self.products = [problems_of(layout) for layout in layouts]
-        self.numels = [layout.numel for layout in layouts]
+    def __init__(self, kinds: Kinds, aligned: Sequence[bool]) -> None:
+        super().__init__(kinds.layouts, kinds.groups)
+        self.kinds, self.layouts, self.aligned = kinds, kinds.layouts, aligned
+        self.grad_dtypes, self.param_dtypes = (list(map(name_of, d)) for d in (kinds.grad_dtypes, kinds.param_dtypes))
+        self.products = [problems_of(layout) for layout in self.layouts]
+        self.numels = [layout.numel for layout in self.layouts]
         self.starts: list[int] = np.concatenate([[0], np.cumsum([padded(numel) for numel in self.numels])]).tolist()
         # The first projection launch makes the Kronecker products, so that it cannot use them yet.
         orders = [len(p) + (1 if p and len(p[0].factors) > 1 else 0) for p in self.products]
         self.stages = max(orders, default=0)
         self.backs = max((len(p) for p in self.products), default=0)
         self.first_stage = [self.stages - len(p) for p in self.products]  # 0-based launch of the first projection
-        self.in_scratch = [0] * len(layouts)  # which buffer holds a parameter's latest result
+        self.in_scratch = [0] * len(self.layouts)  # which buffer holds a parameter's latest result
         self.kronecker_at: dict[tuple[int, int], int] = {}  # (parameter, group of modes) -> bytes before its product
         self.kronecker_numel = 0
         self.copied: set[int] = set()  # parameters whose gradient was copied to scratch, as float32
@@ -354,7 +358,7 @@ class StepTables(Builder):
         else:
             self.of_parameter(row, X, index, "grad")
             self.scratch(row, Y, index, 0)
-            self.waiting += [index] if self.normalize_grads[index] else []
+            self.waiting += [index] if self.kinds.normalize_grads[index] else []
         self.state(row, index)
         self.sums(row, count, count, 1)
         self.blocks(row, ADAM_SCRATCH if self.products[index] else ADAM_GRAD, count, self.vectors(index))

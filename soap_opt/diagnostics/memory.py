@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..cpu import scratch_numel
+from ..cuda.plan import pieces_of, scratch_bytes
 from ..cuda.refresh import kept_bytes
-from ..cuda.stepper import pieces_of, scratch_bytes
 from ..functional import Path, path_of
 from ..gradients import state_dtype
 from ..layout import Layout, layout_of, memory_order

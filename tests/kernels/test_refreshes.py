@@ -115,7 +115,7 @@ def test_memory_belongs_to_the_stream_that_it_was_made_on():
         run.optimizer.param_groups[0]["overlap_refresh"] = number < 4
         run.step(grads)
         run.optimizer.wait_for_refresh()
-        kept += [plan.buffers for plan in run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])]
+        kept += [plan.refreshes.buffers for plan in run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])]
     assert kept[0] is kept[2] and kept[2] is not kept[3] and kept[3] is kept[6]
 
 
@@ -130,7 +130,7 @@ def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
     layouts = [optimizer._layout(p, group) for p in run.params]
     foretold = _scratch_on_cuda([({**group, "overlap_refresh": False}, layouts)], refresh_offsets(optimizer))
     (plan,) = run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])
-    tensors = [*optimizer._cuda.scratch.tensors(), *plan.buffers.tensors()]
+    tensors = [*optimizer._cuda.scratch.tensors(), *plan.refreshes.buffers.tensors()]
     tensors += [plan.tiles, plan.problems.tensor, plan.partials, plan.counters, plan.kronecker]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     units = sum(len(layout.modes) for layout in layouts)

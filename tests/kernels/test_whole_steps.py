@@ -10,6 +10,7 @@ from lockstep import OPTIONS, lockstep
 import soap_opt
 from soap_opt import refresh_operator
 from soap_opt.cuda import follow, graph, memory, refresh, stepper
+from soap_opt.cuda import plan as plans
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
@@ -329,8 +330,8 @@ def test_pointers_are_sent_only_when_they_changed(monkeypatch):
         sent.append((self.tensor.dtype, self.source is not before))
 
     monkeypatch.setattr(memory.DeviceTable, "send", send)
-    plans = []
-    monkeypatch.setattr(stepper, "make_tables", lambda *a, _f=stepper.make_tables: plans.append(a) or _f(*a))
+    made = []
+    monkeypatch.setattr(plans, "make_tables", lambda *a, _f=plans.make_tables: made.append(a) or _f(*a))
     shapes = [(6, 5), (5, 4, 3, 3)]
     run = SoapRun(random_params(shapes), fused=True, **{**OPTIONS, "precondition_frequency": 10**6})
     run.step(random_gradients(shapes, 1)[0])
@@ -344,7 +345,7 @@ def test_pointers_are_sent_only_when_they_changed(monkeypatch):
         run.optimizer.step()
     assert [new for dtype, new in sent if dtype == torch.int64] == [True, False, False, True, False, False]
     assert [new for dtype, new in sent if dtype == torch.float32] == [True, False, False, False, True, False]  # the options
-    assert len(plans) == 1
+    assert len(made) == 1
 
 
 @SLOW

@@ -1,0 +1,181 @@
+"""The tables and launches of one step, for one list of parameters."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ..options import SCRATCH_LIMIT, Options
+from .columns import LR, OPTIONS, SCALARS
+from .configs import ACCELERATOR, HIGH_PRECISION, PRECISION
+from .follow import Following
+from .graph import GraphRefresh
+from .memory import DeviceTable, Scratch, ScratchOfStreams, to_device
+from .problems import is_too_large, padded
+from .refresh import Refreshes
+from .tables import Kinds, make_tables
+
+
+def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
+    """A param group's row in the table of options, in the order of columns.LR and those after it. first, count: the group's
+    parameters."""
+    o = options
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in o.betas]
+    return [
+        lr, o.weight_decay, *logs, -1.0 if o.maximize else 1.0, o.correct_bias, o.max_grad_norm or 0.0, first, count,
+        1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.gram_beta, o.eps, o.normalize_grads, 0.0,
+    ]  # fmt: skip
+
+
+class Plan:
+    """One step's tables on the device, and the pointers that they were last filled with.
+
+    Args:
+        kinds: what it depends on.
+        aligned: [P] whether all pointers of a parameter are multiples of 16 bytes.
+        device: of the parameters.
+        scratch, following: the stepper's.
+    """
+
+    def __init__(
+        self,
+        kinds: Kinds,
+        aligned: npt.NDArray[np.bool_],
+        device: torch.device,
+        scratch: ScratchOfStreams,
+        following: Following,
+    ) -> None:
+        self.aligned = aligned
+        self.tables = make_tables(kinds, aligned.tolist())
+        self.options = DeviceTable((1 + max(kinds.groups), OPTIONS), device, torch.float32)  # [G, OPTIONS]
+        self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
+        self._calls: dict[str, list[Call]] = {}
+        self.problems = DeviceTable(self.tables.problems.shape, device)  # [R, WIDTH]
+        self.scalars = torch.zeros(len(kinds.layouts), SCALARS, dtype=torch.float32, device=device)  # [P, SCALARS]
+        self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
+        self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
+        self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
+        # defaults where grad_scale or found_inf is None
+        self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
+        self.scratch, self.following = scratch, following
+        self.own_scratch: Scratch | None = None  # of a graph
+        self.held_scratch: Scratch | None = None  # of the last step
+        self.refreshes = Refreshes(kinds.layouts, aligned, device, scratch, following)
+        self.precision = ""  # of the step that made it ready for a capture
+        self.under_way = False  # a step has begun and not ended
+        self.for_graph: Plan | None = None  # reserved for the next capture
+        self.graph_refresh: GraphRefresh | None = None
+
+    def calls(self, precision: str) -> list[Call]:
+        """The launches, made once. precision: "highest" or "high"."""
+        if precision not in self._calls:
+            self._calls[precision] = calls_of(self, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR])
+        return self._calls[precision]
+
+    def shared(self) -> list[int]:
+        """Pointers in the order of tables.SHARED."""
+        self.held_scratch = self.own_scratch or self.scratch.current(self.one.device)
+        return [*(buffer.data_ptr() for buffer in self.held_scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
+
+    def send_options(self, groups: list[tuple[Options, list[int]]]) -> None:
+        """Send the groups' rows where they are others than the last time's. A learning rate on the device is copied into its
+        row by a kernel, which every replay of a graph repeats."""
+        device, rows, on_device = self.one.device, [], []
+        for number, (options, own) in enumerate(groups):
+            lr = options.lr
+            if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
+                on_device.append((number, lr))
+                lr = -1.0  # no learning rate is negative: the next one on the host differs, and is sent
+            rows.append(row_of(options, own[0], len(own), float(lr)))
+        table = np.asarray(rows, dtype=np.float32)
+        self.options.send(table)
+        for number, lr in on_device:
+            self.options.tensor[number, LR].copy_(lr.reshape(()))
+
+    def reserve(self, grouped: list[int], precision: str) -> Plan:
+        """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
+        self.precision = precision
+        self.problems.reserve()
+        self.options.reserve()
+        self.graph_refresh = GraphRefresh(self.refreshes, grouped)
+        return self
+
+    def begin_capture(self) -> None:
+        """Scratch from the graph's own pool: replays run on any stream, beside anything."""
+        assert self.graph_refresh is not None  # reserve made it
+        self.own_scratch = self.graph_refresh.refresh.own_scratch = Scratch(self.one.device)
+
+
+@lru_cache(maxsize=64)
+def pieces_of(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
+    """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
+    more; one that is too large for int32 offsets alone."""
+    pieces: list[list[int]] = [[]]
+    numel = 0
+    for i, layout in enumerate(layouts):
+        alone = is_too_large(layout) or (pieces[-1] and is_too_large(layouts[pieces[-1][-1]]))
+        if pieces[-1] and (alone or 8 * (numel + layout.numel) > limit):
+            pieces.append([])
+            numel = 0
+        pieces[-1].append(i)
+        numel += layout.numel
+    return pieces
+
+
+def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
+    """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and of each piece
+    its tables, the partial sums of split Grams and Kronecker products."""
+    buffers, plans = 0, 0
+    for piece in pieces_of(tuple(layouts), limit):
+        if piece and not is_too_large(layouts[piece[0]]):
+            of_piece = [layouts[i] for i in piece]
+            plans += make_tables(Kinds.of(of_piece), [False] * len(piece)).nbytes
+            buffers = max(buffers, 8 * sum(padded(layout.numel) for layout in of_piece))
+    return buffers + plans
+
+
+class Call(NamedTuple):
+    """One launch of a plan, with all that does not change from step to step."""
+
+    kernel: Any
+    grid: tuple[int]
+    before: tuple[Tensor, ...]  # arguments
+    with_scale: bool  # whether grad_scale and found_inf come next
+    after: tuple[Tensor, ...]
+    constants: dict[str, Any]
+
+    def arguments(self, scale: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """All of them. scale: grad_scale and found_inf."""
+        return (*self.before, *(scale if self.with_scale else ()), *self.after)
+
+
+def calls_of(plan: Plan, precision: str) -> list[Call]:
+    """The plan's launches. precision: of the products that do not feed Grams, in Triton's words."""
+    # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
+    import triton.language as tl
+
+    from ..kernels.gram_ema import gram_ema_kernel
+    from ..kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
+
+    calls = []
+    for each in plan.tables.launches:
+        tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
+        sums, options = (plan.scalars, plan.partials, plan.counters), (plan.options.tensor,)
+        grad = {"GRAD": getattr(tl, each.grad_dtype)}
+        kernel, before, after, constants = {
+            "project_first": (project_first_kernel, sums, options, {**grad, "PRECISION": precision}),
+            "gram_ema": (gram_ema_kernel, sums, options, {**grad, "PRECISION": PRECISION[ACCELERATOR]}),
+            "project": (project_kernel, (), (), {"BACK": False, "PRECISION": precision}),
+            "back": (project_kernel, (), (), {"BACK": True, "PRECISION": precision}),
+            "project_adam": (project_adam_kernel, sums, options, {"PRECISION": precision}),
+            "project_apply": (project_apply_kernel, (plan.scalars,), (), {"PRECISION": precision}),
+        }[each.kernel]
+        calls.append(Call(kernel, (each.count,), (*tables, *before), each.kernel == "project_first", after, constants))
+    return calls
