@@ -7,18 +7,11 @@
 #include "blocked.h"
 #include "products.h"
 #include "refresh_basis.h"
+#include "step_arguments.h"
 #include "task.h"
 
 namespace soap_opt {
 namespace {
-
-struct Options {
-  double beta1, beta2, shampoo_beta, eps;
-  int64_t frequency;
-  bool normalize, correct_bias, together, adaptive, maximize;
-  double tolerance;
-  double scale; // the gradients are divided by it
-};
 
 // lr c / rms(U)
 double update_size(double t, double mean_square, const Task& task, const Options& options) {
@@ -356,21 +349,11 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                  at::ArrayRef<double> weight_decay, int64_t precondition_frequency, bool normalize_grads, bool correct_bias,
                  c10::string_view refresh, double refresh_tolerance, bool maximize) {
   const Layouts layouts(table);
-  const int64_t n = params.size();
-  TORCH_CHECK(layouts.size == n && int64_t(grads.size()) == n && int64_t(exp_avgs.size()) == n &&
-                  int64_t(exp_avg_sqs.size()) == n && int64_t(state_steps.size()) == n,
-              "step_: lists of ", n, " parameters, ", layouts.size, " layouts, ", grads.size(), " gradients, ", exp_avgs.size(),
-              ", ", exp_avg_sqs.size(), " moments and ", state_steps.size(), " steps");
-  int64_t modes = 0;
-  for (int64_t i = 0; i < n; ++i) modes += layouts[i].modes;
-  TORCH_CHECK(int64_t(grams.size()) == modes && int64_t(bases.size()) == modes && int64_t(refresh_offsets.size()) == modes,
-              "step_: ", modes, " preconditioned modes, but ", grams.size(), " Grams, ", bases.size(), " bases and ",
-              refresh_offsets.size(), " refresh offsets");
+  const StepLists lists{params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, lr, weight_decay};
+  check(lists, layouts);
   TORCH_CHECK(refresh == "together" || refresh == "staggered" || refresh == "adaptive", "step_: no refresh policy ", refresh);
-  for (const auto& [name, list] : {std::pair("lr", lr), std::pair("weight_decay", weight_decay)})
-    TORCH_CHECK(list.size() == 1 || int64_t(list.size()) == n, "step_: ", name, " must be one number, or one for each of ", n,
-                " parameters, not ", list.size());
   TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
+  const int64_t n = params.size();
   at::Tensor outcomes = at::zeros({n}, at::TensorOptions(at::kCPU).dtype(at::kInt));
   if (n == 0) return outcomes;
   const Options options{beta1,
@@ -386,59 +369,7 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
                         refresh_tolerance,
                         grad_scale ? grad_scale->item<double>() : 1.0};
   const at::ScalarType dtype = exp_avgs[0].scalar_type();
-
-  std::vector<Task> tasks(n);
-  int64_t first = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Layout& layout = layouts[i];
-    TORCH_CHECK(params[i].numel() == layout.numel && params[i].dim() == int64_t(layout.order.size()) &&
-                    grads[i].sizes() == params[i].sizes() && exp_avgs[i].sizes() == params[i].sizes() &&
-                    exp_avg_sqs[i].sizes() == params[i].sizes() && exp_avgs[i].scalar_type() == dtype &&
-                    exp_avg_sqs[i].scalar_type() == dtype,
-                "step_: parameter ", i, " of shape ", params[i].sizes(), " does not fit its gradient, state or layout");
-    const at::ScalarType own = params[i].scalar_type();
-    TORCH_CHECK(own == dtype || (dtype == at::kFloat && (own == at::kBFloat16 || own == at::kHalf)), "step_: parameter ", i,
-                " is ", own, ", its state ", dtype);
-    TORCH_CHECK(at::isFloatingType(grads[i].scalar_type()), "step_: the gradient of parameter ", i, " is ",
-                grads[i].scalar_type());
-    TORCH_CHECK(state_steps[i].scalar_type() == at::kFloat && state_steps[i].numel() == 1, "step_: step of parameter ", i,
-                " must be one float32, not ", state_steps[i].scalar_type());
-    Task& task = tasks[i];
-    task = {&layout,
-            &params[i],
-            &grads[i],
-            &exp_avgs[i],
-            &exp_avg_sqs[i],
-            &state_steps[i],
-            grams.slice(first, layout.modes),
-            bases.slice(first, layout.modes),
-            {},
-            false,
-            3 * layout.flops() + 50.0 * layout.numel}; // 50: elementwise passes, in flops of a gemm
-    task.lr = lr[lr.size() == 1 ? 0 : i];
-    task.keep = 1 - task.lr * weight_decay[weight_decay.size() == 1 ? 0 : i];
-    const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
-    for (const Group& group : layout.groups)
-      for (size_t f = 0; f < group.positions.size(); ++f) {
-        const int64_t k = group.positions[f], d = group.sizes[f];
-        TORCH_CHECK(task.grams[k].scalar_type() == dtype && task.bases[k].scalar_type() == dtype && task.grams[k].dim() == 2 &&
-                        task.grams[k].size(0) == d && task.grams[k].size(1) == d && task.bases[k].dim() == 2 &&
-                        task.bases[k].size(0) == d && task.bases[k].size(1) == d,
-                    "step_: parameter ", i, " of shape ", params[i].sizes(), " needs Grams and bases of ", d, " x ", d, ", ",
-                    dtype, ", but has ", task.grams[k].sizes(), " and ", task.bases[k].sizes());
-        TORCH_CHECK(refresh_offsets[first + k].scalar_type() == at::kLong && refresh_offsets[first + k].numel() == 1,
-                    "step_: the refresh offset of parameter ", i, " must be one int64, not ",
-                    refresh_offsets[first + k].sizes(), ", ", refresh_offsets[first + k].scalar_type());
-        const int64_t offset = options.together ? 0 : *refresh_offsets[first + k].const_data_ptr<int64_t>();
-        if ((t + offset) % precondition_frequency == 0) {
-          task.due.push_back(k);
-          task.refresh_in_parallel |= d > kThreadedSize;
-          if (!task.refresh_in_parallel)
-            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
-        }
-      }
-    first += layout.modes;
-  }
+  std::vector<Task> tasks = tasks_of(lists, layouts, options);
   choose_parallel(tasks);
 
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();

@@ -1,9 +1,9 @@
 // Register tiles: products of two packed matrices, for everything in a step that is small enough to stay in a core's cache.
 //
 // A matrix [k, n] is packed into ceil(n / W) panels [k, W], W = kPackedWidth, the last one padded with zeros. The product of
-// two panels is one W x W tile held in registers. One format serves the mode products (a basis and a piece of the gradient) and
-// the Grams (a piece of the gradient and itself: tiles below the diagonal only). On an AVX-512 core that does 118 GF/s at
-// most, the tiles run at 117, its MKL's sgemm at 101 for 128 x 128 x 3200 and at 43 where 25 or 9 is a dimension.
+// two panels, or of one and two, is a tile held in registers. One format serves the mode products (a basis and a piece of the
+// gradient) and the Grams (a piece of the gradient and itself: tiles below the diagonal only). On an AVX-512 core that does 118
+// GF/s at most, the tiles run at 117, its MKL's sgemm at 101 for 128 x 128 x 3200 and at 43 where 25 or 9 is a dimension.
 #pragma once
 
 #include <cstdint>
