@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from . import decay, growth, memory, must_reach, stages, steps, training
+from . import decay, growth, memory, must_reach, processor, stages, steps, training
 from .models import MODELS
 from .peers import INSTALLED, OTHERS, OURS, STRAIGHTFORWARD, Contestant, parse_peer, parse_reference
 from .results import Row, save, table
@@ -32,14 +32,21 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
-    for suite in SUITES if arguments.suite == "all" else [arguments.suite]:
+    if arguments.suite != "must-reach":
+        print(processor.describe(), flush=True)
+    chosen = {"all": list(SUITES), "processor": []}.get(arguments.suite, [arguments.suite])
+    for suite in chosen:
         SUITES[suite](arguments)
     print(f"\n{time.perf_counter() - started:.0f} s", file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=["all", *SUITES], help="what to measure; must-reach only reads the results")
+    parser.add_argument(
+        "suite",
+        choices=["all", "processor", *SUITES],
+        help="what to measure; must-reach only reads the results, processor only says what this machine is",
+    )
     parser.add_argument("--model", action="append", choices=list(MODELS), help="step: only this model (repeatable)")
     parser.add_argument(
         "--peer",
@@ -75,7 +82,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 def report(arguments: argparse.Namespace, name: str, rows: list[Row], columns=None, nested=None, **extra: str) -> None:
     print(table(rows, columns), flush=True)
     if not arguments.quick:
-        print(f"\n-> {save(name, rows, nested, **extra).name}", flush=True)
+        path = save(name, rows, nested, processor.results(), **extra)
+        print(f"\n-> {path.relative_to(path.parents[1])}", flush=True)
 
 
 def run_step(arguments: argparse.Namespace) -> None:
@@ -145,7 +153,7 @@ def run_decay(arguments: argparse.Namespace) -> None:
 
 def run_must_reach(arguments: argparse.Namespace) -> None:
     print("\n### Must reach\n")
-    print(table(must_reach.rows()) if arguments.quick else must_reach.write_into_page())
+    print(must_reach.every(must_reach.rows) if arguments.quick else must_reach.write_into_page())
 
 
 SUITES = {

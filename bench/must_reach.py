@@ -1,4 +1,5 @@
-"""``python -m bench must-reach``: what the CPU engine has to reach, read from the committed results, with pass or fail."""
+"""``python -m bench must-reach``: what the CPU engine has to reach, read from the committed results of every kind of processor,
+with pass or fail."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import processor
 from .contest import WARMUP
 from .models import LIC_MODELS
 from .results import Row, read, read_nested, table
@@ -27,7 +29,7 @@ class Target:
     least: float
     stretch: float
     files: tuple[str, ...]
-    value: Callable[[list[Row]], float | None]
+    value: Callable[[list[Row], Path], float | None]  # of a file's rows, and the folder that it is in
     at_most: bool = False
 
     def reached(self, value: float, bound: float) -> bool:
@@ -38,24 +40,24 @@ def ours(rows: list[Row]) -> Row:
     return rows[0]  # the one that the others were compared with
 
 
-def share(rows: list[Row]) -> float:
+def share(rows: list[Row], folder: Path) -> float:
     return ours(rows)[SHARE]
 
 
-def reference_over_ours(rows: list[Row]) -> float | None:
+def reference_over_ours(rows: list[Row], folder: Path) -> float | None:
     """The original where it was given, else bench/reference.py."""
     return next((row["over_first"] for row in rows if row["kind"] == "reference"), None)
 
 
-def best_peer_over_ours(rows: list[Row]) -> float | None:
+def best_peer_over_ours(rows: list[Row], folder: Path) -> float | None:
     return min((row["over_first"] for row in rows if row["kind"] == "peer"), default=None)
 
 
-def over_peer(name: str) -> Callable[[list[Row]], float | None]:
+def over_peer(name: str) -> Callable[[list[Row], Path], float | None]:
     """An optimizer over pytorch_optimizer's SOAP: the median of the ratios of single rounds."""
 
-    def value(rows: list[Row]) -> float | None:
-        times = read_nested(f"step_{MULTI_TENSOR_MODEL}")["milliseconds"]
+    def value(rows: list[Row], folder: Path) -> float | None:
+        times = read_nested(f"step_{MULTI_TENSOR_MODEL}", folder)["milliseconds"]
         if name not in times or PEER not in times:
             return None
         return statistics.median(a / b for a, b in list(zip(times[name], times[PEER]))[WARMUP:])
@@ -63,27 +65,27 @@ def over_peer(name: str) -> Callable[[list[Row]], float | None]:
     return value
 
 
-def slowest_phase(rows: list[Row]) -> float:
+def slowest_phase(rows: list[Row], folder: Path) -> float:
     return ours(rows)["slowest_phase_over_median"]
 
 
-def slowest_phase_over(bound: str) -> Callable[[list[Row]], float]:
-    return lambda rows: ours(rows)["slowest_phase_over_median"] / ours(rows)[bound]
+def slowest_phase_over(bound: str) -> Callable[[list[Row], Path], float]:
+    return lambda rows, folder: ours(rows)["slowest_phase_over_median"] / ours(rows)[bound]
 
 
-def over_adam(rows: list[Row]) -> float:
+def over_adam(rows: list[Row], folder: Path) -> float:
     return 1 / next(row["over_first"] for row in rows if row["optimizer"] == "Adam fused")
 
 
-def init_of(model: str) -> Callable[[list[Row]], float | None]:
-    return lambda rows: reference_over_ours([row for row in rows if row["model"].startswith(model)])
+def init_of(model: str) -> Callable[[list[Row], Path], float | None]:
+    return lambda rows, folder: reference_over_ours([row for row in rows if row["model"].startswith(model)], folder)
 
 
-def optimizer_share(rows: list[Row]) -> float:
+def optimizer_share(rows: list[Row], folder: Path) -> float:
     return ours(rows)["optimizer_share"]
 
 
-def slowest_of_decayed(rows: list[Row]) -> float:
+def slowest_of_decayed(rows: list[Row], folder: Path) -> float:
     return max(row["over_live"] for row in rows if row["optimizer"] == "soap_opt fused")
 
 
@@ -149,10 +151,10 @@ EQUALITY_TEST = Path("tests/csrc/test_step_lockstep.py")
 EQUALITY: Row = {"target": "equality with the specification, lockstep, 100 steps", "at least": "holds", "": "a test"}
 
 
-def judged(target: Target, file: str) -> Row:
+def judged(target: Target, file: str, folder: Path) -> Row:
     """The target's value in one file, and the verdict; "not measured" where there is none."""
-    data = read(file)
-    value = target.value(data) if data else None
+    data = read(file, folder)
+    value = target.value(data, folder) if data else None
     if value is None:
         verdict = "not measured"
     elif target.reached(value, target.stretch):
@@ -169,24 +171,24 @@ def bounds(target: Target) -> Row:
     return {"at least": f"{sign} {target.least:g}", "stretch": f"{sign} {target.stretch:g}"}
 
 
-def rows() -> list[Row]:
-    """One row for each target and file of results."""
+def rows(folder: Path) -> list[Row]:
+    """One row for each target and file of one kind of processor's results."""
     result = []
     for target in TARGETS:
         for file in target.files:
-            found = judged(target, file)
+            found = judged(target, file, folder)
             row = {"target": target.what, "value": found["value"], **bounds(target), "": found["verdict"]}
-            result.append({**row, "data": f"bench/results/{file}.csv"})
+            result.append({**row, "data": f"bench/results/{folder.name}/{file}.csv"})
     return [*result, {**EQUALITY, "data": str(EQUALITY_TEST)}]
 
 
-def summary() -> list[Row]:
+def summary(folder: Path) -> list[Row]:
     """One row for each target: all its values, each a link to its data from docs/."""
     result = []
     for target in TARGETS:
-        found = [judged(target, file) for file in target.files]
+        found = [judged(target, file, folder) for file in target.files]
         values = [
-            f"[{row['value'] if row['value'] is not None else 'not measured'}](../bench/results/{row['file']}.csv)"
+            f"[{'not measured' if row['value'] is None else row['value']}](../bench/results/{folder.name}/{row['file']}.csv)"
             + (f" {row['file'].removeprefix('step_')}" if len(found) > 1 else "")
             for row in found
         ]
@@ -199,8 +201,13 @@ def summary() -> list[Row]:
     return [*result, {**EQUALITY, **test}]
 
 
+def every(tables: Callable[[Path], list[Row]]) -> str:
+    """A table for each kind of processor that something was measured on."""
+    return "\n\n".join(f"**{processor.name_of(f.name)}**\n\n{table(tables(f))}" for f in processor.measured())
+
+
 def write_into_page() -> str:
-    """Put the table of :func:`summary` between the markers of docs/benchmarks.md; returns that of :func:`rows`."""
+    """Put the tables of :func:`summary` between the markers of docs/benchmarks.md; returns those of :func:`rows`."""
     before, rest = PAGE.read_text().split(START)
-    PAGE.write_text(f"{before}{START}{table(summary())}\n{END}{rest.split(END)[1]}")
-    return table(rows())
+    PAGE.write_text(f"{before}{START}{every(summary)}\n{END}{rest.split(END)[1]}")
+    return every(rows)

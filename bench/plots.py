@@ -1,6 +1,9 @@
-"""``python -m bench.plots``: pictures for the README, bench/results/*.png, made from the CSVs beside them and nothing else."""
+"""``python -m bench.plots``: pictures for the README, bench/results/KIND/*.png for each kind of processor, made from the CSVs
+beside them and nothing else."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import matplotlib
 
@@ -11,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from . import processor
 from .models import LIC_MODELS, MODELS
-from .results import RESULTS, Row, read
+from .results import Row, read
 
 OURS, SOAPS, ADAM = "#c8102e", "#8c9bab", "#d9dee4"
 LABELS = {
@@ -28,9 +32,9 @@ COLORS = {"soap_opt fused": OURS, "soap_opt multi tensor": "#e58c9a", "Adam fuse
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
 
 
-def steps() -> Figure:
+def steps(folder: Path) -> Figure:
     """Median step of everybody, one panel for each model."""
-    data = {model: read(f"step_{model}") for model in MODELS}
+    data = {model: read(f"step_{model}", folder) for model in MODELS}
     data = {model: rows for model, rows in data.items() if rows}
     measured = {row["optimizer"] for rows in data.values() for row in rows}
     shown = [name for name in LABELS if name in measured]
@@ -75,15 +79,15 @@ def _machine(rows: list[Row]) -> str:
     return f"{rows[0]['device']}, {rows[0]['threads']} threads, float32"
 
 
-def growth() -> Figure:
+def growth(folder: Path) -> Figure:
     """Cost per parameter and per tensor."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    _curves(left, read("growth_parameters"), "parameters", "ns_per_parameter")
+    _curves(left, read("growth_parameters", folder), "parameters", "ns_per_parameter")
     left.set(xlabel="parameters, in layers of 256 x 256", ylabel="ns per parameter and step", yscale="linear")
     left.set_ylim(0, None)
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))
     left.set_title("As a model grows")
-    _curves(right, read("growth_tensors"), "tensors", "us_per_tensor")
+    _curves(right, read("growth_tensors", folder), "tensors", "us_per_tensor")
     right.set(xlabel="tensors of 4 x 4", ylabel="µs per tensor and step", yscale="log")
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -104,9 +108,9 @@ def _curves(axis: Axes, rows: list[Row], x: str, y: str) -> None:
     axis.legend(frameon=False)
 
 
-def share() -> Figure:
+def share(folder: Path) -> Figure:
     """Share of the flop floor at the gemm rate of the same run."""
-    data = [read(f"step_{model}") for model in (*LIC_MODELS, "512-table", "gpt2-block", "resnet50")]
+    data = [read(f"step_{model}", folder) for model in (*LIC_MODELS, "512-table", "gpt2-block", "resnet50")]
     data = [rows for rows in data if rows]
     column = "share_of_floor_1024^3"
     figure, axis = plt.subplots(figsize=(9, 0.55 * len(data) + 1.2), layout="constrained")
@@ -130,11 +134,11 @@ def share() -> Figure:
 
 def main() -> None:
     pictures = {steps: "step_*.csv", growth: "growth_*.csv", share: "step_*.csv"}
-    for make in [make for make, files in pictures.items() if any(RESULTS.glob(files))]:
-        figure = make()
-        path = RESULTS / f"{make.__name__}.png"
-        figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
-        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+    for folder in processor.measured():
+        for make in [make for make, files in pictures.items() if any(folder.glob(files))]:
+            path = folder / f"{make.__name__}.png"
+            make(folder).savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+            print(f"{folder.name}/{path.name}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def table(rows: Sequence[Row], columns: Iterable[str] | None = None) -> str:
 
 
 def save(name: str, rows: Sequence[Row], nested: Any = None, directory: Path = RESULTS, **extra: str) -> Path:
-    """Write results/NAME.csv, and what does not fit a table to NAME.json; ``extra`` goes to the environment."""
+    """Write NAME.csv, and what does not fit a table to NAME.json, to bench/results or another folder; ``extra`` goes to the
+    environment."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.csv"
     about = environment(**extra)
@@ -69,7 +70,7 @@ def save(name: str, rows: Sequence[Row], nested: Any = None, directory: Path = R
 
 
 def read(name: str, directory: Path = RESULTS) -> list[Row]:
-    """The rows of results/NAME.csv, numbers as numbers, empty cells as None; [] when it has not been measured."""
+    """The rows of a folder's NAME.csv, numbers as numbers, empty cells as None; [] when it has not been measured."""
     path = directory / f"{name}.csv"
     if not path.exists():
         return []
@@ -78,7 +79,7 @@ def read(name: str, directory: Path = RESULTS) -> list[Row]:
 
 
 def read_nested(name: str, directory: Path = RESULTS) -> dict[str, Any]:
-    """What stands in results/NAME.json: single times and rates."""
+    """What stands in a folder's NAME.json: single times and rates."""
     return json.loads((directory / f"{name}.json").read_text())
 
 
