@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .eigenbasis import (
 )
 from .gradients import is_usable, largest_squared_norm, prepare_gradient
 from .layout import Layout
+from .options import Options
 from .schedule import is_due
 from .single_tensor import copy_finite_, step_size
 
@@ -61,69 +62,30 @@ def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
         stacks = stacks_of(bucket, layouts)
 
         # 1 project
-        projected: dict[int, Tensor] = {}
-        for stack in stacks:
-            result = project(_stack(grad, stack), _stack_modes(basis, stack), layouts[stack[0]])
-            projected.update(_unstack(result, stack))
+        turned: dict[int, Tensor] = {}
+        _turn(project, grad, turned, basis, layouts, stacks)
         t = {}
         for i in bucket:
             state_steps[i] += 1
             t[i] = state_steps[i].item()
 
         # 2 adam
-        m, v = [exp_avgs[i] for i in bucket], [exp_avg_sqs[i] for i in bucket]
-        turned = [projected[i] for i in bucket]
-        torch._foreach_lerp_(m, turned, 1 - o.beta1)
-        torch._foreach_mul_(v, o.beta2)
-        torch._foreach_addcmul_(v, turned, turned, 1 - o.beta2)
-        del projected, turned
-        denominators = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominators, o.eps)
-        updates = list(torch._foreach_div(m, denominators))
-        if o.eps < torch.finfo(dtype).tiny:  # 0, or 0 in this dtype
-            for u, denominator in zip(updates, denominators):
-                u.masked_fill_(denominator == 0, 0)
-        del denominators
+        updates = _adam([exp_avgs[i] for i in bucket], [exp_avg_sqs[i] for i in bucket], [turned.pop(i) for i in bucket], o)
 
         # 3 project back. Orthogonal bases keep the norm, so that rms(U) = rms(U') and needs no pass after the products.
         if o.normalize_grads:
             torch._foreach_div_(updates, [u.square().mean().sqrt_().add_(1e-30) for u in updates])
         update = dict(zip(bucket, updates))
         del updates
-        for stack in stacks:
-            result = project_back(_stack(update, stack), _stack_modes(basis, stack), layouts[stack[0]])
-            update.update(_unstack(result, stack))
+        _turn(project_back, update, update, basis, layouts, stacks)
 
         # 4 apply
-        ps = [batch.params[i] for i in bucket]
         sizes = [-step_size(lrs[i], t[i], o.beta1, o.beta2, o.correct_bias) for i in bucket]
         keeps = [1 - lrs[i] * batch.options[i].weight_decay for i in bucket]
-        careful = may_overflow(sizes, keeps, o.eps, dtype)
-        moved = [p.resolve_neg().to(dtype, copy=careful) for p in ps]  # (_foreach takes no negative views)
-        for size, of in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
-            torch._foreach_add_([moved[k] for k in of], [update[bucket[k]] for k in of], alpha=size)
-        del update
-        for keep, of in _alike(keeps).items():
-            if keep != 1:
-                torch._foreach_mul_([moved[k] for k in of], keep)
-        low = []
-        for p, q in zip(ps, moved):
-            if careful or p.dtype == torch.float16 or p.is_neg():
-                copy_finite_(p, q)
-            elif p is not q:
-                low.append((p, q))
-        if low:
-            torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
+        _apply([batch.params[i] for i in bucket], [update.pop(i) for i in bucket], sizes, keeps, o.eps, dtype)
 
         # 5 gram EMA
-        averaged: list[Tensor] = []
-        outers: list[Tensor] = []
-        for stack in stacks:
-            for k, outer in enumerate(outer_products(_stack(grad, stack), layouts[stack[0]])):
-                averaged += [gram[i][k] for i in stack]
-                outers += _unstack(outer, stack).values()
-        if averaged:
-            torch._foreach_lerp_(averaged, outers, 1 - o.gram_beta)
+        _average(gram, grad, layouts, stacks, o.gram_beta)
         for i in bucket:
             if t[i] % FLUSH_PERIOD == 0:
                 flush_subnormals_((exp_avgs[i], exp_avg_sqs[i], *gram[i]))
@@ -140,6 +102,72 @@ def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
             reexpress_(exp_avgs[i], exp_avg_sqs[i], basis[i], layouts[i], refreshed)
         skipped.refreshes.extend(failed)
     return skipped
+
+
+def _turn(
+    turn: Callable[[Tensor, Sequence[Tensor], Layout], Tensor],
+    tensors: dict[int, Tensor],
+    results: dict[int, Tensor],
+    bases: list[list[Tensor]],
+    layouts: list[Layout],
+    stacks: list[list[int]],
+) -> None:
+    """Each parameter's tensor [*shape] into its bases, or back (turn: project, project_back), a stack at a time. results may be
+    tensors: each is then freed as soon as it is turned."""
+    for stack in stacks:
+        result = turn(_stack(tensors, stack), _stack_modes(bases, stack), layouts[stack[0]])
+        results.update(_unstack(result, stack))
+
+
+def _adam(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], turned: list[Tensor], options: Options) -> list[Tensor]:
+    """Step 2: m and v in place, and m / (sqrt(v) + eps), each [*shape]; turned: the projected gradients."""
+    o = options
+    torch._foreach_lerp_(exp_avgs, turned, 1 - o.beta1)
+    torch._foreach_mul_(exp_avg_sqs, o.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, turned, turned, 1 - o.beta2)
+    del turned  # its memory is the denominators'
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(denominators, o.eps)
+    updates = list(torch._foreach_div(exp_avgs, denominators))
+    if o.eps < torch.finfo(updates[0].dtype).tiny:  # 0, or 0 in this dtype
+        for u, denominator in zip(updates, denominators):
+            u.masked_fill_(denominator == 0, 0)
+    return updates
+
+
+def _apply(
+    params: list[Tensor], updates: list[Tensor], sizes: list[float], keeps: list[float], eps: float, dtype: torch.dtype
+) -> None:
+    """Step 4: p <- keep (p + size U), in the state's dtype."""
+    careful = may_overflow(sizes, keeps, eps, dtype)
+    moved = [p.resolve_neg().to(dtype, copy=careful) for p in params]  # (_foreach takes no negative views)
+    for size, of in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
+        torch._foreach_add_([moved[k] for k in of], [updates[k] for k in of], alpha=size)
+    for keep, of in _alike(keeps).items():
+        if keep != 1:
+            torch._foreach_mul_([moved[k] for k in of], keep)
+    low = []
+    for p, q in zip(params, moved):
+        if careful or p.dtype == torch.float16 or p.is_neg():
+            copy_finite_(p, q)
+        elif p is not q:
+            low.append((p, q))
+    if low:
+        torch._foreach_copy_([p for p, _ in low], [q for _, q in low])
+
+
+def _average(
+    grams: list[list[Tensor]], grads: dict[int, Tensor], layouts: list[Layout], stacks: list[list[int]], gram_beta: float
+) -> None:
+    """Step 5: every G_i of a bucket, [d_i, d_i], in place."""
+    averaged: list[Tensor] = []
+    outers: list[Tensor] = []
+    for stack in stacks:
+        for k, outer in enumerate(outer_products(_stack(grads, stack), layouts[stack[0]])):
+            averaged += [grams[i][k] for i in stack]
+            outers += _unstack(outer, stack).values()
+    if averaged:
+        torch._foreach_lerp_(averaged, outers, 1 - gram_beta)
 
 
 def may_overflow(step_sizes: Sequence[float], keeps: Sequence[float], eps: float, dtype: torch.dtype) -> bool:

@@ -172,21 +172,22 @@ def keep_on_host(states: Iterable[dict[str, Any]]) -> None:
                 state[key] = state[key].cpu()
 
 
-def explain_misfit(param: Tensor, grad: Tensor, state: State, layout: Layout, description: str) -> None:
-    """Raise RuntimeError with the parameter's name, the cause and what to do where gradient or state do not fit a parameter."""
+def misfit_of(param: Tensor, grad: Tensor, state: State, layout: Layout, description: str) -> str | None:
+    """Why gradient or state do not fit a parameter: its name, the cause and what to do; None where they do."""
     remedy = (
         "Where the model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
         "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"
     )
     what = f"SOAP cannot step {description}, {param.dtype} on {param.device}: "
     if grad.shape != param.shape:
-        raise RuntimeError(f"{what}its gradient is of shape {tuple(grad.shape)}")
+        return f"{what}its gradient is of shape {tuple(grad.shape)}"
     for key, shape, dtype, device in expected_state(param, layout):
         value = state.get(key)
         if value is None:
-            raise RuntimeError(f"{what}its state lacks {key}. {remedy}")
+            return f"{what}its state lacks {key}. {remedy}"
         if not (tuple(value.shape) == shape and value.dtype == dtype and device in (None, value.device)):
-            raise RuntimeError(
+            return (
                 f"{what}its state {key} is {tuple(value.shape)}, {value.dtype} on {value.device}, and {shape}, "
                 f"{dtype} is needed. {remedy}"
             )
+    return None

@@ -16,7 +16,7 @@ from .cuda.problems import is_too_large
 from .functional import Path, path_of, require_fused
 from .layout import Layout
 from .options import Options
-from .state import explain_misfit
+from .state import misfit_of
 
 if TYPE_CHECKING:
     from .soap import SOAP
@@ -97,10 +97,9 @@ def explained(works: Sequence[Work], describe: Callable[[Tensor], str]) -> Itera
     except (RuntimeError, KeyError) as error:
         for work in works:
             for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
-                try:
-                    explain_misfit(param, grad, state, layout, describe(param))
-                except RuntimeError as explanation:
-                    raise explanation from error
+                explanation = misfit_of(param, grad, state, layout, describe(param))
+                if explanation is not None:
+                    raise RuntimeError(explanation) from error
         raise
 
 
