@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -34,76 +35,97 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
         Tables; where :meth:`Tables.fill` wants a basis it takes the mode's rotation (an identity for a mode that is not due
         but shares a Kronecker product with one that is), for a Gram its order, and for "step" the parameter's outcomes.
     """
-    build = Builder(layouts, [0] * len(layouts))
-    starts = np.concatenate([[0], np.cumsum([padded(layout.numel) for layout in layouts])]).tolist()
-    stages: list[list[Callable[[], None]]] = []  # what each launch does
-    kronecker_numel = 0
+    build = ReexpressTables(layouts, due, aligned)
+    for index in range(len(layouts)):
+        build.parameter(index)
+    for passes in build.stages:
+        for make in passes:
+            make()
+        build.launch("reexpress")
+    return build.tables(build.starts[-1], build.kronecker_numel)
 
-    def at(stage: int, function: Callable[[], None]) -> None:
-        while len(stages) <= stage:
-            stages.append([])
-        stages[stage].append(function)
 
-    def row(index: int, **columns: int) -> int:
-        place = build.row(UNITS=len(due[index]), **columns)
-        build.of_parameter(place, OUTCOMES, index, "step")
-        return place
+class ReexpressTables(Builder):
+    """The launches of :func:`make_reexpress_tables`, whose arguments these are.
 
-    def blocks(index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
-        """An elementwise pass over one parameter, from a state tensor or a scratch buffer to the other."""
-        layout = layouts[index]
-        place = row(index, NUMEL=layout.numel, COUNT=len(modes))
-        for column, name in ((X, source), (Y, target)):
-            if name in SHARED:
-                build.of_shared(place, column, name, 4 * starts[index])
-            else:
-                build.of_parameter(place, column, index, name)
-        for number, mode in enumerate(modes):
-            build.point(place, FACTORS + 2 * number, build.gram + build.first_mode[index] + mode)
-            build.rows[place][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[index][mode] << 32)
-        build.blocks(place, kind, math.ceil(layout.numel / BLOCK), aligned[index] and layout.numel % 4 == 0)
+    Attributes:
+        stages: what each launch does: functions that lay out a pass over one parameter.
+        starts: [P + 1] elements of scratch before each parameter's.
+        kronecker_numel: elements of all Kronecker products so far.
+    """
 
-    def kronecker(index: int, problem: Problem, offset: int) -> None:
-        place = row(index, DEPTH=problem.depth, COUNT=len(problem.factors))
-        build.of_shared(place, Y, "kronecker", offset)
-        for number, factor in enumerate(problem.factors):
-            build.point(place, FACTORS + 2 * number, build.basis + build.first_mode[index] + factor)
-            build.rows[place][FACTORS + 2 * number + 1] = layouts[index].sizes[factor]
-        build.grid(place, KRONECKER, 1, 1)
+    def __init__(self, layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> None:
+        super().__init__(layouts, [0] * len(layouts))
+        self.layouts, self.due, self.aligned = layouts, due, aligned
+        self.starts: list[int] = np.concatenate([[0], np.cumsum([padded(layout.numel) for layout in layouts])]).tolist()
+        self.stages: list[list[Callable[[], None]]] = []
+        self.kronecker_numel = 0
 
-    def product(index: int, problem: Problem, forth: bool, offset: int | None) -> None:
-        place = row(index, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns)
-        state, buffer = (X, Y) if forth else (Y, X)
-        build.of_parameter(place, state, index, "exp_avg")
-        build.of_shared(place, buffer, "scratch_0", 4 * starts[index])
-        if offset is None:
-            build.point(place, MATRIX, build.basis + build.first_mode[index] + problem.factors[0])
-        else:
-            build.of_shared(place, MATRIX, "kronecker", offset)
-        kind = kind_of(problem, aligned[index])
-        tile = TILES[kind // 4]
-        build.grid(place, kind, math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long))
-
-    strides = [mode_strides(layout) for layout in layouts]
-    for index, layout in enumerate(layouts):
-        at(0, partial(blocks, index, PERMUTE, "exp_avg_sq", "scratch_1", due[index]))
-        at(1, partial(blocks, index, COPY, "scratch_1", "exp_avg_sq"))
-        problems = [problem for problem in problems_of(layout) if not set(problem.factors).isdisjoint(due[index])]
+    def parameter(self, index: int) -> None:
+        """The passes over one parameter, at their stages."""
+        layout, due = self.layouts[index], self.due[index]
+        self.at(0, self.elementwise, index, PERMUTE, "exp_avg_sq", "scratch_1", due)
+        self.at(1, self.elementwise, index, COPY, "scratch_1", "exp_avg_sq")
+        problems = [problem for problem in problems_of(layout) if not set(problem.factors).isdisjoint(due)]
         stage = 1 if len(problems[0].factors) > 1 else 0
         for number, problem in enumerate(problems):
             offset = None
             if len(problem.factors) > 1:
-                offset = 4 * kronecker_numel
-                kronecker_numel += padded(problem.depth**2)
-                at(0, partial(kronecker, index, problem, offset))
-            at(stage + number, partial(product, index, problem, number % 2 == 0, offset))
+                offset = 4 * self.kronecker_numel
+                self.kronecker_numel += padded(problem.depth**2)
+                self.at(0, self.kronecker, index, problem, offset)
+            self.at(stage + number, self.product, index, problem, number % 2 == 0, offset)
         if len(problems) % 2 == 1:
-            at(stage + len(problems), partial(blocks, index, COPY, "scratch_0", "exp_avg"))
-    for functions in stages:
-        for function in functions:
-            function()
-        build.launch("reexpress")
-    return build.tables(starts[-1], kronecker_numel)
+            self.at(stage + len(problems), self.elementwise, index, COPY, "scratch_0", "exp_avg")
+
+    def at(self, stage: int, function: Callable[..., None], *arguments: Any) -> None:
+        """Lay that out in the launch of this number."""
+        while len(self.stages) <= stage:
+            self.stages.append([])
+        self.stages[stage].append(partial(function, *arguments))
+
+    def row_of(self, index: int, **columns: int) -> int:
+        row = self.row(UNITS=len(self.due[index]), **columns)
+        self.of_parameter(row, OUTCOMES, index, "step")
+        return row
+
+    def elementwise(self, index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
+        """From a state tensor or a scratch buffer to the other. modes: those whose orders permute it."""
+        layout = self.layouts[index]
+        row = self.row_of(index, NUMEL=layout.numel, COUNT=len(modes))
+        for column, name in ((X, source), (Y, target)):
+            if name in SHARED:
+                self.of_shared(row, column, name, 4 * self.starts[index])
+            else:
+                self.of_parameter(row, column, index, name)
+        strides = mode_strides(layout)
+        for number, mode in enumerate(modes):
+            self.point(row, FACTORS + 2 * number, self.gram + self.first_mode[index] + mode)
+            self.rows[row][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[mode] << 32)
+        self.blocks(row, kind, math.ceil(layout.numel / BLOCK), self.aligned[index] and layout.numel % 4 == 0)
+
+    def kronecker(self, index: int, problem: Problem, offset: int) -> None:
+        """The Kronecker product of a problem's rotations, [D, D] at offset bytes."""
+        row = self.row_of(index, DEPTH=problem.depth, COUNT=len(problem.factors))
+        self.of_shared(row, Y, "kronecker", offset)
+        for number, factor in enumerate(problem.factors):
+            self.point(row, FACTORS + 2 * number, self.basis + self.first_mode[index] + factor)
+            self.rows[row][FACTORS + 2 * number + 1] = self.layouts[index].sizes[factor]
+        self.grid(row, KRONECKER, 1, 1)
+
+    def product(self, index: int, problem: Problem, forth: bool, offset: int | None) -> None:
+        """m turned, to scratch (forth) or back. offset: of the Kronecker product, None for a rotation itself."""
+        row = self.row_of(index, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns)
+        state, buffer = (X, Y) if forth else (Y, X)
+        self.of_parameter(row, state, index, "exp_avg")
+        self.of_shared(row, buffer, "scratch_0", 4 * self.starts[index])
+        if offset is None:
+            self.point(row, MATRIX, self.basis + self.first_mode[index] + problem.factors[0])
+        else:
+            self.of_shared(row, MATRIX, "kronecker", offset)
+        kind = kind_of(problem, self.aligned[index])
+        tile = TILES[kind // 4]
+        self.grid(row, kind, math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long))
 
 
 def mode_strides(layout: Layout) -> list[int]:
