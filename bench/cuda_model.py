@@ -96,7 +96,7 @@ def launches_of(tables: Tables, layouts: Sequence[Layout], grad: str = "float32"
             numel = layouts[values[columns.INDEX]].numel
             if each.kernel == "gram_ema" and kind < columns.NORM:
                 tile, splits = TILES[kind // 4], int(values[columns.COUNT])
-                depth, factors = int(values[columns.DEPTH]), int(values[columns.NUMEL])
+                depth, factors = int(values[columns.DEPTH]), int(values[columns.FACTOR_COUNT])
                 deep = problems.gram_deep(kind // 4)
                 iterations = math.ceil(int(values[columns.COLUMNS]) / deep)
                 row["iterations"].append((programs, math.ceil(iterations / splits)))

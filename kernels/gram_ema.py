@@ -13,6 +13,7 @@ from .table import (
     COUNTER,
     DEPTH,
     FACTOR,
+    FACTOR_COUNT,
     FACTORS,
     INDEX,
     INNER,
@@ -60,7 +61,7 @@ def partial_traces(row, slot, scalars, rest, SIZE: tl.constexpr):
     outer [SIZE, SIZE] (upper left [D, D] of it) stands in ``slot``. Only its lower triangle is read, so that the Grams are
     symmetric to the bit.
     """
-    depth, factors = size(row, DEPTH, False), size(row, NUMEL, False)
+    depth, factors = size(row, DEPTH, False), size(row, FACTOR_COUNT, False)
     u = tl.arange(0, MAX_FACTOR)[:, None]
     w = tl.arange(0, MAX_FACTOR)[None, :]
     other = tl.arange(0, SIZE // 2)[:, None, None]  # a factor has at least two rows
@@ -125,7 +126,7 @@ def gram_tile(
         right = tl.load(x + column[:, None] + right_row[None, :], mask=(n < columns)[:, None] & (j < depth)[None, :], other=0.0)
         outer = dot(left.to(tl.float32), right.to(tl.float32), outer, PRECISION, FITS, FITS)
 
-    factors = size(row, NUMEL, False)
+    factors = size(row, FACTOR_COUNT, False)
     done = True
     slot = partials + tl.load(row + SLOT) + number.to(tl.int64) * splits * (SIZE * SIZE)  # 2^31 of a (8192, 65536) and more
     inside_slot = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]

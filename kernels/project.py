@@ -9,8 +9,8 @@ from .dot import dot
 from .table import (
     ARGUMENTS,
     COLUMNS,
-    COUNT,
     DEPTH,
+    FACTOR_COUNT,
     FACTORS,
     INNER,
     MATRIX,
@@ -192,7 +192,7 @@ def kronecker_tile(row):
 
     Made anew in every step: whoever changed a basis, it is up to date, and 50 of 25 x 25 are 125 KB.
     """
-    depth, factors = size(row, DEPTH, False), size(row, COUNT, False)
+    depth, factors = size(row, DEPTH, False), size(row, FACTOR_COUNT, False)
     i = tl.arange(0, KRONECKER_WIDTH)[:, None]
     j = tl.arange(0, KRONECKER_WIDTH)[None, :]
     inside = (i < depth) & (j < depth)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..cuda import columns
 from .project import BLOCK, COPY, KRONECKER, STORE, kronecker_tile, ragged_products
-from .table import ARGUMENTS, COUNT, FACTORS, NUMEL, OUTCOMES, SCALARS, UNITS, USABLE, X, Y, pointer, read_tile, size
+from .table import ARGUMENTS, FACTOR_COUNT, FACTORS, NUMEL, OUTCOMES, SCALARS, UNITS, USABLE, X, Y, pointer, read_tile, size
 
 PERMUTE = tl.constexpr(columns.PERMUTE)
 REFRESHED = tl.constexpr(columns.REFRESHED)
@@ -30,7 +30,7 @@ def permuted_block(row, c):
     n = c * BLOCK + tl.arange(0, BLOCK)
     inside = n < size(row, NUMEL, False)
     source = n
-    for mode in range(0, size(row, COUNT, False)):
+    for mode in range(0, size(row, FACTOR_COUNT, False)):
         order = tl.load(row + FACTORS + 2 * mode).to(tl.pointer_type(tl.int64))  # [size]
         packed = tl.load(row + FACTORS + 2 * mode + 1)  # size, and from bit 32 on stride
         length, stride = (packed & 0xFFFFFFFF).to(tl.int32), (packed >> 32).to(tl.int32)

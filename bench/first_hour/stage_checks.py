@@ -144,12 +144,12 @@ class Launch:
 
     def kronecker(self, row: np.ndarray) -> Expected:
         depth, product = int(row[columns.DEPTH]), torch.ones(1, 1, dtype=torch.float64, device=self.device)
-        for q in self.factors(row, int(row[columns.COUNT])):
+        for q in self.factors(row, int(row[columns.FACTOR_COUNT])):
             product = torch.kron(product, q.double())
         return Expected("kronecker", self.at(row, columns.Y, depth * depth), product.flatten())
 
     def grams(self, row: np.ndarray) -> Iterator[Expected]:
-        x, grams = self.view(row), self.factors(row, int(row[columns.NUMEL]))
+        x, grams = self.view(row), self.factors(row, int(row[columns.FACTOR_COUNT]))
         outer = torch.einsum("aib,ajb->ij", x, x) * self.scalar(row, columns.FACTOR) ** 2
         sizes = [len(gram) for gram in grams]
         for place, gram in enumerate(grams):

@@ -92,7 +92,7 @@ class ReexpressTables(Builder):
     def elementwise(self, index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
         """From a state tensor or a scratch buffer to the other. modes: those whose orders permute it."""
         layout = self.layouts[index]
-        row = self.row_of(index, NUMEL=layout.numel, COUNT=len(modes))
+        row = self.row_of(index, NUMEL=layout.numel, FACTOR_COUNT=len(modes))
         for column, name in ((X, source), (Y, target)):
             if name in SHARED:
                 self.of_shared(row, column, name, 4 * self.starts[index])
@@ -106,7 +106,7 @@ class ReexpressTables(Builder):
 
     def kronecker(self, index: int, problem: Problem, offset: int) -> None:
         """The Kronecker product of a problem's rotations, [D, D] at offset bytes."""
-        row = self.row_of(index, DEPTH=problem.depth, COUNT=len(problem.factors))
+        row = self.row_of(index, DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", offset)
         for number, factor in enumerate(problem.factors):
             self.point(row, FACTORS + 2 * number, self.basis + self.first_mode[index] + factor)

@@ -326,7 +326,7 @@ class StepTables(Builder):
 
     def kronecker_product(self, index: int, problem: Problem) -> None:
         self.kronecker_at[index, problem.group] = 4 * self.kronecker_numel
-        row = self.row(DEPTH=problem.depth, COUNT=len(problem.factors))
+        row = self.row(DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", 4 * self.kronecker_numel)
         self.kronecker_numel += padded(problem.depth**2)
         self.factors(row, index, problem, self.basis + self.first_mode[index])
@@ -365,7 +365,11 @@ class StepTables(Builder):
 
     def gram_average(self, index: int, problem: Problem, kind: int, triangle: list[int], splits: int) -> None:
         row = self.row(
-            DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, INDEX=index, NUMEL=len(problem.factors)
+            DEPTH=problem.depth,
+            INNER=problem.inner,
+            COLUMNS=problem.columns,
+            INDEX=index,
+            FACTOR_COUNT=len(problem.factors),
         )
         self.of_parameter(row, X, index, "grad")
         self.factors(row, index, problem, self.gram + self.first_mode[index])

@@ -210,7 +210,7 @@ def test_gram_ema(dtype, aligned):
         tile = TILES[kind // 4]
         triangle, iterations = gram_tiles(problem, kind)
         (splits,) = gram_splits([(len(triangle), iterations)])
-        row = table.row(X=x, FACTORS=gram, DEPTH=depth, INNER=inner, COLUMNS=problem.columns, COUNT=splits, NUMEL=1)
+        row = table.row(X=x, FACTORS=gram, DEPTH=depth, INNER=inner, COLUMNS=problem.columns, COUNT=splits, FACTOR_COUNT=1)
         table.tiles = [(row, kind, r, c) for r in triangle for c in range(splits)]
         tiles, problems = table.tensors()
         sums = torch.empty(len(tiles) * tile.wide**2), torch.zeros(len(triangle), dtype=torch.int32)
@@ -253,7 +253,9 @@ def gram_error(x, precision):
     gram, table = torch.zeros(x.shape[1], x.shape[1]), Table()
     problem = Problem(0, 1, x.shape[1], x.shape[2], (0,))
     kind = kind_of(problem, True)
-    row = table.row(X=x, FACTORS=gram, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, COUNT=1, NUMEL=1)
+    row = table.row(
+        X=x, FACTORS=gram, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, COUNT=1, FACTOR_COUNT=1
+    )
     table.tiles = [(row, kind, r, 0) for r in gram_tiles(problem, kind)[0]]
     tiles, problems = table.tensors()
     launch.launch(
