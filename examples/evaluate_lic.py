@@ -31,7 +31,7 @@ import argparse
 import compressai
 import torch
 from compressai.models import CompressionModel
-from lic_arguments import Parser, check_device, positive, seed
+from lic_arguments import check_device
 from lic_checkpoint import TrainedModel, load_trained
 from lic_data import InputError
 from lic_evaluation import (
@@ -51,6 +51,7 @@ from lic_evaluation import (
 from lic_files import write_json
 from lic_models import image_models
 from lic_optimizers import OPTIMIZERS
+from lic_parser import Parser, positive, seed
 from lic_rd import (
     CONFIDENCE,
     METHODS,

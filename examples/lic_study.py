@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from lic_arguments import CHECKPOINT, make_parser
+from lic_arguments import CHECKPOINT
 from lic_data import InputError
 from lic_evaluation import ImageSet, image_set
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
+from lic_parser import make_parser
 
 HERE = Path(__file__).resolve().parent
 RESUMABLE = {"save-every", "num-workers", "test-batch-size"}  # options that make no other run

@@ -31,11 +31,12 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import torch
 from compressai.losses import RateDistortionLoss
-from lic_arguments import CHECKPOINT, Parser, bitstreams
+from lic_arguments import CHECKPOINT
 from lic_checkpoint import TrainedModel, load_trained
 from lic_data import InputError, centre_crop, find_images, read_image, spread_crops
 from lic_evaluation import code_image, evaluate, mean_results
 from lic_files import write_text
+from lic_parser import Parser, bitstreams
 from lic_quantization import FLOAT, ITERATIONS, PERCENTILE, RANGES, ROUNDINGS, quantize
 from lic_rd import NoComparison, bd_rate, markdown
 from matplotlib.ticker import SymmetricalLogLocator

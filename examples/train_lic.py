@@ -21,7 +21,7 @@ if __name__ == "__main__":  # Ctrl-C during the seconds of imports ends the proc
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-from lic_arguments import CHECKPOINT, STEPS, command_line, make_parser, parse_options
+from lic_arguments import CHECKPOINT, command_line, parse_options
 from lic_checkpoint import Checkpoints, lock_folder, read_checkpoint
 from lic_data import InputError, RandomCrops, centre_crop, check_images, digest, find_dataset, say, settle
 from lic_distributed import World
@@ -39,6 +39,7 @@ from lic_evaluation import (
 )
 from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
 from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS
+from lic_parser import STEPS, make_parser
 from lic_plots import JpegLevel, plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
 from lic_stop import StopAtOnce, StopRequest, TrainingFailed

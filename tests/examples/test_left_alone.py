@@ -18,8 +18,9 @@ import lic_training
 import pytest
 import torch
 import train_lic
-from lic_arguments import make_parser, parse_options
+from lic_arguments import parse_options
 from lic_checkpoint import Checkpoints
+from lic_parser import make_parser
 from test_train_lic import TINY, environment, error_line, metrics, weights
 
 THREE = ["checkpoint.pth.tar", "checkpoint_previous.pth.tar", "checkpoint_best_loss.pth.tar"]

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 
-import lic_arguments
 import lic_data
 import lic_evaluation
+import lic_parser
 import lic_training
 import pytest
 import torch
@@ -25,7 +25,7 @@ OPTIONS = {
     "lmbda": 0.013, "metric": "mse", "aux_learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 5, "steps": 24,
     "batch_size": 2, "num_workers": 0, "eval_every": 100, "clip_max_norm": 1.0,
 }  # fmt: skip
-OPTIONS = {a.dest: a.default for a in lic_arguments.make_parser("")._actions if a.dest != "help"} | OPTIONS
+OPTIONS = {a.dest: a.default for a in lic_parser.make_parser("")._actions if a.dest != "help"} | OPTIONS
 
 
 @pytest.fixture(scope="module")

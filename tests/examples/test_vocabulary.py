@@ -13,11 +13,12 @@ import lic_training
 import pytest
 import torch
 import train_lic
-from lic_arguments import make_parser, parse_options
+from lic_arguments import parse_options
 from lic_data import InputError, centre_crop, find_images, read_image
 from lic_evaluation import evaluate, to_float
 from lic_models import build_model
 from lic_optimizers import Gradients, make_optimizers
+from lic_parser import make_parser
 from test_train_lic import TINY, environment, error_line, metrics, weights
 
 SHORT = [*TINY[:-3], "--eval-crop", "64", "64", "--schedule", "constant", "--warmup-steps", "2"]
