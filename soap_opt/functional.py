@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -177,8 +178,12 @@ def parts_of(batch: Batch) -> list[tuple[Path, list[int]]]:
     """The parameters that are stepped by one call of an implementation: of one device and dtype of state and, on CUDA, with as
     much scratch as there may be."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, exp_avg in enumerate(batch.exp_avgs):
-        kinds.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
+    devices, dtypes = (set(map(attrgetter(name), batch.exp_avgs)) for name in ("device", "dtype"))
+    if len(devices) == len(dtypes) == 1:  # nearly always; of thousands of parameters none is looked at by itself
+        kinds[devices.pop(), dtypes.pop()] = list(range(len(batch)))
+    else:
+        for i, exp_avg in enumerate(batch.exp_avgs):
+            kinds.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
     paths = [path_of(batch.exp_avgs[indices[0]], batch.options[indices[0]]) for indices in kinds.values()]
     if len(kinds) > 1 and not {Path.CPU, Path.CUDA}.isdisjoint(paths):  # (one call looks at everything before it writes)
         for param, exp_avg in zip(batch.params, batch.exp_avgs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal, overload
 
 import torch
@@ -225,8 +226,9 @@ class SOAP(Optimizer):
         # Every check comes before the first change.
         keep_on_host(self.state.values())
         work = [with_grad(self, group, given) for group in self.param_groups]
-        device_types = {param.device.type for w in work for param in w.params}
-        if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in {type(p) for w in work for p in w.params}):
+        device_types = {device.type for w in work for device in set(map(attrgetter("device"), w.params))}
+        kinds = set().union(*(map(type, w.params) for w in work))
+        if "meta" in device_types or any(issubclass(kind, FakeTensor) for kind in kinds):
             work = [step_dataless(self, w) for w in work]
         pending = [
             (w.group, param, grad)

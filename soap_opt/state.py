@@ -25,6 +25,7 @@ State = dict[str, Tensor]  # of one parameter
 class Pinned(NamedTuple):
     """A parameter's layout, and what it was made for."""
 
+    param: Tensor  # held, so that no other tensor gets its id
     shaping: tuple[Any, ...]  # values of options.SHAPING; the same tuple for equal ones
     layout: Layout
     stride: tuple[int, ...]
@@ -35,11 +36,11 @@ class Layouts:
     those of its first layout.
 
     Attributes:
-        pinned: by parameter.
+        pinned: by the parameter's id: a step of thousands of small tensors would spend a twentieth on their hashes.
     """
 
     def __init__(self) -> None:
-        self.pinned: dict[Tensor, Pinned] = {}
+        self.pinned: dict[int, Pinned] = {}
         self._shaping: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def shaping(self, group: Group) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ class Layouts:
             ValueError: that, or an option that shapes the state, was changed under existing state.
         """
         shaping = self.shaping(group)
-        pinned, shape, stride = self.pinned.get(param), tuple(param.shape), param.stride()
+        pinned, shape, stride = self.pinned.get(id(param)), tuple(param.shape), param.stride()
         if pinned is not None and pinned.shaping is shaping and pinned.layout.shape == shape and pinned.stride == stride:
             return pinned.layout
         if state and tuple(state["exp_avg"].shape) != shape:
@@ -76,7 +77,7 @@ class Layouts:
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key].data = torch.empty_like(param, dtype=state[key].dtype).copy_(state[key])
         layout = layout_of(shape, order, **dict(zip(SHAPING, shaping)))
-        self.pinned[param] = Pinned(shaping, layout, stride)
+        self.pinned[id(param)] = Pinned(param, shaping, layout, stride)
         return layout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,38 +53,36 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
     """
     options = Options.of(group)
     options.check()
-    layouts = optimizer._layouts
-    # This loop is a good part of a step of thousands of small tensors, and everything in it is looked up once.
-    shaping, pinned_of, state_of, strided = layouts.shaping(group), layouts.pinned.get, optimizer.state.get, torch.strided
-    work, stateless = Work(group, options, [], [], [], [], []), dict[str, Tensor]()
-    for param in group["params"]:
-        if given is None:
-            tensor, grad = param, param.grad
-        else:
-            tensor, grad = given.get(param, (param, None))
-        if grad is None:
-            continue
-        if grad.layout is not strided:
-            raise RuntimeError(
-                f"SOAP does not support sparse gradients, but that of {optimizer._describe(param)} is {grad.layout}"
-            )
-        pinned, state = pinned_of(param), state_of(param, stateless)
+    layouts, known = optimizer._layouts, optimizer._layouts.pinned
+    shaping, stateless = layouts.shaping(group), dict[str, Tensor]()
+    # These lists are a good part of a step of thousands of small tensors: each is made in one go, most of it by C functions.
+    params: list[Tensor] = list(group["params"])
+    tensors, grads = params, [param.grad for param in params]
+    if given is not None:
+        pairs = [given.get(param, (param, None)) for param in params]
+        tensors, grads = [tensor for tensor, _ in pairs], [grad for _, grad in pairs]
+    present = [grad is not None for grad in grads]
+    if not all(present):
+        params, tensors = list(compress(params, present)), list(compress(tensors, present))
+    found: list[Tensor] = [grad for grad in grads if grad is not None]
+    if not {torch.strided}.issuperset(map(attrgetter("layout"), found)):
+        param, grad = next((param, grad) for param, grad in zip(params, found) if grad.layout is not torch.strided)
+        raise RuntimeError(f"SOAP does not support sparse gradients, but that of {optimizer._describe(param)} is {grad.layout}")
+    state_of = optimizer.state.get
+    states = [state_of(param, stateless) for param in params]
+    chosen = [
+        pinned.layout
+        if pinned is not None
+        and pinned.shaping is shaping
+        and pinned.layout.shape == param.shape
         # (a matrix has no memory formats to choose from)
-        if (
-            pinned is None
-            or pinned.shaping is not shaping
-            or pinned.layout.shape != param.shape
-            or (len(pinned.stride) > 2 and pinned.stride != param.stride())
-        ):
-            work.layouts.append(layouts.of(param, group, state, optimizer._describe))
-        else:
-            work.layouts.append(pinned.layout)
-        work.params.append(param)
-        work.tensors.append(tensor)
-        work.grads.append(grad)
-        work.states.append(state)
+        and (len(pinned.stride) <= 2 or pinned.stride == param.stride())
+        else layouts.of(param, group, state, optimizer._describe)
+        for param, state, pinned in zip(params, states, map(known.get, map(id, params)))
+    ]
+    work = Work(group, options, params, tensors, found, states, chosen)
     if options.fused:
-        for param in {param.device.type: param for param in work.params}.values():
+        for param in dict(zip(map(attrgetter("device"), params), params)).values():  # one for each device
             require_fused(options, param)
     return work
 
