@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import soap_opt
 from soap_opt.options import names_of
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import must_reach, processor, results  # noqa: E402
+
 DOCS = ROOT / "docs"
 NEEDED = {"learned_image_compression.md": "compressai"}
 
@@ -153,3 +158,23 @@ def test_the_edits_of_an_option_are_all_listed():
     sources = [path for folder in ("soap_opt", "csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
     sources = [path for path in sources if path.suffix in suffixes and (ROOT / "soap_opt/kernels") not in path.parents]
     assert {str(path.relative_to(ROOT)) for path in sources if of_option.search(path.read_text())} == set(of_package)
+
+
+def test_the_tables_of_targets_are_those_of_the_results():
+    page = must_reach.PAGE.read_text()
+    assert page.split(must_reach.START)[1].split(must_reach.END)[0] == must_reach.every(must_reach.summary) + "\n"
+    assert {folder.name for folder in processor.measured()} <= {*processor.KINDS.values()}  # every folder of timings has a name
+
+
+@pytest.mark.parametrize(
+    "found, kind",
+    [
+        ({"vendor_id_raw": "AuthenticAMD", "family": 25, "model": 17, "brand_raw": "AMD EPYC"}, "zen4"),
+        ({"vendor_id_raw": "GenuineIntel", "family": 6, "model": 143}, "sapphire-rapids"),
+        ({"vendor_id_raw": "GenuineIntel", "family": 6, "model": 999}, "genuineintel-6-999"),
+        ({"vendor_id_raw": "ARM"}, "arm-0-0"),
+    ],
+)
+def test_a_kind_of_processor_is_a_folders_name(found, kind, monkeypatch):
+    monkeypatch.setattr(processor, "info", lambda: found)
+    assert processor.kind() == kind and processor.results().parent == results.RESULTS
