@@ -1,5 +1,6 @@
 import importlib.util
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def hangups_are_not_ignored():
+    """Under nohup they are, in every process that is started too: what a closed terminal does is tested all the same."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")
