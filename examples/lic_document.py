@@ -5,7 +5,7 @@ long gone."""
 import base64
 import functools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -134,6 +134,14 @@ class Report:
             experiment in experiments and label in labels for experiment, label in waiting
         )
 
+    def made(self) -> str:
+        """How many runs there are, and which of those that the study asks for are not."""
+        runs, waiting = self.asked_for
+        absent = Counter(min(run.experiments, default="others") for run in runs if run.name not in self.data.runs)
+        absent.update(experiment for experiment, _ in waiting)
+        missing = ", ".join(f"{count} of {experiment}" for experiment, count in sorted(absent.items()))
+        return f"{len(self.data.runs)} runs." + (f" Not made yet: {missing}." if missing else "")
+
     def start_of(self, run: dict) -> str:
         """What a run begins from, in words."""
         start = self.data.runs.get(run["start"])
@@ -158,7 +166,7 @@ class Report:
         return ["claim", "bar", "measured", ""], rows
 
     def as_markdown(self) -> str:
-        lines = [f"# {self.study.title}", "", f"{len(self.data.runs)} runs.", ""]
+        lines = [f"# {self.study.title}", "", self.made(), ""]
         if self.claims:
             lines += [markdown(*self.claims_table()), ""]
         for part in self.parts:
@@ -181,7 +189,7 @@ class Report:
         ]
         header, rows = self.claims_table()
         template = jinja2.Environment(autoescape=True).from_string(PAGE)
-        return template.render(title=self.study.title, count=len(self.data.runs), header=header, rows=rows, parts=parts)
+        return template.render(title=self.study.title, made=self.made(), header=header, rows=rows, parts=parts)
 
 
 PAGE = """<!doctype html>
@@ -193,7 +201,7 @@ td, th { border-bottom: 1px solid #ddd; padding: 4px 10px; text-align: left; ver
 th { border-bottom: 2px solid #888 } img { max-width: 100% } figcaption { color: #555; font-size: 13px }
 .holds { color: #1a7f37 } .not { color: #b42318 }
 </style></head><body>
-<h1>{{ title }}</h1><p>{{ count }} runs.</p>
+<h1>{{ title }}</h1><p>{{ made }}</p>
 {% if rows %}<table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td{% if loop.last %} class="{{ 'holds' if cell == 'holds' else 'not' }}"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endif %}

@@ -4,6 +4,7 @@ whose answers are known."""
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -369,7 +370,9 @@ def test_claims_are_open_while_runs_are_missing(known, tmp_path):
     def without(rows):
         return [row for row in rows if (row["optimizer"], row["fraction"], row["seed"]) != ("Adam", "1", "1")]
 
-    claims, _ = changed(known, tmp_path, runs=without, quantization=lambda rows: [r for r in rows if "l0.02-" not in r["run"]])
+    few = {"runs": without, "quantization": lambda rows: [r for r in rows if "l0.02-" not in r["run"]]}
+    claims, text = changed(known, tmp_path, **few)
+    assert re.search(r"^\d+ runs\. Not made yet: .*1 of horizons", text, re.M)
     assert claims[STEPS]["measured"] == "10 % (10 % by seed) (so far; runs missing: 1)" and claims[STEPS]["holds"] is None
 
 
