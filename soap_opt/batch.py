@@ -52,11 +52,6 @@ class Batch:
         rest = iter(matrices)
         return [list(itertools.islice(rest, len(layout.modes))) for layout in self.layouts]
 
-    def bases_of(self, index: int) -> list[Tensor]:
-        """One parameter's Q_i."""
-        first = sum(len(layout.modes) for layout in self.layouts[:index])
-        return self.bases[first : first + len(self.layouts[index].modes)]
-
     def select(self, indices: Sequence[int]) -> Batch:
         """Some of the parameters, in this order."""
         if len(indices) == len(self) and all(map(operator.eq, indices, range(len(self)))):

@@ -64,7 +64,7 @@ class Plan:
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
         # defaults where grad_scale or found_inf is None
         self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
-        self.scratch, self.following = scratch, following
+        self.scratch = scratch
         self.own_scratch: Scratch | None = None  # of a graph
         self.held_scratch: Scratch | None = None  # of the last step
         self.refreshes = Refreshes(kinds.layouts, aligned, device, scratch, following)

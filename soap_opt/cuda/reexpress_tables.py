@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..layout import Layout
-from .columns import BLOCK, COPY, FACTORS, KRONECKER, MATRIX, MAX_FACTORS, OUTCOMES, PERMUTE, TILES, X, Y
-from .problems import Problem, is_too_large, kind_of, padded, problems_of
+from .columns import BLOCK, COPY, FACTORS, KRONECKER, MATRIX, MAX_FACTORS, OUTCOMES, PERMUTE, X, Y
+from .problems import Problem, is_too_large, padded, problems_of
 from .tables import SHARED, Builder, Tables
 
 
@@ -55,8 +55,8 @@ class ReexpressTables(Builder):
     """
 
     def __init__(self, layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> None:
-        super().__init__(layouts, [0] * len(layouts))
-        self.layouts, self.due, self.aligned = layouts, due, aligned
+        super().__init__(layouts, [0] * len(layouts), aligned)
+        self.due = due
         self.starts: list[int] = np.concatenate([[0], np.cumsum([padded(layout.numel) for layout in layouts])]).tolist()
         self.stages: list[list[Callable[[], None]]] = []
         self.kronecker_numel = 0
@@ -98,19 +98,17 @@ class ReexpressTables(Builder):
                 self.of_shared(row, column, name, 4 * self.starts[index])
             else:
                 self.of_parameter(row, column, index, name)
-        strides = mode_strides(layout)
+        strides = mode_strides(layout) if modes else []
         for number, mode in enumerate(modes):
             self.point(row, FACTORS + 2 * number, self.gram + self.first_mode[index] + mode)
             self.rows[row][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[mode] << 32)
-        self.blocks(row, kind, math.ceil(layout.numel / BLOCK), self.aligned[index] and layout.numel % 4 == 0)
+        self.blocks(row, kind, math.ceil(layout.numel / BLOCK), self.vectors(index))
 
     def kronecker(self, index: int, problem: Problem, offset: int) -> None:
         """The Kronecker product of a problem's rotations, [D, D] at offset bytes."""
         row = self.row_of(index, DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", offset)
-        for number, factor in enumerate(problem.factors):
-            self.point(row, FACTORS + 2 * number, self.basis + self.first_mode[index] + factor)
-            self.rows[row][FACTORS + 2 * number + 1] = self.layouts[index].sizes[factor]
+        self.factors(row, index, problem, self.basis + self.first_mode[index])
         self.grid(row, KRONECKER, 1, 1)
 
     def product(self, index: int, problem: Problem, forth: bool, offset: int | None) -> None:
@@ -123,9 +121,7 @@ class ReexpressTables(Builder):
             self.point(row, MATRIX, self.basis + self.first_mode[index] + problem.factors[0])
         else:
             self.of_shared(row, MATRIX, "kronecker", offset)
-        kind = kind_of(problem, self.aligned[index])
-        tile = TILES[kind // 4]
-        self.grid(row, kind, math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long))
+        self.product_grid(index, problem, row)
 
 
 def mode_strides(layout: Layout) -> list[int]:

@@ -65,7 +65,8 @@ class GroupedRefresh:
         self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
         self._counting: list[weakref.ref[Tensor]] = []  # the exp_avgs that know of it
         self.due, self.grouped, self.layouts, self.buffers = due, grouped, layouts, plan.buffers
-        self.matrix_places = [plan.first_modes[i] + k for i, k in due]  # in the lists of all Grams and bases
+        self.first_modes = plan.first_modes
+        self.matrix_places = [self.first_modes[i] + k for i, k in due]  # in the lists of all Grams and bases
         self.sizes = [layouts[i].sizes[k] for i, k in due]
         self.places = {unit: n for n, unit in enumerate(due)}
         self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
@@ -161,8 +162,8 @@ class GroupedRefresh:
             if i not in self.grouped:
                 ungrouped.setdefault(i, {})[k] = Refresh(order, batch.bases[place], rotation)
         for i, results in ungrouped.items():
-            # (the bases themselves are refreshed already: it copies each onto itself)
-            reexpress_(batch.exp_avgs[i], batch.exp_avg_sqs[i], batch.bases_of(i), self.layouts[i], results)
+            own = batch.bases[self.first_modes[i] : self.first_modes[i + 1]]  # refreshed already: each is copied onto itself
+            reexpress_(batch.exp_avgs[i], batch.exp_avg_sqs[i], own, self.layouts[i], results)
 
 
 class Refreshes:

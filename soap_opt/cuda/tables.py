@@ -101,8 +101,8 @@ SHARED = ("scratch_0", "scratch_1", "kronecker")
 class Builder:
     """Collects rows, pointers and tiles while the launches are laid out one after the other."""
 
-    def __init__(self, layouts: Sequence[Layout], groups: Sequence[int]) -> None:
-        self.groups = groups  # of each parameter
+    def __init__(self, layouts: Sequence[Layout], groups: Sequence[int], aligned: Sequence[bool]) -> None:
+        self.layouts, self.groups, self.aligned = layouts, groups, aligned  # of each parameter
         self.rows: list[list[int]] = []
         self.places: list[tuple[int, int, int]] = []  # (flat place, source, offset)
         self.tiles: list[npt.NDArray[np.int32]] = []
@@ -157,6 +157,23 @@ class Builder:
     def blocks(self, row: int, kind: int, count: int, vectors: bool) -> None:
         """Tiles of an elementwise pass. vectors: its elements may be read four at a time, which r says."""
         self.grid(row, kind, [int(vectors)], count)
+
+    def factors(self, row: int, index: int, problem: Problem, first: int) -> None:
+        """Pointers and sizes of a problem's factors. first: the source of the parameter's first basis, or Gram."""
+        for place, factor in enumerate(problem.factors):
+            self.point(row, FACTORS + 2 * place, first + factor)
+            self.rows[row][FACTORS + 2 * place + 1] = self.layouts[index].sizes[factor]
+
+    def product_grid(self, index: int, problem: Problem, row: int) -> tuple[int, int]:
+        kind = kind_of(problem, self.aligned[index])
+        tile = TILES[kind // 4]
+        across, down = math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long)
+        self.grid(row, kind, across, down)
+        return across, down
+
+    def vectors(self, index: int) -> bool:
+        """Whether the elements of a parameter may be read four at a time."""
+        return self.aligned[index] and self.layouts[index].numel % 4 == 0
 
     def launch(self, kernel: str, grad_dtype: str = "float32") -> None:
         if self.pending:
@@ -236,8 +253,8 @@ class StepTables(Builder):
     """
 
     def __init__(self, kinds: Kinds, aligned: Sequence[bool]) -> None:
-        super().__init__(kinds.layouts, kinds.groups)
-        self.kinds, self.layouts, self.aligned = kinds, kinds.layouts, aligned
+        super().__init__(kinds.layouts, kinds.groups, aligned)
+        self.kinds = kinds
         self.grad_dtypes, self.param_dtypes = (list(map(name_of, d)) for d in (kinds.grad_dtypes, kinds.param_dtypes))
         self.products = [problems_of(layout) for layout in self.layouts]
         self.numels = [layout.numel for layout in self.layouts]
@@ -274,24 +291,8 @@ class StepTables(Builder):
             self.point(row, MATRIX, self.basis + self.first_mode[index] + problem.factors[0])
         return row
 
-    def product_grid(self, index: int, problem: Problem, row: int) -> tuple[int, int]:
-        kind = kind_of(problem, self.aligned[index])
-        tile = TILES[kind // 4]
-        across, down = math.ceil(problem.depth / tile.wide), math.ceil(problem.columns / tile.long)
-        self.grid(row, kind, across, down)
-        return across, down
-
-    def factors(self, row: int, index: int, problem: Problem, first: int) -> None:
-        """Pointers and sizes of a problem's factors. first: the source of the parameter's first basis, or Gram."""
-        for place, factor in enumerate(problem.factors):
-            self.point(row, FACTORS + 2 * place, first + factor)
-            self.rows[row][FACTORS + 2 * place + 1] = self.layouts[index].sizes[factor]
-
     def elementwise(self, index: int, **columns: int) -> int:
         return self.row(NUMEL=self.numels[index], INDEX=index, **columns)
-
-    def vectors(self, index: int) -> bool:
-        return self.aligned[index] and self.numels[index] % 4 == 0
 
     def from_grad(self, index: int) -> Callable[[int], None]:
         return lambda row: self.of_parameter(row, X, index, "grad")
