@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +33,7 @@ from torch import Tensor
 
 import soap_opt
 from soap_opt import functional
-from soap_opt.cuda import columns, stepper
+from soap_opt.cuda import columns, launch, stepper
 
 
 class FakeDriver:
@@ -145,6 +145,25 @@ def triton_path_on_cpu() -> Iterator[None]:
     """``fused=True`` takes the Triton path for float32 state on the CPU, and first gradients go as on CUDA."""
     with mock.patch.object(functional, "device_type_of", lambda tensor: "cuda"):
         yield
+
+
+def watched(around: Callable[[Callable[[], None], Any, Sequence[Any], dict[str, Any]], None]) -> Callable[..., Any]:
+    """In place of soap_opt.cuda.launch.compiled: each launch becomes ``around(launch, kernel, arguments, constants)``,
+    and ``launch()`` makes it."""
+    original = launch.compiled
+
+    class Watched:
+        def __init__(self, kernel: Any, made: Any, constants: dict[str, Any]) -> None:
+            self.kernel, self.made, self.constants = kernel, made, constants
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *values: around(lambda: self.made[grid](*values), self.kernel, values, self.constants)
+
+    def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+        made, values = original(kernel, arguments, constants)
+        return Watched(kernel, made, constants), values
+
+    return compiled
 
 
 SHAPES = [(6, 5), (64,), (130, 66), (17, 3, 5, 5), (64, 32, 5, 5), (4,)]

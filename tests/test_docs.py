@@ -110,7 +110,6 @@ def test_the_routes_are_those_of_the_sources(route, calls, changes):
     (rows,) = tables(part(f"### {route}"))
     steps = [(quoted(file)[0], quoted(function)[0]) for file, function in rows]
     assert (len(steps) - 1, sum(a != b for (a, _), (b, _) in pairwise(steps))) == (int(calls), int(changes))
-    mentioned: set[str] = set()
     for (file, function), (called_file, called) in pairwise(steps):
         if called_file.startswith("kernels/"):  # which kernel a launch launches is a table's to say
             assert f"def {called}(" in (ROOT / called_file).read_text()
@@ -119,9 +118,7 @@ def test_the_routes_are_those_of_the_sources(route, calls, changes):
             assert f"torch.ops.soap_opt.{called}" in (ROOT / file).read_text()
             assert f'm.impl("{called}", &{called});' in (ROOT / called_file).read_text()
             continue
-        # (Overlap.behind runs a function that its caller hands over)
-        mentioned = names_in(file, function) | (mentioned if function == "Overlap.behind" else set())
-        assert called.split(".")[-1] in mentioned, f"{function} of {file} does not call {called}"
+        assert called.split(".")[-1] in names_in(file, function), f"{function} of {file} does not call {called}"
         names_in(called_file, called)  # it is there
 
 

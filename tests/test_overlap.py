@@ -109,7 +109,9 @@ def step(overlap, states):
         state.touch()
     for device in {state.device: None for state in states}:
         mine = [state for state in states if state.device == device]
-        overlap.behind(device, lambda mine=mine: [state.touch() for state in mine], mine)
+        with overlap.behind(device, mine):
+            for state in mine:
+                state.touch()
 
 
 def test_steps_on_several_devices_and_groups(cuda):
@@ -137,7 +139,8 @@ def test_the_stand_in_sees_a_missing_wait(cuda):
 def test_the_stand_in_sees_a_missing_record_stream(cuda):
     overlap = Overlap(backend=cuda)
     state = State(cuda, GPU0)
-    overlap.behind(GPU0, state.touch, [])
+    with overlap.behind(GPU0, []):
+        state.touch()
     with pytest.raises(AssertionError, match="handed out"):
         state.free()
 
@@ -178,8 +181,9 @@ def test_two_refreshes_behind_one_another(cuda):
     """A second param group on the same device, whose state the first shares."""
     overlap = Overlap(backend=cuda)
     state = State(cuda, GPU0)
-    overlap.behind(GPU0, state.touch, [state])
-    overlap.behind(GPU0, state.touch, [state])
+    for _ in range(2):
+        with overlap.behind(GPU0, [state]):
+            state.touch()
     overlap.wait()
     state.touch()
 
@@ -197,7 +201,8 @@ def test_in_place_while_capturing(cuda):
 def test_other_devices_run_in_place(cuda):
     ran = []
     overlap = Overlap(backend=cuda)
-    overlap.behind(torch.device("cpu"), lambda: ran.append(1), [])
+    with overlap.behind(torch.device("cpu"), []):
+        ran.append(1)
     overlap.wait()
     assert ran == [1] and cuda.log == []
 
@@ -205,13 +210,9 @@ def test_other_devices_run_in_place(cuda):
 def test_an_exception_leaves_what_was_enqueued_ordered(cuda):
     overlap = Overlap(backend=cuda)
     state = State(cuda, GPU0)
-
-    def function():
+    with pytest.raises(RuntimeError, match="out of memory"), overlap.behind(GPU0, [state]):
         state.touch()
         raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        overlap.behind(GPU0, function, [state])
     assert state.last[0] is not cuda.current[GPU0]
     overlap.wait()
     state.touch()
@@ -228,15 +229,9 @@ def test_on_a_gpu_it_is_what_runs_in_place():
         for _ in range(20):
             overlap.wait()
             x.mul_(0.5).add_(start)
-
-            def refresh(x=x):
+            with overlap.behind(device, [x]) if behind else contextlib.nullcontext():
                 for _ in range(10):
                     x.copy_(x @ start.T / 256)
-
-            if behind:
-                overlap.behind(device, refresh, [x])
-            else:
-                refresh()
             torch.randn(1024, 1024, device=device) @ torch.randn(1024, 1024, device=device)  # the forward pass
         overlap.wait()
         results.append(x.clone())

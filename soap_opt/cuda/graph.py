@@ -99,8 +99,8 @@ class GraphRefresh:
         tiles = torch.zeros(1, 4, dtype=torch.int32, device=device)
         problems = torch.zeros(1, WIDTH, dtype=torch.int64, device=device)  # of a parameter with no units
         with on_device(device):
-            launch(due_kernel, (1,), self.units.tensor, scalars, self.due, 0)
-            launch(reexpress_kernel, (1,), tiles, problems, PRECISION=PRECISION[ACCELERATOR])
+            launch(due_kernel, 1, self.units.tensor, scalars, self.due, 0)
+            launch(reexpress_kernel, 1, tiles, problems, PRECISION=PRECISION[ACCELERATOR])
         sizes = sorted(set(self.refresh.sizes))
         # Once more with so many that fit in shared memory as have kernels of their own
         in_shared = refresh_operator.largest_in_shared_memory(shared_memory_limit(device))
@@ -120,7 +120,7 @@ class GraphRefresh:
             torch.stack([self.due.view(torch.bool)[0]]).index_select(0, first).any()
 
     def run(self, batch: Batch, phases: npt.NDArray[np.int64], steps: list[Tensor], scalars: Tensor, tolerance: float) -> None:
-        """As :meth:`soap_opt.cuda.refresh.Refreshes.run`.
+        """Refresh the units that are due when this runs, or is replayed, and re-express m and v.
 
         Args:
             phases: [units, 2] offset and frequency of every unit.
@@ -137,37 +137,34 @@ class GraphRefresh:
         rows[:, 2] = [i for i, _ in refresh.due]
         rows[:, [1, 3]] = phases
         self.units.send(rows)
-        orders, rotations = refresh.prepare(batch)
+        grams, bases, orders, rotations, outcomes = refresh.prepare(batch)
         wanted = self.due.view(torch.bool)
 
         def refresh_units(places: list[int], due: Tensor, outcomes: Tensor) -> None:
-            # (every unit is in the list of units, so that the number of one is the place of its matrices)
-            grams, bases, own_orders, own_rotations = (
-                [column[n] for n in places] for column in (batch.grams, batch.bases, orders, rotations)
-            )
-            refresh_operator.refresh_bases_(grams, bases, tolerance, due, out=(own_orders, own_rotations, outcomes))
+            matrices = ([column[n] for n in places] for column in (grams, bases, orders, rotations))
+            torch.ops.soap_opt.refresh_basis_(*matrices, outcomes, tolerance, due)
 
         by_phase: dict[tuple[int, int], list[int]] = {}
         for n, d in enumerate(refresh.sizes):
             if d > self.limit:
                 by_phase.setdefault((int(phases[n, 0]), int(phases[n, 1])), []).append(n)
         with on_device(scalars.device):
-            launch(due_kernel, (-(-count // BLOCK),), self.units.tensor, scalars, self.due, count)
+            launch(due_kernel, -(-count // BLOCK), self.units.tensor, scalars, self.due, count)
             if self._small_places is None:
-                refresh_units(self.small, wanted, refresh.outcomes)
+                refresh_units(self.small, wanted, outcomes)
             elif self.small:
-                outcomes = refresh.outcomes.index_select(0, self._small_places)
-                refresh_units(self.small, wanted.index_select(0, self._small_places), outcomes)
-                refresh.outcomes.index_copy_(0, self._small_places, outcomes)
+                own = outcomes.index_select(0, self._small_places)
+                refresh_units(self.small, wanted.index_select(0, self._small_places), own)
+                outcomes.index_copy_(0, self._small_places, own)
             # (views and one kernel each: a capture cannot send lists of indices to the device)
             of_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
             conditions = [due.any() for due in of_phase]
             for condition, due, places in zip(conditions, of_phase, by_phase.values()):
                 with if_set(condition):
-                    outcomes = torch.full((len(places),), -1, dtype=torch.int32, device=due.device)
-                    refresh_units(places, due, outcomes)
-                    for n, outcome in zip(places, outcomes.unbind()):
-                        refresh.outcomes[n].copy_(outcome)
+                    own = torch.full((len(places),), -1, dtype=torch.int32, device=due.device)
+                    refresh_units(places, due, own)
+                    for n, outcome in zip(places, own.unbind()):
+                        outcomes[n].copy_(outcome)
             refresh.reexpress(batch)
             for condition, places in zip(conditions, by_phase.values()):
                 with if_set(condition):

@@ -1,7 +1,8 @@
-"""The launch of a kernel."""
+"""How a kernel is launched."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,8 +16,8 @@ from .configs import architecture_of, config_of
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> None:
-    """Every launch of the fused step goes through here.
+def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """What Triton makes of a kernel, and ``values``, its constants: ``made[programs, 1, 1](*arguments, *values)`` launches it.
 
     Args:
         arguments: tensors, the first of them on the device, and int32; their dtypes are the same in every launch of a kernel.
@@ -26,21 +27,27 @@ def launch(kernel: Any, grid: tuple[int], *arguments: Any, **constants: Any) -> 
     key = (name, arguments[0].device, *constants.values())
     known = _compiled.get(key)
     if known is not None:
-        compiled, values = known
-        compiled[grid[0], 1, 1](*arguments, *values)
-        return
-    config = config_of(_architecture(kernel), name)
+        return known
+    interpreted = not hasattr(kernel, "device_caches")
+    config = config_of("sm_90" if interpreted else _architecture(), name)
     if config.deep:
-        constants["DEEP"] = config.deep
-    compiled = kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
-    if compiled is not None:  # (Triton's interpreter compiles nothing)
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names if name in constants)
+        constants = {**constants, "DEEP": config.deep}
+    values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+    if interpreted:  # Triton's interpreter compiles nothing
+        return kernel, values
+    made = kernel.warmup(*arguments, **constants, grid=(1,), num_warps=config.warps, num_stages=config.stages)
+    _compiled[key] = made, values
+    return made, values
 
 
-def _architecture(kernel: Any) -> str:
-    """What Triton compiles the kernel for; under its interpreter, which compiles nothing, any."""
-    if not hasattr(kernel, "device_caches"):
-        return "sm_90"
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """One launch. Arguments as of :func:`compiled`."""
+    made, values = compiled(kernel, arguments, constants)
+    made[programs, 1, 1](*arguments, *values)
+
+
+def _architecture() -> str:
+    """What Triton compiles for."""
     from triton.runtime.driver import driver  # late: importing soap_opt does not wait for Triton
 
     target = driver.active.get_current_target()

@@ -7,13 +7,14 @@ reads. So a step may end with the refresh still running, if
 - the next step, and whatever else reads or writes the state, waits for it: on the device, by event, not on the host;
 - no memory that the refresh uses is handed out again before it is done (``Tensor.record_stream``).
 
-:class:`Overlap` keeps these three promises for any number of devices and param groups. It knows nothing of SOAP; what runs
-behind is a function. Inside a CUDA graph's capture it runs in place: a graph has its own order.
+:class:`Overlap` keeps these three promises for any number of devices and param groups. It knows nothing of SOAP. Inside a CUDA
+graph's capture it runs in place: a graph has its own order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 
 class Overlap:
-    """Runs functions behind the current stream, one side stream for each device.
+    """Runs what it is given behind the current stream, one side stream for each device.
 
     Args:
         backend: what has ``Stream``, ``current_stream``, ``stream`` and ``is_current_stream_capturing`` as torch.cuda has
@@ -31,21 +32,22 @@ class Overlap:
     def __init__(self, backend: Any = torch.cuda) -> None:
         self._backend = backend
         self._streams: dict[torch.device, Any] = {}
-        self._pending: dict[torch.device, Any] = {}  # the event after the last function of each device
+        self._pending: dict[torch.device, Any] = {}  # of each device the event after what was enqueued last
 
-    def behind(self, device: torch.device, function: Callable[[], None], tensors: Iterable[Tensor]) -> None:
-        """Run ``function`` after all that the current stream of ``device`` holds so far.
+    @contextmanager
+    def behind(self, device: torch.device, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """What is enqueued on ``device`` inside runs after all that its current stream holds so far. Nothing inside may wait
+        for it, and what it writes may be read after :meth:`wait` only.
 
         Args:
-            function: enqueues work on ``device`` and does not wait for it. Its tensors may be read after :meth:`wait` only.
-            tensors: everything that it reads or writes and that was allocated on another stream, which is everything that it
-                did not allocate itself.
+            tensors: everything that is read or written inside and was allocated on another stream, which is all that is not
+                allocated inside.
         """
         backend = self._backend
         if device.type != "cuda" or backend.is_current_stream_capturing():
             # in order with what is still running behind: it may hold the same tensors
             self.wait(device)
-            function()
+            yield
             return
         side = self._streams.get(device)
         if side is None:
@@ -53,7 +55,7 @@ class Overlap:
         side.wait_stream(backend.current_stream(device))
         try:
             with backend.stream(side):
-                function()
+                yield
         finally:  # what was enqueued before an exception runs all the same
             for tensor in tensors:
                 tensor.record_stream(side)

@@ -145,7 +145,7 @@ class Call(NamedTuple):
     """One launch of a plan, with all that does not change from step to step."""
 
     kernel: Any
-    grid: tuple[int]
+    programs: int
     before: tuple[Tensor, ...]  # arguments
     with_scale: bool  # whether grad_scale and found_inf come next
     after: tuple[Tensor, ...]
@@ -177,5 +177,5 @@ def calls_of(plan: Plan, precision: str) -> list[Call]:
             "project_adam": (project_adam_kernel, sums, options, {"PRECISION": precision}),
             "project_apply": (project_apply_kernel, (plan.scalars,), (), {"PRECISION": precision}),
         }[each.kernel]
-        calls.append(Call(kernel, (each.count,), (*tables, *before), each.kernel == "project_first", after, constants))
+        calls.append(Call(kernel, each.count, (*tables, *before), each.kernel == "project_first", after, constants))
     return calls

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .. import refresh_operator
 from ..batch import Batch
 from ..eigenbasis import Refresh, reexpress_
 from ..layout import KRONECKER_MAX_FACTOR, Layout
@@ -19,7 +18,7 @@ from ..multi_tensor import refresh_units
 from .columns import FAILED
 from .configs import ACCELERATOR, PRECISION
 from .follow import Following
-from .launch import launch, on_device
+from .launch import launch
 from .memory import Buffers, DeviceTable, Scratch, ScratchOfStreams, to_device
 from .problems import padded
 from .reexpress_tables import can_reexpress, make_reexpress_tables
@@ -121,13 +120,17 @@ class GroupedRefresh:
         pointers = np.asarray([*own, *turns, *permutations, *shared], dtype=np.int64)
         self.problems.send(pointers, self.tables.fill)
 
-    def prepare(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Orders and rotations, and the table that points to them: all that allocates, before any basis is written."""
+    def prepare(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """What soap_opt::refresh_basis_ is called with for the due units: Grams, bases, orders, rotations and outcomes; and the
+        table that points to these. All that allocates comes here, before any basis is written."""
         orders, rotations = self.matrices()
         if self.tables is not None:
             self.send(batch, orders, rotations)
         self.count_for(batch.exp_avgs)
-        return orders, rotations
+        if self._matrices is None:
+            self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
+        grams, bases = ([matrices[place] for place in self.matrix_places] for matrices in (batch.grams, batch.bases))
+        return grams, bases, orders, rotations, self.outcomes
 
     def count_for(self, exp_avgs: list[Tensor]) -> None:
         """Attach the counters of failed refreshes to the parameters' records."""
@@ -140,14 +143,6 @@ class GroupedRefresh:
         for exp_avg, count in zip(owners, self.failed.unbind()):
             self._following.of(exp_avg).failed.append(count)
 
-    def run(self, batch: Batch, wanted: Tensor, tolerance: float) -> None:
-        """Refresh units that are ``wanted`` ([n] bool); nothing waits for the device. Arguments as of :meth:`Refreshes.run`."""
-        orders, rotations = self.prepare(batch)
-        self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
-        grams, bases = ([matrices[place] for place in self.matrix_places] for matrices in (batch.grams, batch.bases))
-        refresh_operator.refresh_bases_(grams, bases, tolerance, wanted, out=(orders, rotations, self.outcomes))
-        self.reexpress(batch)
-
     def reexpress(self, batch: Batch) -> None:
         """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
         self.failed.add_(self.outcomes == FAILED)
@@ -156,7 +151,7 @@ class GroupedRefresh:
 
             for each in self.tables.launches:
                 tiles = self.tiles[each.first : each.first + each.count]
-                launch(reexpress_kernel, (each.count,), tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
+                launch(reexpress_kernel, each.count, tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
         ungrouped: dict[int, dict[int, Refresh]] = {}
         for (i, k), place, order, rotation in zip(self.due, self.matrix_places, *self.matrices()):
             if i not in self.grouped:
@@ -197,15 +192,8 @@ class Refreshes:
         if behind != self.behind:
             self.behind, self.buffers, self._kept = behind, Buffers(self.buffers.device), {}
 
-    def run(self, due: Units, batch: Batch, usable: Tensor, tolerance: float) -> None:
-        """Refresh the due units by the compiled operator and re-express m and v; nothing waits for the device.
-
-        Args:
-            due: units, parameter after parameter.
-            batch: every parameter of the plan.
-            usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
-            tolerance: with the policy "adaptive", else negative. What is passed over is known on the device only.
-        """
+    def of(self, due: Units, batch: Batch) -> GroupedRefresh:
+        """The tables for the refresh of the due units. due: parameter after parameter; batch: every parameter of the plan."""
         grouped = groupable(due, batch)
         key = (tuple(due), tuple(grouped))
         kept = self._kept.get(key)
@@ -213,13 +201,17 @@ class Refreshes:
             if len(self._kept) >= self.MAX_KEPT:
                 self._kept.clear()
             kept = self._kept[key] = GroupedRefresh(self, due, grouped)
-        wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
-        with on_device(usable.device):
-            kept.run(batch, wanted, tolerance)
+        return kept
 
     def run_through_torch(self, due: Units, batch: Batch, usable: Tensor, tolerance: float) -> None:
-        """:meth:`run` where the operator is not built: torch's QR, one size after the other, and the host waits to hear which
-        units "adaptive" wants."""
+        """The refresh where the operator is not built: torch's QR, one size after the other, and the host waits to hear which
+        units "adaptive" wants.
+
+        Args:
+            due, batch: as of :meth:`of`.
+            usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
+            tolerance: with the policy "adaptive", else negative.
+        """
         grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
         done, failed = refresh_units(due, grams, bases, tolerance)
         for i in failed:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import refresh_operator
 from ..batch import Batch, Skipped
+from . import launch
 from .columns import USABLE
 from .follow import Following, ParameterList
-from .launch import launch, on_device
+from .launch import on_device
 from .memory import ScratchOfStreams
 from .overlap import Overlap
 from .plan import Call, Plan
@@ -77,7 +77,9 @@ class CudaStepper:
         run = Run(self, batch)
         with run.launches(grad_scale, found_inf) as (calls, scale):
             for call in calls:
-                launch(call.kernel, call.grid, *call.arguments(scale), **call.constants)
+                arguments = call.arguments(scale)
+                kernel, values = launch.compiled(call.kernel, arguments, call.constants)
+                kernel[call.programs, 1, 1](*arguments, *values)
         run.refresh()
         return Skipped([], [])
 
@@ -210,16 +212,25 @@ class Run:
             return
         first = plan.refreshes.first_modes
         increment_version([batch.bases[first[i] + k] for i, k in due])
-        arguments = (due, batch, plan.scalars[:, USABLE], common.tolerance)  # [P], 1 or 0
+        usable, tolerance = plan.scalars[:, USABLE], common.tolerance  # [P], 1 or 0
         if refresh_operator.why_missing(self.device.type) is not None:
-            plan.refreshes.run_through_torch(*arguments)  # it waits for the device: nothing that could run behind
-        elif not common.overlap_refresh or common.capturable:  # (a graph's replay does not wait for an event from outside)
-            plan.refreshes.run_behind(False)
-            plan.refreshes.run(*arguments)
-        else:
-            plan.refreshes.run_behind(True)
-            touched = [plan.scalars, *plan.refreshes.buffers.tensors()]
-            for i in {i for i, _ in due}:
-                modes = slice(first[i], first[i + 1])
-                touched += [batch.exp_avgs[i], batch.exp_avg_sqs[i], *batch.grams[modes], *batch.bases[modes]]
-            self.stepper.overlap.behind(self.device, partial(plan.refreshes.run, *arguments), touched)
+            plan.refreshes.run_through_torch(due, batch, usable, tolerance)  # waits for the device: it cannot run behind
+            return
+        behind = common.overlap_refresh and not common.capturable  # (no replay of a graph waits for an event from outside)
+        plan.refreshes.run_behind(behind)
+        with self.stepper.overlap.behind(self.device, self._refreshed(due)) if behind else nullcontext():
+            refresh = plan.refreshes.of(due, batch)
+            wanted = torch.stack([usable[i] for i, _ in due]) != 0  # views and one kernel: no list of indices is sent
+            with on_device(self.device):
+                matrices = refresh.prepare(batch)
+                torch.ops.soap_opt.refresh_basis_(*matrices, tolerance, wanted)
+                refresh.reexpress(batch)
+
+    def _refreshed(self, due: Units) -> list[Tensor]:
+        """All that a refresh reads and writes and that is there before it."""
+        plan, batch = self.plan, self.batch
+        tensors = [plan.scalars, *plan.refreshes.buffers.tensors()]
+        for i in {i for i, _ in due}:
+            modes = slice(*plan.refreshes.first_modes[i : i + 2])
+            tensors += [batch.exp_avgs[i], batch.exp_avg_sqs[i], *batch.grams[modes], *batch.bases[modes]]
+        return tensors

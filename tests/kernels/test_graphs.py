@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import soap_opt
 import soap_opt.options
+from bench.fake_driver import watched
 from soap_opt import refresh_operator
-from soap_opt.cuda import follow, graph, memory, refresh, stepper
+from soap_opt.cuda import follow, graph, launch, memory, refresh, stepper
 from soap_opt.state import allocate
 
 pytestmark = [pytest.mark.usefixtures("fused_on_cpu"), needs_engine]
@@ -34,8 +35,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls, self.launches, self.recording = [], 0, False
         self.pool = []  # what was allocated while recording
-        for module in (stepper, refresh, graph):
-            monkeypatch.setattr(module, "launch", self._launch(module.launch))
+        monkeypatch.setattr(launch, "compiled", watched(self._launched))
         monkeypatch.setattr(stepper, "is_recording", lambda device: self.recording)
         for module in (memory, refresh, graph):
             monkeypatch.setattr(module, "to_device", self._to_device(module.to_device))
@@ -50,14 +50,11 @@ class Tape(TorchDispatchMode):
         self.recording = False
         return super().__exit__(*exception)
 
-    def _launch(self, launch):
-        def recorded(*arguments, **constants):
-            if self.recording:
-                self.launches += 1
-                self.calls.append(lambda: launch(*arguments, **constants))
-            self._untracked(launch, *arguments, **constants)
-
-        return recorded
+    def _launched(self, launch, kernel, arguments, constants):
+        if self.recording:
+            self.launches += 1
+            self.calls.append(launch)
+        self._untracked(launch)
 
     @contextlib.contextmanager
     def _if_set(self, condition):

@@ -1,5 +1,6 @@
 """Refreshes of the Triton path: behind the next step, grouped; whose memory they use."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -19,19 +20,27 @@ pytestmark = pytest.mark.usefixtures("fused_on_cpu")
 
 
 class Late(Overlap):
-    """What should run behind runs as late as it may: when somebody waits."""
+    """What runs behind is done as late as it may: until somebody waits, the optimizer's state is as it was."""
 
-    def __init__(self):
+    def __init__(self, optimizer):
         super().__init__()
-        self.late = []
+        self.optimizer, self.late = optimizer, []
 
-    def behind(self, device, function, tensors):
-        self.late.append((function, list(tensors)))
+    @contextlib.contextmanager
+    def behind(self, device, tensors):
+        state = [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+        before = [value.clone() for value in state]
+        yield
+        results = [(value, value.clone()) for value, old in zip(state, before) if not torch.equal(value, old)]
+        for value, old in zip(state, before):
+            value.copy_(old)
+        self.late.append((results, list(tensors)))
 
     def wait(self, device=None):
         late, self.late = self.late, []
-        for function, _ in late:
-            function()
+        for results, _ in late:
+            for value, new in results:
+                value.copy_(new)
 
 
 READERS = {
@@ -53,7 +62,7 @@ def test_whoever_reads_waits_for_refreshes_that_run_behind(reader, refresh):
     options = {**OPTIONS, "refresh": refresh}
     in_place = SoapRun(random_params(shapes), fused=True, overlap_refresh=False, **options)
     behind = SoapRun(random_params(shapes), fused=True, **options)
-    behind.optimizer._cuda.overlap = Late()
+    behind.optimizer._cuda.overlap = Late(behind.optimizer)
     pending = 0
     for grads in random_gradients(shapes, 8):
         in_place.step(grads)
@@ -78,7 +87,7 @@ def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
     gradients = [[grad.to(p.dtype) for grad, p in zip(grads, params)] for grads in made]
     in_place = SoapRun(params, foreach=False, **options)
     behind = SoapRun(params, fused=True, **options)
-    late = behind.optimizer._cuda.overlap = Late()
+    late = behind.optimizer._cuda.overlap = Late(behind.optimizer)
     pending = 0
     for grads in gradients:
         total = torch.stack([grad.norm().float() for grad in grads]).norm()
@@ -109,7 +118,7 @@ def test_a_group_of_several_dtypes_of_state(launches, max_grad_norm):
 def test_memory_belongs_to_the_stream_that_it_was_made_on():
     """overlap_refresh switched in the middle: nothing that one stream allocated is used on the other."""
     run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
-    run.optimizer._cuda.overlap = Late()
+    run.optimizer._cuda.overlap = Late(run.optimizer)
     kept = []
     for number, grads in enumerate(random_gradients([(6, 5)], 8)):
         run.optimizer.param_groups[0]["overlap_refresh"] = number < 4
@@ -144,7 +153,7 @@ def test_scratch_is_what_is_reported_and_goes_with_the_optimizer(refresh):
 @needs_engine
 def test_loading_a_state_waits_for_refreshes_that_run_behind():
     run = SoapRun(random_params([(6, 5)]), fused=True, **{**OPTIONS, "precondition_frequency": 1})
-    run.optimizer._cuda.overlap = Late()
+    run.optimizer._cuda.overlap = Late(run.optimizer)
     first, second = random_gradients([(6, 5)], 2)
     run.step(first)
     saved = copy.deepcopy(run.optimizer.state_dict())
@@ -160,7 +169,7 @@ def test_everything_that_a_refresh_behind_writes_is_recorded():
     """Or the allocator could hand the memory out while the refresh still uses it."""
     shapes = [(6, 5), (4, 3, 3, 3)]
     run = SoapRun(random_params(shapes), fused=True, **OPTIONS)
-    late = run.optimizer._cuda.overlap = Late()
+    late = run.optimizer._cuda.overlap = Late(run.optimizer)
     written = 0
     for grads in random_gradients(shapes, 6):
         run.step(grads)

@@ -84,7 +84,7 @@ def test_project(back, aligned):
         wanted.append((y, torch.einsum("aib,ij->ajb", x.double(), q), scale))
     tiles, problems = table.tensors()
     assert len(set(tiles[:, 1].tolist())) >= 6  # the classes
-    launch.launch(project_kernel, (len(tiles),), tiles, problems, BACK=back, PRECISION="ieee")
+    launch.launch(project_kernel, len(tiles), tiles, problems, BACK=back, PRECISION="ieee")
     for (y, want, scale), view in zip(wanted, VIEWS):
         close(y, want, scale, view)
 
@@ -105,7 +105,7 @@ def test_project_first_takes_the_norm_and_counts_the_step(dtype):
     scalars, counters = torch.zeros(len(VIEWS), columns.SCALARS), torch.zeros(len(VIEWS), dtype=torch.int32)
     options = options_of(lr=0.1, weight_decay=0.5, sign=-1.0)
     launch.launch(
-        project_first_kernel, (len(tiles),), tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters,
+        project_first_kernel, len(tiles), tiles, problems, scalars, torch.empty(1000 * len(VIEWS)), counters,
         torch.tensor([2.0]), torch.zeros(1), options, GRAD=DTYPES[dtype], PRECISION="ieee",
     )  # fmt: skip
     assert not counters.any()
@@ -133,7 +133,7 @@ def test_bias_correction_keeps_its_digits(t, beta2):
     table.tiles = [(row, columns.NORM, 0, 0)]
     scalars = torch.zeros(1, columns.SCALARS)
     launch.launch(
-        project_first_kernel, (1,),
+        project_first_kernel, 1,
         *table.tensors(), scalars, torch.empty(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1),
         options_of(lr=1.0, beta1=0.95, beta2=beta2), GRAD=tl.float32, PRECISION="ieee",
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_adam_epilogue(usable):
         tiles, problems = table.tensors()
         sums = torch.empty(across * down), torch.zeros(1, dtype=torch.int32)
         launch.launch(
-            project_adam_kernel, (len(tiles),), tiles, problems, scalars, *sums, options_of(normalize=1.0), PRECISION="ieee"
+            project_adam_kernel, len(tiles), tiles, problems, scalars, *sums, options_of(normalize=1.0), PRECISION="ieee"
         )
         if not usable:
             assert torch.equal(m.double(), old[0]) and torch.equal(v.double(), old[1])
@@ -188,7 +188,7 @@ def test_apply_epilogue(dtype, usable):
         values = {"X": x, "MATRIX": q, "PARAM": p, "PARAM_DTYPE": list(DTYPES).index(dtype)}
         table.product(Problem(0, before, depth, inner, (0,)), True, **values)
         tiles, problems = table.tensors()
-        launch.launch(project_apply_kernel, (len(tiles),), tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
+        launch.launch(project_apply_kernel, len(tiles), tiles, problems, scalars_of(usable, rescale=2.0), PRECISION="ieee")
         want = (old - 0.1 * 2.0 * torch.einsum("aib,ji->ajb", x.double(), q.double())) * 0.9 if usable else old
         # one rounding to dtype (the interpreter truncates where a GPU rounds), and the product's own
         error = (p.double() - want).abs()
@@ -217,7 +217,7 @@ def test_gram_ema(dtype, aligned):
         # the programs that arrive last are not always those of the last columns
         order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
         launch.launch(
-            gram_ema_kernel, (len(tiles),),
+            gram_ema_kernel, len(tiles),
             tiles[order].contiguous(), problems, scalars_of(), *sums, options_of(),
             GRAD=DTYPES[dtype], PRECISION="ieee",
         )  # fmt: skip
@@ -259,7 +259,7 @@ def gram_error(x, precision):
     table.tiles = [(row, kind, r, 0) for r in gram_tiles(problem, kind)[0]]
     tiles, problems = table.tensors()
     launch.launch(
-        gram_ema_kernel, (len(tiles),), tiles, problems, scalars_of(), torch.zeros(1), torch.zeros(1, dtype=torch.int32),
+        gram_ema_kernel, len(tiles), tiles, problems, scalars_of(), torch.zeros(1), torch.zeros(1, dtype=torch.int32),
         options_of(shampoo_beta=0.0), GRAD=DTYPES[x.dtype], PRECISION=precision,
     )  # fmt: skip
     want = 0.25 * torch.einsum("aib,ajb->ij", x.double(), x.double())
@@ -287,7 +287,7 @@ def test_projections_of_three_tf32_products(dtype, tensor_core):
         table.rows[-1][columns.COUNT] = down
         tiles, problems = table.tensors()
         launch.launch(
-            project_first_kernel, (len(tiles),), tiles, problems, scalars_of(), torch.empty(down),
+            project_first_kernel, len(tiles), tiles, problems, scalars_of(), torch.empty(down),
             torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1), options_of(), GRAD=DTYPES[dtype],
             PRECISION=precision,
         )  # fmt: skip

@@ -8,8 +8,10 @@ from comparison import Setting, SoapRun, compare_step, needs_engine, random_grad
 from lockstep import OPTIONS, lockstep
 
 import soap_opt
+from bench.fake_driver import watched
 from soap_opt import refresh_operator
-from soap_opt.cuda import follow, graph, memory, refresh, stepper
+from soap_opt.cuda import follow, memory
+from soap_opt.cuda import launch as launching
 from soap_opt.cuda import plan as plans
 
 pytestmark = pytest.mark.usefixtures("fused_on_cpu")
@@ -217,15 +219,11 @@ def test_precision_is_that_of_the_projections_alone(precision, monkeypatch):
     """Grams, and what turns m after a refresh, are full float32 always."""
     seen = {}
 
-    def watched(original):
-        def launch(kernel, *arguments, **constants):
-            seen.setdefault(kernel.fn.__name__, set()).add(constants.get("PRECISION"))
-            original(kernel, *arguments, **constants)
+    def note(launch, kernel, arguments, constants):
+        seen.setdefault(kernel.fn.__name__, set()).add(constants.get("PRECISION"))
+        launch()
 
-        return launch
-
-    for module in (stepper, refresh, graph):
-        monkeypatch.setattr(module, "launch", watched(module.launch))
+    monkeypatch.setattr(launching, "compiled", watched(note))
     run = SoapRun(random_params([(6, 5), (4, 3, 6)]), fused=True, precision=precision, **OPTIONS)
     for grads in random_gradients([(6, 5), (4, 3, 6)], 4):
         run.step(grads)
@@ -279,14 +277,13 @@ def test_a_step_broken_off_after_t_has_moved(monkeypatch):
     for grads in gradients[:2]:
         run.step(grads)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        original = stepper.launch
 
-        def interrupted(kernel, *arguments, **constants):
+        def interrupted(launch, kernel, arguments, constants):
             if "gram" in kernel.fn.__name__:
                 raise KeyboardInterrupt
-            original(kernel, *arguments, **constants)
+            launch()
 
-        patch.setattr(stepper, "launch", interrupted)
+        patch.setattr(launching, "compiled", watched(interrupted))
         run.step(gradients[2])
     assert float(run.state_of(0)["step"]) == 2
     run.step(gradients[3])
@@ -302,11 +299,11 @@ def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
     (plan,) = run.optimizer._cuda.plans(run.state_of(0)["exp_avg"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def interrupted(*_, **__):
+        def interrupted(*_):
             plan.counters.fill_(1)
             raise KeyboardInterrupt
 
-        patch.setattr(stepper, "launch", interrupted)
+        patch.setattr(launching, "compiled", watched(interrupted))
         run.step(gradients[2])
     before = run.params[1].detach().clone()
     run.step(gradients[3])
