@@ -22,13 +22,12 @@ TORCH_LIBRARY(soap_opt, m) {
   //   state_steps[p]                                    0-d float32
   //   layouts                                           [*] int64, csrc/cpu/layout.h
   //   lr, weight_decay                                  one number, or one for each parameter
+  //   options                                           the fields of StepOptions, csrc/cpu/step_arguments.h, in their order
   //   scratch                                           [>= scratch_numel(layouts, threads, dtype)] of the state's dtype
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] grams, "
       "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
-      "Tensor? grad_scale, *, float[1] lr, float beta1, float beta2, float shampoo_beta, float eps, float[1] weight_decay, "
-      "int precondition_frequency, bool normalize_grads, bool correct_bias, str refresh, float refresh_tolerance, "
-      "bool maximize) -> Tensor");
+      "Tensor? grad_scale, *, float[1] lr, float[1] weight_decay, float[] options) -> Tensor");
 
   // Step 5 alone, for the first gradient: G <- beta G + (1 - beta) (gradient contracted over all modes but one). Returns
   // ||gradient||^2 [n] float64; the Grams of a gradient for which it is not finite are left alone. grads[p] [*shape] of any

@@ -4,9 +4,8 @@ parameters that nothing multiplies."""
 import triton
 import triton.language as tl
 
-from .table import (
+from .constants import (
     BETA2,
-    CHUNK,
     CORRECT_BIAS,
     COUNT,
     COUNTER,
@@ -39,13 +38,8 @@ from .table import (
     STEP_SIZE,
     USABLE,
     WEIGHT_DECAY,
-    arrive,
-    only_if,
-    option,
-    pointer,
-    size,
-    total,
 )
+from .table import CHUNK, arrive, only_if, option, pointer, size, total
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of the largest number: gradients.is_usable

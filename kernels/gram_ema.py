@@ -5,9 +5,10 @@ import triton.language as tl
 
 from ..cuda import columns
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_rms, without_subnormals
-from .dot import dot
-from .table import (
-    ARGUMENTS,
+from .constants import (
+    ADAM_GRAD,
+    ADAM_SCRATCH,
+    BLOCK,
     COLUMNS,
     COUNT,
     COUNTER,
@@ -17,27 +18,19 @@ from .table import (
     FACTORS,
     INDEX,
     INNER,
+    KRONECKER_FACTOR,
     NORMALIZE,
     NUMEL,
+    PACK,
     SCALARS,
     SHAMPOO_REST,
     SLOT,
     USABLE,
     X,
     Y,
-    arrive,
-    only_if,
-    option,
-    pointer,
-    read_tile,
-    size,
 )
-
-ADAM_GRAD = tl.constexpr(columns.ADAM_GRAD)
-ADAM_SCRATCH = tl.constexpr(columns.ADAM_SCRATCH)
-BLOCK = tl.constexpr(columns.BLOCK)
-PACK = tl.constexpr(columns.PACK)
-MAX_FACTOR = tl.constexpr(columns.KRONECKER_FACTOR)
+from .dot import dot
+from .table import ARGUMENTS, arrive, only_if, option, pointer, read_tile, size
 
 (WIDE_0, _), (WIDE_1, _), (WIDE_2, _) = (map(tl.constexpr, tile) for tile in columns.TILES)
 
@@ -62,8 +55,8 @@ def partial_traces(row, slot, scalars, rest, SIZE: tl.constexpr):
     symmetric to the bit.
     """
     depth, factors = size(row, DEPTH, False), size(row, FACTOR_COUNT, False)
-    u = tl.arange(0, MAX_FACTOR)[:, None]
-    w = tl.arange(0, MAX_FACTOR)[None, :]
+    u = tl.arange(0, KRONECKER_FACTOR)[:, None]
+    w = tl.arange(0, KRONECKER_FACTOR)[None, :]
     other = tl.arange(0, SIZE // 2)[:, None, None]  # a factor has at least two rows
     after = depth
     for factor in range(0, factors):

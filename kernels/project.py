@@ -5,31 +5,26 @@ import triton.language as tl
 
 from ..cuda import columns
 from .adam import adam_numbers, adam_update, apply_numbers, apply_update, finish_norm, finish_rms
-from .dot import dot
-from .table import (
-    ARGUMENTS,
+from .constants import (
+    APPLY,
+    BLOCK,
     COLUMNS,
+    COPY,
     DEPTH,
     FACTOR_COUNT,
     FACTORS,
     INNER,
+    KRONECKER,
+    KRONECKER_WIDTH,
     MATRIX,
+    NORM,
     NORMALIZE,
     NUMEL,
     X,
     Y,
-    option,
-    pointer,
-    read_tile,
-    size,
 )
-
-NORM = tl.constexpr(columns.NORM)
-COPY = tl.constexpr(columns.COPY)
-KRONECKER = tl.constexpr(columns.KRONECKER)
-APPLY = tl.constexpr(columns.APPLY)
-BLOCK = tl.constexpr(columns.BLOCK)
-KRONECKER_WIDTH = tl.constexpr(columns.KRONECKER_WIDTH)
+from .dot import dot
+from .table import ARGUMENTS, option, pointer, read_tile, size
 
 (WIDE_0, LONG_0), (WIDE_1, LONG_1), (WIDE_2, LONG_2) = (map(tl.constexpr, tile) for tile in columns.TILES)
 

@@ -3,12 +3,21 @@
 import triton
 import triton.language as tl
 
-from ..cuda import columns
+from .constants import (
+    FACTOR_COUNT,
+    FACTORS,
+    NUMEL,
+    OUTCOMES,
+    PERMUTE,
+    REFRESHED,
+    SCALARS,
+    UNITS,
+    USABLE,
+    X,
+    Y,
+)
 from .project import BLOCK, COPY, KRONECKER, STORE, kronecker_tile, ragged_products
-from .table import ARGUMENTS, FACTOR_COUNT, FACTORS, NUMEL, OUTCOMES, SCALARS, UNITS, USABLE, X, Y, pointer, read_tile, size
-
-PERMUTE = tl.constexpr(columns.PERMUTE)
-REFRESHED = tl.constexpr(columns.REFRESHED)
+from .table import ARGUMENTS, pointer, read_tile, size
 
 
 @triton.jit

@@ -12,56 +12,7 @@ Shapes, in the words of soap_opt/cuda/tables.py, which makes all of these:
 import triton
 import triton.language as tl
 
-from ..cuda import columns
-
-X = tl.constexpr(columns.X)
-Y = tl.constexpr(columns.Y)
-MATRIX = tl.constexpr(columns.MATRIX)
-DEPTH = tl.constexpr(columns.DEPTH)
-INNER = tl.constexpr(columns.INNER)
-COLUMNS = tl.constexpr(columns.COLUMNS)
-INDEX = tl.constexpr(columns.INDEX)
-EXP_AVG = tl.constexpr(columns.EXP_AVG)
-EXP_AVG_SQ = tl.constexpr(columns.EXP_AVG_SQ)
-PARAM = tl.constexpr(columns.PARAM)
-PARAM_DTYPE = tl.constexpr(columns.PARAM_DTYPE)
-SLOT = tl.constexpr(columns.SLOT)
-COUNT = tl.constexpr(columns.COUNT)
-COUNTER = tl.constexpr(columns.COUNTER)
-STEP = tl.constexpr(columns.STEP)
-SKIPPED = tl.constexpr(columns.SKIPPED)
-OUTCOMES = tl.constexpr(columns.OUTCOMES)
-UNITS = tl.constexpr(columns.UNITS)
-NUMEL = tl.constexpr(columns.NUMEL)
-FACTOR_COUNT = tl.constexpr(columns.FACTOR_COUNT)
-GROUP = tl.constexpr(columns.GROUP)
-FACTORS = tl.constexpr(columns.FACTORS)
-WIDTH = tl.constexpr(columns.WIDTH)
-
-USABLE = tl.constexpr(columns.USABLE)
-FACTOR = tl.constexpr(columns.FACTOR)
-STEP_SIZE = tl.constexpr(columns.STEP_SIZE)
-DECAY = tl.constexpr(columns.DECAY)
-RESCALE = tl.constexpr(columns.RESCALE)
-NORM_SQUARED = tl.constexpr(columns.NORM_SQUARED)
-SCALARS = tl.constexpr(columns.SCALARS)
-
-LR = tl.constexpr(columns.LR)
-WEIGHT_DECAY = tl.constexpr(columns.WEIGHT_DECAY)
-LOG_BETA1 = tl.constexpr(columns.LOG_BETA1)
-LOG_BETA2 = tl.constexpr(columns.LOG_BETA2)
-SIGN = tl.constexpr(columns.SIGN)
-CORRECT_BIAS = tl.constexpr(columns.CORRECT_BIAS)
-MAX_GRAD_NORM = tl.constexpr(columns.MAX_GRAD_NORM)
-FIRST_PARAMETER = tl.constexpr(columns.FIRST_PARAMETER)
-PARAMETERS = tl.constexpr(columns.PARAMETERS)
-REST1 = tl.constexpr(columns.REST1)
-BETA2 = tl.constexpr(columns.BETA2)
-REST2 = tl.constexpr(columns.REST2)
-SHAMPOO_REST = tl.constexpr(columns.SHAMPOO_REST)
-EPS = tl.constexpr(columns.EPS)
-NORMALIZE = tl.constexpr(columns.NORMALIZE)
-OPTIONS = tl.constexpr(columns.OPTIONS)
+from .constants import GROUP, OPTIONS, WIDTH
 
 # No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
 # compiles is what runs, and the first steps compile nothing that the second does not use.

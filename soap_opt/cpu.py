@@ -10,10 +10,6 @@ from torch import Tensor
 
 from .batch import Batch, Skipped
 from .layout import Layout, outside_modes
-from .options import names_of
-
-# Options that the operator takes by their names; the decay rates and what each parameter has of its own it takes otherwise
-KEYWORDS = tuple(name for name in names_of("step") if name not in ("betas", "shampoo_beta"))
 
 
 def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
@@ -27,8 +23,7 @@ def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
     outcomes = torch.ops.soap_opt.step_(
         batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.grams, batch.bases, batch.refresh_offsets,
         batch.state_steps, layout_table(layouts), scratch(layouts, batch.exp_avgs[0].dtype), grad_scale,
-        lr=lr, weight_decay=weight_decay, beta1=o.beta1, beta2=o.beta2, shampoo_beta=o.gram_beta,
-        **{name: getattr(o, name) for name in KEYWORDS},
+        lr=lr, weight_decay=weight_decay, options=o.step_row(),
     )  # [P] int32  # fmt: skip
     skipped = Skipped([], [])
     for i, outcome in enumerate(outcomes.tolist() if outcomes.any() else ()):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from .cuda.stepper import CudaStepper
 from .gradients import clipping_scale, state_dtype
 from .layout import Layout
 from .multi_tensor import _multi_tensor_soap
-from .options import SCRATCH_LIMIT, Options, names_of
+from .options import Options
 from .single_tensor import _single_tensor_soap
 
 
@@ -78,29 +80,10 @@ def soap(
     refresh_offsets: list[Tensor],
     state_steps: list[Tensor],
     layouts: list[Layout],
-    foreach: bool | None = None,
-    fused: bool | None = None,
     grad_scale: Tensor | None = None,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    shampoo_beta: float,
-    eps: float,
-    weight_decay: float,
-    precondition_frequency: int,
-    normalize_grads: bool,
-    correct_bias: bool,
-    refresh: str,
-    refresh_tolerance: float,
-    maximize: bool,
-    max_grad_norm: float | None = None,
     found_inf: Tensor | None = None,
-    precision: str = "highest",
-    overlap_refresh: bool = False,
-    capturable: bool = False,
-    scratch_limit: int = SCRATCH_LIMIT,
     cuda: CudaStepper | None = None,
+    **options: Any,
 ) -> Skipped:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised, in torch's flat signature.
 
@@ -115,27 +98,30 @@ def soap(
         refresh_offsets: of each mode, 0-d int64 tensors on the CPU.
         state_steps: t, 0-d float32 tensors.
         layouts: how each parameter's modes lie.
-        foreach, fused: which implementation; both None picks the fastest that works.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
-        max_grad_norm: clip the norm of all gradients together, as ``clip_grad_norm_`` before the step would.
         found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
             elsewhere the caller looks).
-        precision: "high" allows TF32 in the fused CUDA path's projections; the other paths are always at "highest".
-        overlap_refresh: let the fused CUDA path's refreshes run behind the step, to be waited for by ``cuda.wait()``.
-        capturable: get ready for a CUDA graph (fused CUDA path).
-        scratch_limit: bytes of scratch from which on a model is stepped piece by piece (fused CUDA path).
-        cuda: what the fused CUDA path keeps between steps. Without one a call makes everything anew, and waits for the device.
+        cuda: what the fused CUDA path keeps between steps; refreshes that run behind are waited for by ``cuda.wait()``. Without
+            one a call makes everything anew, runs nothing behind, and waits for the device.
+        options: the arguments of :class:`soap_opt.SOAP`, with its defaults, for all parameters alike. Those that shape state
+            (``merge_dims`` and others) went into ``layouts`` before, and say nothing here.
 
     Returns:
         Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed.
         (With ``cuda`` the fused CUDA path counts both there.)
+
+    Raises:
+        TypeError: SOAP has no such option.
+        ValueError: the value of an option is out of its range.
     """
-    given = {**locals(), "betas": (beta1, beta2), "overlap_refresh": overlap_refresh and cuda is not None}
-    options = Options(**{name: given[name] for name in names_of() if name in given})
+    record = Options(**options)
+    record.check()
     if not params:
         return Skipped([], [])
     state = (exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
-    batch = Batch(params, grads, *state, options=[options] * len(params))
+    if cuda is None:
+        record = replace(record, overlap_refresh=False)
+    batch = Batch(params, grads, *state, options=[record] * len(params))
     if cuda is not None:
         return step_batch(batch, grad_scale, found_inf, cuda)
     cuda = CudaStepper()

@@ -141,6 +141,12 @@ class Options:
         """The share off the diagonal up to which a due basis is passed over; below 0: none is."""
         return tolerance_of(self.refresh, self.refresh_tolerance)
 
+    def step_row(self) -> list[float]:
+        """The options of role step, as the C++ engine takes them: in their order, betas as two numbers, what is on or off as 1
+        or 0, the policy of refreshes as its place in POLICIES. The record in csrc/cpu/step_arguments.h has the same fields."""
+        values = {**self.__dict__, "shampoo_beta": self.gram_beta, "refresh": POLICIES.index(self.refresh)}
+        return [*self.betas, *map(float, _STEP(values))]
+
     def agree_on_cpu(self) -> tuple[Any, ...]:
         """What groups must agree in for one call of the C++ engine or the multi-tensor path."""
         return (*self.betas, *_STEP_AND_PATH(self.__dict__))  # (betas may be a list, which has no hash)
@@ -161,5 +167,6 @@ _Values = Callable[[dict[str, Any]], tuple[Any, ...]]  # several of a dict's
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 SHAPING = names_of("shape")
 _VALUES: _Values = itemgetter(*names_of())
+_STEP: _Values = itemgetter(*(name for name in names_of("step") if name != "betas"))
 _STEP_AND_PATH: _Values = itemgetter(*(name for name in names_of("step", "path") if name != "betas"))
 _CALL: _Values = itemgetter(*names_of("call"))

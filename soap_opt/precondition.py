@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .eigenbasis import full_precision_matmul, project, project_back, same_for_all_threads
+from .eigenbasis import full_precision_matmul, project, same_for_all_threads
 from .gradients import prepare_gradient
 from .layout import Layout
+from .options import Options
+from .single_tensor import step_size, update_of
 
 if TYPE_CHECKING:
     from .soap import SOAP
@@ -42,16 +44,13 @@ def precondition(optimizer: SOAP, grads: Iterable[Tensor | None]) -> list[Tensor
         for i, ((group, param), grad) in enumerate(zip(owners, grads)):
             state = optimizer.state.get(param)
             if grad is not None and state and state["initialized"] and state["step"] > 0:
-                updates[i] = _precondition(grad, state, optimizer._layout(param, group), group)
+                updates[i] = _precondition(grad, state, optimizer._layout(param, group), Options.of(group))
     return updates
 
 
-def _precondition(grad: Tensor, state: dict[str, Tensor], layout: Layout, group: dict[str, Any]) -> Tensor:
+def _precondition(grad: Tensor, state: dict[str, Tensor], layout: Layout, options: Options) -> Tensor:
     """Steps 1 to 3 of :func:`soap_opt.single_tensor._single_tensor_soap` with m = G', times step 4's c for b1 = 0."""
     v, bases = state["exp_avg_sq"], [state[key] for key in layout.basis_keys]
-    projected = project(prepare_gradient(grad.detach(), v.dtype, None, group["maximize"]), bases, layout)
-    denominator = v.sqrt().add_(group["eps"])
-    update = project_back(torch.where(denominator > 0, projected / denominator, 0), bases, layout)
-    if group["normalize_grads"]:
-        update = update / (1e-30 + update.square().mean().sqrt())
-    return update * (1 - group["betas"][1] ** state["step"].item()) ** 0.5 if group["correct_bias"] else update
+    projected = project(prepare_gradient(grad.detach(), v.dtype, None, options.maximize), bases, layout)
+    update = update_of(projected, v, bases, layout, options)
+    return update * step_size(1.0, state["step"].item(), 0.0, options.beta2, options.correct_bias)

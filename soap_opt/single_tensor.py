@@ -20,6 +20,8 @@ from .eigenbasis import (
     same_for_all_threads,
 )
 from .gradients import is_usable, prepare_gradient
+from .layout import Layout
+from .options import Options
 from .schedule import is_due
 
 
@@ -46,17 +48,13 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
         batch.state_steps[i] += 1
         t = batch.state_steps[i].item()
 
-        # 2 adam:  m <- b1 m + (1 - b1) G';  v <- b2 v + (1 - b2) G'^2;  U' = m / (sqrt(v) + eps), 0 for a division by 0
+        # 2 adam:  m <- b1 m + (1 - b1) G';  v <- b2 v + (1 - b2) G'^2;  U' = m / (sqrt(v) + eps)
         m.lerp_(projected, 1 - o.beta1)
         v.mul_(o.beta2).addcmul_(projected, projected, value=1 - o.beta2)
         flush_subnormals_((m, v))
-        denominator = v.sqrt().add_(o.eps)
-        update = torch.where(denominator > 0, m / denominator, 0)
 
         # 3 project back:  U = U' x_1 Q_1^T ... x_k Q_k^T
-        update = project_back(update, basis, layout)
-        if o.normalize_grads:
-            update = update / (1e-30 + update.square().mean().sqrt())
+        update = update_of(m, v, basis, layout, o)
 
         # 4 apply:  p <- p - lr c U;  p <- p (1 - lr weight_decay).  In the state's dtype: a bfloat16 p is rounded once.
         moved = param.to(m.dtype).sub(update, alpha=step_size(lr, t, o.beta1, o.beta2, o.correct_bias))
@@ -84,6 +82,15 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
         if refreshed:
             reexpress_(m, v, basis, layout, refreshed)
     return skipped
+
+
+def update_of(m: Tensor, v: Tensor, basis: list[Tensor], layout: Layout, options: Options) -> Tensor:
+    """U [*shape] of step 3 from m and v: U' = m / (sqrt(v) + eps), 0 for a division by 0, out of the eigenbasis."""
+    denominator = v.sqrt().add_(options.eps)
+    update = project_back(torch.where(denominator > 0, m / denominator, 0), basis, layout)
+    if options.normalize_grads:
+        update = update / (1e-30 + update.square().mean().sqrt())
+    return update
 
 
 def step_size(lr: float, t: float, beta1: float, beta2: float, correct_bias: bool) -> float:

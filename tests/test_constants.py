@@ -8,6 +8,8 @@ import pytest
 from soap_opt import layout, refresh_operator
 from soap_opt.cuda import columns
 from soap_opt.diagnostics import memory
+from soap_opt.options import Options, names_of
+from soap_opt.schedule import POLICIES
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -34,6 +36,21 @@ def constant(file: str, name: str) -> int:
 )
 def test_a_constant_is_that_of_the_cpp(python, file, name):
     assert python == constant(file, name)
+
+
+def test_the_engine_reads_the_options_in_their_order():
+    header = (CSRC / "cpu/step_arguments.h").read_text()
+    (body,) = re.findall(r"^struct StepOptions \{(.*?)^\};", header, re.M | re.S)
+    fields = re.findall(r"^  double (\w+);", body, re.M)
+    betas, *others = names_of("step")
+    assert betas == "betas" and fields == ["beta1", "beta2", *others]
+    (policies,) = re.findall(r"^constexpr double (.*?);", header, re.M)
+    assert policies == ", ".join(f"k{policy.capitalize()} = {place}" for place, policy in enumerate(POLICIES))
+    row = Options(betas=(0.25, 0.5), shampoo_beta=-1.0, refresh="adaptive", maximize=True, precondition_frequency=7).step_row()
+    assert dict(zip(fields, row)) == {
+        "beta1": 0.25, "beta2": 0.5, "eps": 1e-8, "shampoo_beta": 0.5, "precondition_frequency": 7.0, "normalize_grads": 0.0,
+        "correct_bias": 1.0, "refresh": 2.0, "refresh_tolerance": 0.01, "maximize": 1.0,
+    }  # fmt: skip
 
 
 def test_shared_memory_of_a_block():

@@ -495,8 +495,7 @@ def test_the_flat_signature(flags):
     skipped = functional.soap(
         params, gradients[3], [each["exp_avg"] for each in state], [each["exp_avg_sq"] for each in state],
         flat("gram_keys"), flat("basis_keys"), flat("offset_keys"), [each["step"] for each in state], layouts, **flags,
-        lr=0.1, beta1=0.9, beta2=0.8, shampoo_beta=0.8, eps=1e-8, weight_decay=0.01, precondition_frequency=2,
-        normalize_grads=True, correct_bias=True, refresh="staggered", refresh_tolerance=0.01, maximize=False, max_grad_norm=0.7,
+        **options,
     )  # fmt: skip
     run.step(gradients[3])
     assert skipped == ([], [])

@@ -17,7 +17,7 @@ namespace {
 double update_size(double t, double mean_square, const Task& task, const Options& options) {
   double size = task.lr;
   if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
-  return options.normalize ? size / (1e-30 + std::sqrt(mean_square)) : size;
+  return options.normalize_grads ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
 
 // v [A, D, B] <- its D permuted, in place; buffer [D, B].
@@ -51,8 +51,7 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   const Layout& layout = *task.layout;
   std::vector<Refresh<T>> refreshed(layout.modes);
   for (int64_t k : task.due)
-    refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0),
-                                    options.adaptive ? options.tolerance : -1);
+    refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0), options.tolerance());
   int32_t failed = 0;
   for (const Refresh<T>& mode : refreshed) failed += mode.outcome == Outcome::failed;
   std::vector<Turn<T>> turns;
@@ -157,7 +156,7 @@ int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& opt
                [&](int64_t b, int64_t e) { adam(m + b, v + b, from + b, e - b, options.beta1, options.beta2, options.eps); });
 
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
-  const double size = update_size(t, options.normalize ? double(parallel_sum_squares(from, n)) / n : 1, task, options);
+  const double size = update_size(t, options.normalize_grads ? double(parallel_sum_squares(from, n)) / n : 1, task, options);
   for (int64_t i = groups; i-- > 0;)
     if (!layout.groups[i].positions.empty()) turn(from, i, /*back=*/true);
 
@@ -244,7 +243,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
   if (cut.outer_modes) std::swap(whole, spare); // `whole` holds the result
 
   // 1 to 3 in chunks: inner groups, adam, inner groups back
-  const bool finish = !cut.outer_modes && (!options.normalize || cut.chunk() >= n);
+  const bool finish = !cut.outer_modes && (!options.normalize_grads || cut.chunk() >= n);
   double sum = 0;
   for (int64_t start = 0; start < n; start += cut.chunk()) {
     const int64_t size = std::min(cut.chunk(), n - start), slabs = size / cut.slab;
@@ -264,7 +263,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
     }
     T* update = room[used ^ 1];
     adam(m + start, v + start, update, size, options.beta1, options.beta2, options.eps);
-    if (options.normalize) sum += double(sum_squares(update, size));
+    if (options.normalize_grads) sum += double(sum_squares(update, size));
     x = update;
     for (int64_t i = groups; i-- > int64_t(cut.outer);)
       if (back[i].data != nullptr) inner(i, back[i]);
@@ -345,29 +344,14 @@ void bump_versions(const Task& task) {
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                  at::TensorList grams, at::TensorList bases, at::TensorList refresh_offsets, at::TensorList state_steps,
                  const at::Tensor& table, const at::Tensor& scratch, const std::optional<at::Tensor>& grad_scale,
-                 at::ArrayRef<double> lr, double beta1, double beta2, double shampoo_beta, double eps,
-                 at::ArrayRef<double> weight_decay, int64_t precondition_frequency, bool normalize_grads, bool correct_bias,
-                 c10::string_view refresh, double refresh_tolerance, bool maximize) {
+                 at::ArrayRef<double> lr, at::ArrayRef<double> weight_decay, at::ArrayRef<double> numbers) {
   const Layouts layouts(table);
   const StepLists lists{params, grads, exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, lr, weight_decay};
   check(lists, layouts);
-  TORCH_CHECK(refresh == "together" || refresh == "staggered" || refresh == "adaptive", "step_: no refresh policy ", refresh);
-  TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
+  const Options options(numbers, grad_scale ? grad_scale->item<double>() : 1.0);
   const int64_t n = params.size();
   at::Tensor outcomes = at::zeros({n}, at::TensorOptions(at::kCPU).dtype(at::kInt));
   if (n == 0) return outcomes;
-  const Options options{beta1,
-                        beta2,
-                        shampoo_beta,
-                        eps,
-                        precondition_frequency,
-                        normalize_grads,
-                        correct_bias,
-                        refresh == "together",
-                        refresh == "adaptive",
-                        maximize,
-                        refresh_tolerance,
-                        grad_scale ? grad_scale->item<double>() : 1.0};
   const at::ScalarType dtype = exp_avgs[0].scalar_type();
   std::vector<Task> tasks = tasks_of(lists, layouts, options);
   choose_parallel(tasks);

@@ -3,18 +3,53 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "refresh_basis.h"
 #include "task.h"
 
 namespace soap_opt {
 
-// What all parameters of a call share.
-struct Options {
-  double beta1, beta2, shampoo_beta, eps;
-  int64_t frequency;
-  bool normalize, correct_bias, together, adaptive, maximize;
-  double tolerance;
+// What all parameters of a call share, as Options.step_row (soap_opt/options.py) puts it into one list of numbers: a field for
+// each, in that order. What is on or off is 1 or 0.
+struct StepOptions {
+  double beta1;
+  double beta2;
+  double eps;
+  double shampoo_beta;
+  double precondition_frequency;
+  double normalize_grads;
+  double correct_bias;
+  double refresh; // of kTogether ..
+  double refresh_tolerance;
+  double maximize;
+};
+constexpr double kTogether = 0, kStaggered = 1, kAdaptive = 2; // soap_opt/schedule.py: POLICIES
+
+struct Options : StepOptions {
   double scale; // the gradients are divided by it
+
+  Options(at::ArrayRef<double> numbers, double scale) : StepOptions(read(numbers)), scale(scale) {
+    TORCH_CHECK(refresh == kTogether || refresh == kStaggered || refresh == kAdaptive, "step_: no refresh policy ", refresh);
+    TORCH_CHECK(precondition_frequency >= 1, "step_: precondition_frequency must be at least 1, not ", precondition_frequency);
+  }
+
+  static StepOptions read(at::ArrayRef<double> numbers) {
+    constexpr size_t count = sizeof(StepOptions) / sizeof(double);
+    TORCH_CHECK(numbers.size() == count, "step_: options are ", count, " numbers, not ", numbers.size());
+    StepOptions options;
+    std::memcpy(&options, numbers.data(), sizeof options);
+    return options;
+  }
+
+  // Whether a unit is due at t. offset: of its mode; "together" has none. (What float64 cannot tell from 2^53 is never due.)
+  bool due(int64_t t, int64_t offset) const {
+    const int64_t frequency = std::min(precondition_frequency, 0x1p53);
+    return (t + (refresh == kTogether ? 0 : offset)) % frequency == 0;
+  }
+  // The share off the diagonal up to which a due basis is passed over; below 0: none is.
+  double tolerance() const { return refresh == kAdaptive ? refresh_tolerance : -1; }
 };
 
 // The operator's lists: of n parameters, and of their preconditioned modes, parameter after parameter.
@@ -99,8 +134,7 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
         const int64_t k = group.positions[f], d = group.sizes[f];
         const at::Tensor& refresh_offset = lists.refresh_offsets[first + k];
         check_mode(lists.params[i], task.grams[k], task.bases[k], refresh_offset, i, d, dtype);
-        const int64_t offset = options.together ? 0 : *refresh_offset.const_data_ptr<int64_t>();
-        if ((t + offset) % options.frequency == 0) {
+        if (options.due(t, *refresh_offset.const_data_ptr<int64_t>())) {
           task.due.push_back(k);
           task.refresh_in_parallel |= d > kThreadedSize;
           if (!task.refresh_in_parallel)

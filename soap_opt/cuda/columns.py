@@ -6,9 +6,13 @@ Needs neither Triton nor a GPU.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..layout import KRONECKER_MAX_FACTOR, KRONECKER_MAX_WIDTH
+
+if TYPE_CHECKING:
+    from ..options import Options
 
 # Columns of a row of problems
 X = 0  # pointer to what is read: a gradient, or scratch
@@ -41,18 +45,32 @@ RESCALE = 4  # 1 / (1e-30 + rms(U)), or 1
 NORM_SQUARED = 5  # ||G||_F^2, 0 when it is not usable; only with max_grad_norm
 SCALARS = 8
 
-# Columns of a row of options: what differs between param groups. 0 or 1 for what is on or off.
+# Columns of a row of options: what differs between param groups
 LR = 0
-WEIGHT_DECAY = 1
-LOG_BETA1, LOG_BETA2 = 2, 3  # natural logarithms
-SIGN = 4  # -1 to maximize
-CORRECT_BIAS = 5
-MAX_GRAD_NORM = 6  # 0 for none
-FIRST_PARAMETER, PARAMETERS = 7, 8  # the group's, which are neighbours
-REST1, BETA2, REST2, SHAMPOO_REST = 9, 10, 11, 12  # 1 - beta: the difference of float32 numbers would be wrong by 1e-5
-EPS = 13
-NORMALIZE = 14
-OPTIONS = 16
+FIRST_PARAMETER, PARAMETERS = 1, 2  # the group's, which are neighbours
+# The next ones, and what stands in them. True and False are 1 and 0; a logarithm is the natural one.
+OPTION_VALUES: dict[str, Callable[[Options], float]] = {
+    "WEIGHT_DECAY": lambda o: o.weight_decay,
+    "LOG_BETA1": lambda o: logarithm(o.beta1),
+    "LOG_BETA2": lambda o: logarithm(o.beta2),
+    "REST1": lambda o: 1 - o.beta1,  # (made here: the difference of float32 numbers would be wrong by 1e-5)
+    "BETA2": lambda o: o.beta2,
+    "REST2": lambda o: 1 - o.beta2,
+    "SHAMPOO_REST": lambda o: 1 - o.gram_beta,
+    "EPS": lambda o: o.eps,
+    "CORRECT_BIAS": lambda o: o.correct_bias,
+    "NORMALIZE": lambda o: o.normalize_grads,
+    "SIGN": lambda o: -1 if o.maximize else 1,
+    "MAX_GRAD_NORM": lambda o: o.max_grad_norm or 0,  # 0 for none
+}
+OPTION_COLUMNS = {name: PARAMETERS + 1 + place for place, name in enumerate(OPTION_VALUES)}
+OPTIONS = 16  # columns in all
+vars().update(OPTION_COLUMNS)  # columns.EPS, as all others
+
+
+def logarithm(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..options import SCRATCH_LIMIT, Options
-from .columns import LR, OPTIONS, SCALARS
+from .columns import LR, OPTION_VALUES, OPTIONS, SCALARS
 from .configs import ACCELERATOR, HIGH_PRECISION, PRECISION
 from .follow import Following
 from .graph import GraphRefresh
@@ -24,14 +23,9 @@ from .tables import Kinds, make_tables
 
 
 def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
-    """A param group's row in the table of options, in the order of columns.LR and those after it. first, count: the group's
-    parameters."""
-    o = options
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in o.betas]
-    return [
-        lr, o.weight_decay, *logs, -1.0 if o.maximize else 1.0, o.correct_bias, o.max_grad_norm or 0.0, first, count,
-        1 - o.beta1, o.beta2, 1 - o.beta2, 1 - o.gram_beta, o.eps, o.normalize_grads, 0.0,
-    ]  # fmt: skip
+    """A param group's row in the table of options. first, count: the group's parameters."""
+    row = [lr, first, count, *(value(options) for value in OPTION_VALUES.values())]
+    return row + [0.0] * (OPTIONS - len(row))
 
 
 class Plan:

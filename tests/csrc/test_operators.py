@@ -24,6 +24,7 @@ from comparison import (
 
 from soap_opt import cpu, eigenbasis
 from soap_opt.layout import layout_of, memory_order
+from soap_opt.options import Options, names_of
 from soap_opt.refresh_operator import refresh_bases_
 
 pytestmark = pytest.mark.skipif(NO_ENGINE is not None, reason=str(NO_ENGINE))
@@ -64,17 +65,8 @@ def step_arguments(shapes=RAGGED, param_dtype=torch.float32, dtype=torch.float32
         "scratch": torch.zeros(OPS.scratch_numel(table, torch.get_num_threads(), dtype), dtype=dtype),
         "grad_scale": None,
         "lr": 0.01,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "shampoo_beta": 0.95,
-        "eps": 1e-8,
         "weight_decay": 0.01,
-        "precondition_frequency": 3,
-        "normalize_grads": False,
-        "correct_bias": True,
-        "refresh": "staggered",
-        "refresh_tolerance": 0.01,
-        "maximize": False,
+        "options": Options(betas=(0.9, 0.95), precondition_frequency=3).step_row(),
     }
 
 
@@ -159,6 +151,12 @@ def replaced(make):
     return lambda values: [make(values[0]), *values[1:]]
 
 
+def with_option(**changes):
+    """A change of step_'s numbers, by their names."""
+    places = {name: place for place, name in enumerate(["beta1", "beta2", *names_of("step")[1:]])}
+    return lambda row: [changes.get(name, row[place]) for name, place in places.items()]
+
+
 STEP_ERRORS = {
     "gradients missing": ("grads", shorter),
     "moments missing": ("exp_avgs", shorter),
@@ -182,7 +180,9 @@ STEP_ERRORS = {
     "a basis without rows": ("bases", replaced(torch.Tensor.flatten)),
     "a Gram in one row": ("grams", replaced(lambda x: x.reshape(1, -1))),
     "an offset without a number": ("refresh_offsets", replaced(lambda x: x.new_empty(0))),
-    "another refresh policy": ("refresh", lambda x: "sometimes"),
+    "another refresh policy": ("options", with_option(refresh=3.0)),
+    "a policy between two": ("options", with_option(refresh=0.5)),
+    "an option missing": ("options", shorter),
     "an offset of another dtype": ("refresh_offsets", replaced(torch.Tensor.float)),
     "a step of another dtype": ("state_steps", replaced(torch.Tensor.double)),
     "a step of two numbers": ("state_steps", replaced(lambda x: x.repeat(2))),
@@ -220,7 +220,7 @@ def test_step_names_the_parameter_that_does_not_fit():
 def test_step_refuses_a_frequency_of_zero():
     arguments = step_arguments()
     with pytest.raises(RuntimeError, match="precondition_frequency"):
-        call_step({**arguments, "precondition_frequency": 0})
+        call_step({**arguments, "options": with_option(precondition_frequency=0.0)(arguments["options"])})
 
 
 # One (12, 9, 3, 3): 1 layout, 1 parameter, its layout 0; 4 dimensions in order, 972 elements, 3 groups: 12 and 9 wide with one
@@ -260,7 +260,7 @@ def test_an_empty_parameter_whose_modes_are_not_is_passed_over():
     arguments["layouts"] = torch.tensor([1, 1, 0, 2, 0, 1, 0, 2, 0, 0, 600, 1, 0, 600])
     arguments |= {"grams": [torch.eye(600)], "bases": [torch.eye(600)], "refresh_offsets": [torch.tensor(0)]}
     arguments["scratch"] = torch.zeros(OPS.scratch_numel(arguments["layouts"], torch.get_num_threads(), torch.float32))
-    assert call_step({**arguments, "precondition_frequency": 1}).tolist() == [0]
+    assert call_step({**arguments, "options": Options(precondition_frequency=1).step_row()}).tolist() == [0]
 
 
 @pytest.mark.parametrize("place", range(len(TABLE)))
