@@ -9,12 +9,10 @@ Written to --save: results.md (all tables), rd.png, per_image.csv, summary.json,
 compressai.utils.plot.
 """
 
-import csv
 import glob
 import json
 import math
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,13 +25,13 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 
 # ruff: noqa: E402
 import argparse
+import re
 
 import compressai
 import torch
 from compressai.models import CompressionModel
 from lic_arguments import check_device
 from lic_checkpoint import TrainedModel, load_trained
-from lic_data import InputError
 from lic_evaluation import (
     CODEC_QUALITIES,
     CODECS,
@@ -44,11 +42,10 @@ from lic_evaluation import (
     image_set,
     measure_codec,
     measure_stored,
-    ms_ssim_db,
     read_stored,
     write_eval_json,
 )
-from lic_files import write_json
+from lic_files import InputError, write_json
 from lic_models import image_models
 from lic_optimizers import OPTIMIZERS
 from lic_parser import Parser, positive, seed
@@ -64,6 +61,7 @@ from lic_rd import (
     compare,
     describe_delta,
     points_table,
+    write_per_image,
 )
 from lic_rd_plot import plot_rd
 from torch import Tensor
@@ -259,25 +257,6 @@ def measure_curves(options: argparse.Namespace, images: ImageSet) -> tuple[list[
 
 
 # ---- results ----
-
-
-def write_per_image(path: Path, curves: list[Curve], images: ImageSet) -> None:
-    columns = ["curve", "setting", "seed", "image", "bpp", "bpp_estimated", "psnr", "ms_ssim", "ms_ssim_db", "encoding_time",
-               "decoding_time"]  # fmt: skip
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for curve in curves:
-            for point in curve.points:
-                for seed_, results in point.runs.items():
-                    for name, r in zip(images.names, results):
-                        row = {"curve": curve.label, "setting": point.setting, "seed": seed_, "image": name, "bpp": r["bpp"],
-                               "bpp_estimated": r.get("bpp-estimated"), "psnr": r["psnr-rgb"],
-                               "ms_ssim": r.get("ms-ssim-rgb"), "encoding_time": r.get("encoding_time"),
-                               "decoding_time": r.get("decoding_time")}  # fmt: skip
-                        if row["ms_ssim"] is not None:
-                            row["ms_ssim_db"] = ms_ssim_db(row["ms_ssim"])
-                        writer.writerow(row)
 
 
 def slug(label: str) -> str:

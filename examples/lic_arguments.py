@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from lic_checkpoint import read_checkpoint
-from lic_data import InputError
+from lic_files import InputError
 from lic_models import model_widths, resolve_model
 from lic_optimizers import LEARNING_RATES
 from lic_parser import make_parser

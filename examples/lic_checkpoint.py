@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 import torch
 from compressai.models import CompressionModel
-from lic_data import InputError
+from lic_files import InputError
 from lic_models import IN_A_FILE, build_model, image_models, one_line, resolve_model
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from lic_data import InputError
+from lic_files import InputError
 from torch import Tensor, nn
 
 

@@ -15,8 +15,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from lic_data import InputError  # noqa: E402
-from lic_files import read_table  # noqa: E402
+from lic_files import (
+    InputError,  # noqa: E402
+    read_table,  # noqa: E402
+)
 from lic_plots import COLOURS  # noqa: E402
 from lic_rd import markdown  # noqa: E402
 from lic_study import Study, TrainingRun  # noqa: E402

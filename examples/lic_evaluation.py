@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from compressai.models import CompressionModel
 from compressai.ops import compute_padding
-from lic_data import InputError, centre_crop, find_images, open_image, read_image
+from lic_data import find_images
+from lic_files import InputError
+from lic_images import centre_crop, open_image, read_image
 from lic_models import downsampling_factor, no_coder, one_line
 from PIL import Image, features
 from pytorch_msssim import ms_ssim

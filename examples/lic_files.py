@@ -1,10 +1,14 @@
-"""Small result files, written whole: at no time is there half of one under its name."""
+"""Small result files, written whole: at no time is there half of one under its name. And the error of all inputs."""
 
 import csv
 import json
 import math
 import os
 from pathlib import Path
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the message is the one line to show."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from compressai.models import CompressionModel
 from compressai.models.base import get_scale_table
 from compressai.registry import MODELS
 from compressai.zoo.image import cfgs as zoo_widths  # model -> quality -> (N, M) or (N,)
-from lic_data import InputError
+from lic_files import InputError
 from torch import Tensor, nn
 
 # Small enough to train in minutes on two cores; the papers' widths are --quality's.

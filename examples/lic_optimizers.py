@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from compressai.registry import OPTIMIZERS as REGISTRY
-from lic_data import InputError
+from lic_files import InputError
 from lic_models import literal
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau

@@ -1,9 +1,11 @@
 """What a run says while it trains: a progress bar or lines in a log, and metrics.csv, which grows row by row."""
 
+import contextlib
 import csv
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -104,3 +106,19 @@ class Metrics:
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             self.complaint = f"{self.path}: {error.strerror}"
+
+
+class Stopwatch:
+    """Seconds since it was made, and those that it was made with, without those inside of `stopped`."""
+
+    def __init__(self, seconds: float):
+        self._started = time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before

@@ -25,107 +25,32 @@ import torch.nn.functional as F
 from compressai.layers import GDN, CheckerboardMaskedConv2d, MaskedConv2d
 from compressai.models import CompressionModel
 from compressai.ops import compute_padding
+from lic_adaround import ITERATIONS, POSITIONS, adaround, reconstruction
 from lic_evaluation import to_float
+from lic_grids import (
+    FLOAT,
+    PERCENTILE,
+    RANGES,
+    activation_grid,
+    activation_range,
+    channel_weights,
+    integer_limits,
+    on_grid,
+    set_channel_weights,
+    signed,
+    weight_scale,
+)
 from lic_models import downsampling_factor
 from torch import Tensor, nn
 from tqdm import tqdm
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GDN)
 ROUNDINGS = ("nearest", "adaround")
-RANGES = ("minmax", "percentile", "mse")
-FLOAT = 32  # bits: leave these numbers as they are
-PERCENTILE = 99.99
 
-FRACTIONS = torch.arange(1, 101) / 100  # of the largest range, which the search for the least squared error tries
 SAMPLES = 1 << 16  # values of a layer's input kept for its range, beside its exact minimum and maximum
-POSITIONS = 1 << 14  # output positions of a layer that AdaRound reconstructs
-TINY = torch.finfo(torch.float32).tiny  # the smallest step whose reciprocal is finite
-
-# Nagel et al. 2020, arXiv 2004.10568, section 3: the rectified sigmoid's stretch, and the exponent's annealing.
-GAMMA, ZETA = -0.1, 1.1
-BETA_FIRST, BETA_LAST = 20.0, 2.0
-WARM_UP = 0.2  # of the iterations without the regulariser
-REGULARISER = 0.3  # against a reconstruction error of 1 = that of rounding to nearest
-ITERATIONS = 600
-STEP_SIZE = 0.02  # of Adam; from the middle, 0.5, to either end h takes V some 120 such steps
 
 
 # ---------------------------------------------------------------------------------------------------------------- grids
-
-
-def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
-    """The grid's least and greatest integer: -8 .. 7 or 0 .. 15 for 4 bits."""
-    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-
-
-def on_grid(weight: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
-    """weight [C, n] rounded to the nearest multiples of scale [C, 1] that `bits` can hold."""
-    return (weight / scale).round().clamp(*integer_limits(bits, signed)) * scale
-
-
-def weight_scale(weight: Tensor, bits: int, signed: bool, ranges: str = "mse", percentile: float = PERCENTILE) -> Tensor:
-    """The step of each channel's grid.
-
-    Args:
-        weight: [C, n], a row for each output channel.
-        ranges: the largest magnitude that the grid holds: "minmax", the channel's own; "percentile", that of its magnitudes
-            (interpolated, as torch.quantile does); "mse", the fraction of minmax with the least squared rounding error.
-
-    Returns:
-        [C, 1], above 0; 1 for a channel of zeros.
-    """
-    top = integer_limits(bits, signed)[1]
-    largest = weight.abs().amax(1, keepdim=True)
-    if ranges == "percentile":
-        # (A channel that is zero but for a few weights must not lose them all.)
-        quantile = weight.abs().quantile(percentile / 100, dim=1, keepdim=True)
-        limit = torch.where(quantile > 0, quantile, largest)
-    else:
-        limit = largest
-    scale = (limit / top).clamp_min(TINY)
-    if ranges == "mse":
-        candidates = [(scale * fraction).clamp_min(TINY) for fraction in FRACTIONS.to(weight)]
-        errors = [(on_grid(weight, candidate, bits, signed) - weight).square().sum(1) for candidate in candidates]
-        best = torch.stack(errors).argmin(0)  # [C]
-        scale = torch.stack(candidates)[best, torch.arange(len(best))]
-    return torch.where(largest > 0, scale, torch.ones_like(scale))
-
-
-def activation_grid(low: float, high: float, bits: int) -> tuple[float, int]:
-    """Step and zero point of the grid over [low, high], widened to hold 0, which padding and dead units need exactly."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    top = integer_limits(bits, signed=False)[1]
-    scale = max((high - low) / top, TINY)
-    return scale, min(top, max(0, round(-low / scale)))
-
-
-def activation_range(values: Tensor, bits: int, ranges: str = "mse", percentile: float = PERCENTILE) -> tuple[float, float]:
-    """The part of a tensor's values that its grid covers; the rest is clipped.
-
-    Args:
-        values: a sample of them, [n], with their minimum and maximum in it.
-        ranges: "minmax", all of it; "percentile", without the same share at both ends; "mse", the least squared error of
-            rounding and clipping: both ends drawn in together first, then each alone.
-    """
-    low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
-    if ranges == "percentile":
-        share = percentile / 100
-        ends = values.quantile(torch.tensor([1 - share, share], dtype=values.dtype))
-        return min(ends[0].item(), 0.0), max(ends[1].item(), 0.0)
-    if ranges == "minmax":
-        return low, high
-
-    def error(ends: tuple[float, float]) -> float:
-        return (fake_quantize(values, *activation_grid(*ends, bits), bits) - values).square().sum().item()
-
-    fractions = FRACTIONS.tolist()
-    low, high = min(((low * f, high * f) for f in fractions), key=error)
-    low, high = min(((low, high * f) for f in fractions), key=error)
-    return min(((low * f, high) for f in fractions), key=error)
-
-
-def fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *integer_limits(bits, signed=False))
 
 
 class InputQuantizer(nn.Module):
@@ -161,41 +86,6 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
         if ("gamma" if isinstance(layer, GDN) else "weight") not in layer._parameters:
             raise ValueError(f"{name} ({type(layer).__name__}) computes its weight from others; such layers are not supported")
     return layers
-
-
-def signed(layer: nn.Module) -> bool:
-    return not isinstance(layer, GDN)
-
-
-def groups(layer: nn.Module) -> int:
-    return getattr(layer, "groups", 1)
-
-
-def channel_weights(layer: nn.Module) -> Tensor:
-    """What the layer multiplies its input with, as [C, n]: a row for each output channel, masked or reparametrised as its
-    forward does. For n the input channels of the channel's group come first, then the kernel's rows and columns."""
-    with torch.no_grad():
-        if isinstance(layer, GDN):
-            return layer.gamma_reparam(layer.gamma)
-        weight = layer.weight * layer.mask if isinstance(layer, MaskedConv2d) else layer.weight
-        if isinstance(layer, nn.ConvTranspose2d):  # [in, out / groups, kh, kw]
-            weight = weight.unflatten(0, (groups(layer), -1)).transpose(1, 2).flatten(0, 1)
-        return weight.detach().flatten(1).clone()
-
-
-def set_channel_weights(layer: nn.Module, weight: Tensor) -> None:
-    """The inverse of channel_weights."""
-    with torch.no_grad():
-        if isinstance(layer, GDN):
-            # What the reparametrisation maps to these values, to within float32.
-            layer.gamma.copy_((weight + layer.gamma_reparam.pedestal).sqrt())
-            return
-        if isinstance(layer, nn.ConvTranspose2d):
-            kernel = layer.weight.shape[2:]
-            weight = weight.unflatten(1, (-1, *kernel)).unflatten(0, (groups(layer), -1)).transpose(1, 2)
-        layer.weight.copy_(weight.reshape(layer.weight.shape))
-        if isinstance(layer, MaskedConv2d):
-            layer.weight.mul_(layer.mask)
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
@@ -272,139 +162,23 @@ def layer_inputs(model: nn.Module, name: str, inputs: Iterable[Tensor]) -> Itera
 # ------------------------------------------------------------------------------------------------------------ AdaRound
 
 
-def patches(layer: nn.Module, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """What the layer's weights meet at up to `count` random positions of its output.
-
-    Args:
-        layer: Conv2d, ConvTranspose2d or Linear.
-        x: its input, [B, C, H, W], or [.., n] for Linear.
-
-    Returns:
-        [count, groups, n]: its output there, without the bias, is einsum("pgn,gcn->pgc", patches, channel_weights per group).
-    """
-    if isinstance(layer, nn.Linear):
-        x = x.flatten(0, -2)
-        return x[torch.randint(len(x), (count,), generator=generator)][:, None]
-    if not isinstance(layer, nn.ConvTranspose2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0, 0)
-    else:
-        padding = layer.padding
-
-    indices, valid = [], []
-    for axis in (0, 1):
-        size, kernel, stride, dilation, pad = (
-            x.shape[2 + axis], layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis], padding[axis]
-        )  # fmt: skip
-        k = dilation * torch.arange(kernel)  # [kernel]
-        if isinstance(layer, nn.ConvTranspose2d):
-            outputs = (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + layer.output_padding[axis] + 1
-            shifted = torch.randint(outputs, (count, 1), generator=generator) + pad - k  # [count, kernel]
-            index, fits = shifted.div(stride, rounding_mode="floor"), shifted % stride == 0
-        else:
-            outputs = (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            index = torch.randint(outputs, (count, 1), generator=generator) * stride - pad + k
-            fits = torch.ones_like(index, dtype=torch.bool)
-        valid.append(fits & (index >= 0) & (index < size))
-        indices.append(index.clamp(0, size - 1))
-    image = torch.randint(len(x), (count, 1, 1), generator=generator)
-    seen = x[image, :, indices[0][:, :, None], indices[1][:, None, :]]  # [count, kh, kw, C]
-    seen = seen * (valid[0][:, :, None] & valid[1][:, None, :])[..., None]
-    return seen.permute(0, 3, 1, 2).reshape(count, groups(layer), -1)
-
-
-@dataclass
-class Reconstruction:
-    """The squared error of a layer's output as a quadratic form of what rounding adds to its weights.
-
-    With X the layer's input in the float model and X' in the quantised one, W its weights and D what is added to them, the
-    mean squared error of output channel c is E (W_c X - (W_c + D_c) X')^2 = D_c H D_c^T - 2 D_c g_c + r_c. So an iteration of
-    AdaRound costs one product with H, however many calibration images there are, and always sees all of them.
-
-    Attributes:
-        hessian: H = E X' X'^T, [groups, n, n].
-        slope: g = E (W X - W X') X', [groups, C / groups, n].
-        rest: r = E (W X - W X')^2, [groups, C / groups].
-    """
-
-    hessian: Tensor
-    slope: Tensor
-    rest: Tensor
-
-    def error(self, added: Tensor) -> Tensor:
-        """[C]: the mean squared error of each output channel for `added` [C, n]."""
-        added = added.view_as(self.slope)
-        return ((added @ self.hessian - 2 * self.slope) * added).sum(-1).add(self.rest).clamp_min(0).flatten()
-
-
-def reconstruction(layer: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], count: int, seed: int) -> Reconstruction:
-    """Of `layer` (its float weights) over pairs of its inputs in the float and in the quantised model: `count` positions of
-    each pair."""
-    weight = channel_weights(layer).unflatten(0, (groups(layer), -1))  # [groups, C / groups, n]
-    hessian, slope, rest, total = 0, 0, 0, 0
-    for i, (x, quantized) in enumerate(pairs):
-        before, after = (  # [groups, count, n] each, at the same positions
-            patches(layer, y, count, torch.Generator().manual_seed(seed + i)).transpose(0, 1) for y in (x, quantized)
-        )
-        residual = (before - after) @ weight.mT  # [groups, count, C / groups]
-        hessian = hessian + after.mT @ after
-        slope = slope + residual.mT @ after
-        rest = rest + residual.square().sum(1)
-        total += count
-    return Reconstruction(hessian / total, slope / total, rest / total)
-
-
-def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1), arXiv 2004.10568, equation 23."""
-    return (v.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def adaround(
-    weight: Tensor, scale: Tensor, bits: int, target: Reconstruction, iterations: int = ITERATIONS, signed: bool = True
-) -> Tensor:
-    """AdaRound (Nagel et al. 2020, arXiv 2004.10568): each weight goes up or down, whichever reconstructs the layer's output.
-
-    Minimises, by Adam over V, the error of the weights scale (floor(W / scale) + h(V)) + lambda sum (1 - |2 h(V) - 1|^beta)
-    (equations 21 to 25) with beta going down from 20 to 2. Each channel's error is divided by that of rounding to nearest, so
-    that lambda means the same in every layer. Where V ends above 0 a weight is rounded up. A channel that rounding to nearest
-    reconstructs better (which calibration on few images does see) keeps that.
-
-    Args:
-        weight: [C, n], as channel_weights has it.
-        scale: [C, 1].
-
-    Returns:
-        The rounded weights, [C, n]; the same for the same arguments.
-    """
-    low, high = integer_limits(bits, signed)
-    nearest = on_grid(weight, scale, bits, signed)
-    nearest_error = target.error(nearest - weight)  # [C]
-    floor = (weight / scale).floor()
-    fraction = (weight / scale - floor).clamp(0.01, 0.99)  # away from where h has no slope
-    v = torch.logit((fraction - GAMMA) / (ZETA - GAMMA)).requires_grad_()
-    unit = (1 / nearest_error.clamp_min(TINY)).where(nearest_error > 0, torch.zeros(()))[:, None] / len(weight)
-    optimizer = torch.optim.Adam([v], lr=STEP_SIZE)
-    start = int(WARM_UP * iterations)
-    for i in range(iterations):
-        h = rectified_sigmoid(v)
-        added = (floor + h).clamp(low, high) * scale - weight  # [C, n]
-        with torch.no_grad():  # the quadratic form's gradient; autograd would multiply with H a second time
-            shaped = added.view_as(target.slope)
-            gradient = 2 * (shaped @ target.hessian - target.slope).view_as(added) * unit
-        loss = (added * gradient).sum()
-        if i >= start:
-            progress = (i - start) / max(1, iterations - start)
-            beta = BETA_LAST + (BETA_FIRST - BETA_LAST) * (1 - progress)
-            loss = loss + REGULARISER / len(weight) * (1 - (2 * h - 1).abs().pow(beta)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    rounded = (floor + (rectified_sigmoid(v.detach()) >= 0.5)).clamp(low, high) * scale
-    better = target.error(rounded - weight) < nearest_error
-    return torch.where(better[:, None], rounded, nearest)
-
-
 # ---------------------------------------------------------------------------------------------------------- the models
+
+
+def check_settings(
+    weight_bits: int, activation_bits: int, rounding: str, ranges: str, weight_ranges: str, percentile: float
+) -> None:
+    """Raise ValueError where one of quantize_module's arguments is out of range."""
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if not (2 <= bits <= 16 or bits == FLOAT):
+            raise ValueError(f"{name} is {bits}: 2 to 16, or {FLOAT} for float")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding!r}: one of {', '.join(ROUNDINGS)}")
+    for name, value in (("ranges", ranges), ("weight_ranges", weight_ranges)):
+        if value not in RANGES:
+            raise ValueError(f"{name} is {value!r}: one of {', '.join(RANGES)}")
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}: above 50, at most 100")
 
 
 def quantize_module(
@@ -444,17 +218,8 @@ def quantize_module(
     Raises:
         ValueError: an argument is out of range, nothing can be quantised, or weights or activations are not finite.
     """
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if not (2 <= bits <= 16 or bits == FLOAT):
-            raise ValueError(f"{name} is {bits}: 2 to 16, or {FLOAT} for float")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding is {rounding!r}: one of {', '.join(ROUNDINGS)}")
     weight_ranges = ranges if weight_ranges is None else weight_ranges
-    for name, value in (("ranges", ranges), ("weight_ranges", weight_ranges)):
-        if value not in RANGES:
-            raise ValueError(f"{name} is {value!r}: one of {', '.join(RANGES)}")
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile is {percentile}: above 50, at most 100")
+    check_settings(weight_bits, activation_bits, rounding, ranges, weight_ranges, percentile)
     if not inputs:
         raise ValueError("inputs is empty: there is nothing to calibrate with")
 

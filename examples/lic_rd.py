@@ -5,13 +5,15 @@ have in common, the rate on a logarithmic scale. The `bjontegaard` package compu
 and how uncertain the result is.
 """
 
+import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import bjontegaard
 import numpy as np
-from lic_evaluation import mean_results, ms_ssim_db
+from lic_evaluation import ImageSet, mean_results, ms_ssim_db
 
 # How a curve runs between its points. "pchip" is the default: monotonic between monotonic points, so that the noise of
 # training cannot make it overshoot, and what JVET's common test conditions use. "akima" (arXiv 2202.12565) follows smooth
@@ -363,3 +365,22 @@ def bd_table(comparisons: Sequence[Comparison]) -> str:
         rows.append([name, *cells])
     lines = [f"- {note} ({'; '.join(about)})" for note, about in notes.items()]
     return "\n".join([markdown(header, rows), *([""] + lines if lines else [])])
+
+
+def write_per_image(path: Path, curves: list[Curve], images: ImageSet) -> None:
+    columns = ["curve", "setting", "seed", "image", "bpp", "bpp_estimated", "psnr", "ms_ssim", "ms_ssim_db", "encoding_time",
+               "decoding_time"]  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for curve in curves:
+            for point in curve.points:
+                for seed_, results in point.runs.items():
+                    for name, r in zip(images.names, results):
+                        row = {"curve": curve.label, "setting": point.setting, "seed": seed_, "image": name, "bpp": r["bpp"],
+                               "bpp_estimated": r.get("bpp-estimated"), "psnr": r["psnr-rgb"],
+                               "ms_ssim": r.get("ms-ssim-rgb"), "encoding_time": r.get("encoding_time"),
+                               "decoding_time": r.get("decoding_time")}  # fmt: skip
+                        if row["ms_ssim"] is not None:
+                            row["ms_ssim_db"] = ms_ssim_db(row["ms_ssim"])
+                        writer.writerow(row)

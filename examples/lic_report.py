@@ -4,9 +4,8 @@ import json
 import warnings
 from pathlib import Path
 
-from lic_data import InputError
 from lic_document import Data, Report
-from lic_files import write_json
+from lic_files import InputError, write_json
 from lic_report_models import outliers, quantization, rate_distortion
 from lic_report_training import ablations, alignments, learning_rates, others, step_times, steps_to_a_loss
 from lic_study import Study

@@ -123,17 +123,14 @@ def step_times(report: Report) -> dict[str, float]:
     return found
 
 
-def steps_to_a_loss(report: Report, times: dict[str, float]) -> None:
-    """Steps to the baseline's final loss: every optimizer decays over its own horizon."""
-    runs = report.data.of("horizons")
-    if not runs:
-        return
-    base, subject = report.study.baseline, report.study.subject
-    report.section("Steps and time to a loss")
-    losses: dict[str, dict[float, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        losses[run["optimizer"]][run["fraction"]][run["seed"]] = run["loss"]
-    goals = {seed: loss for seed, loss in losses[base].get(1.0, {}).items() if not math.isnan(loss)}
+def draw_losses_by_length(
+    report: Report,
+    losses: dict[str, dict[float, dict[str, float]]],
+    goals: dict[str, float],
+    ticks: list[float],
+    times: dict[str, float],
+) -> None:
+    """The picture of :func:`steps_to_a_loss`. losses: by optimizer, length (one of ticks) and seed; goals: by seed."""
     figure, axes = report.axes((3 if times else 2) if report.data.rows("evaluations") else 1)
     axis = axes[0]
     for label, by_fraction in losses.items():
@@ -145,7 +142,12 @@ def steps_to_a_loss(report: Report, times: dict[str, float]) -> None:
         axis.plot(fractions, means, "o-", color=report.colours[label], label=label)
     if goals:
         goal = float(np.mean(list(goals.values())))
-        axis.axhline(goal, color=report.colours[base], linestyle=":", label=f"{base} after {report.study.steps:,} steps")
+        axis.axhline(
+            goal,
+            color=report.colours[report.study.baseline],
+            linestyle=":",
+            label=f"{report.study.baseline} after {report.study.steps:,} steps",
+        )
     axis.set(
         xscale="log",
         yscale="log",
@@ -153,14 +155,13 @@ def steps_to_a_loss(report: Report, times: dict[str, float]) -> None:
         ylabel="final evaluation loss",
         title="each decays over its own length",
     )
-    ticks = sorted({f for by_fraction in losses.values() for f in by_fraction})
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xticks([], minor=True)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend()
     if len(axes) > 1:
-        curves_of_training(report, axes[1], axes[2] if times else None, runs, times)
+        curves_of_training(report, axes[1], axes[2] if times else None, report.data.of("horizons"), times)
     report.save(
         figure,
         "steps.png",
@@ -169,6 +170,21 @@ def steps_to_a_loss(report: Report, times: dict[str, float]) -> None:
         + ", and against time as steps times the measured time of a step" * (len(axes) > 2)
         + "." * (len(axes) > 1),
     )
+
+
+def steps_to_a_loss(report: Report, times: dict[str, float]) -> None:
+    """Steps to the baseline's final loss: every optimizer decays over its own horizon."""
+    runs = report.data.of("horizons")
+    if not runs:
+        return
+    base, subject = report.study.baseline, report.study.subject
+    report.section("Steps and time to a loss")
+    losses: dict[str, dict[float, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        losses[run["optimizer"]][run["fraction"]][run["seed"]] = run["loss"]
+    goals = {seed: loss for seed, loss in losses[base].get(1.0, {}).items() if not math.isnan(loss)}
+    ticks = sorted({f for by_fraction in losses.values() for f in by_fraction})
+    draw_losses_by_length(report, losses, goals, ticks, times)
     rows = []
     for label, by_fraction in losses.items():
         reached = {}

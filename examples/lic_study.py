@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 from lic_arguments import CHECKPOINT
-from lic_data import InputError
 from lic_evaluation import ImageSet, image_set
+from lic_files import InputError
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
 from lic_parser import make_parser
 

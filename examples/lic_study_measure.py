@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from lic_arguments import CHECKPOINT, parse_options
 from lic_checkpoint import load_trained, read_checkpoint
-from lic_data import RandomCrops, batches, find_dataset, read_image, spread_crops
+from lic_data import RandomCrops, batches, find_dataset, spread_crops
 from lic_evaluation import forward_padded, rate_distortion, to_float
 from lic_files import read_table, write_json, write_table
+from lic_images import read_image
 from lic_parser import make_parser
 from lic_quantization import quantize
 from lic_study import HERE, TABLES, Study, TrainingRun

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import filelock
 import torch
-from lic_data import InputError
-from lic_files import read_table, write_json
+from lic_files import InputError, read_table, write_json
 from lic_study import RESUMABLE, Study, TrainingRun
 from lic_study_measure import measure
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # as train_lic.py does
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # ruff: noqa: E402
-from lic_data import InputError
+from lic_files import InputError
 from lic_parser import Parser, argument, positive
 from lic_report import write_report
 from lic_study import EXPERIMENTS, Study, all_studies

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 # ruff: noqa: E402
 from lic_arguments import CHECKPOINT, command_line, parse_options
 from lic_checkpoint import Checkpoints, lock_folder, read_checkpoint
-from lic_data import InputError, RandomCrops, centre_crop, check_images, digest, find_dataset, say, settle
+from lic_data import RandomCrops, check_images, digest, find_dataset, say, settle
 from lic_distributed import World
 from lic_evaluation import (
     MS_SSIM_SIDE,
@@ -37,6 +37,8 @@ from lic_evaluation import (
     why_not_coded,
     write_eval_json,
 )
+from lic_files import InputError
+from lic_images import centre_crop
 from lic_models import IN_A_FILE, build_model, downsampling_factor, forward_once, model_label
 from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS
 from lic_parser import STEPS, make_parser
@@ -279,6 +281,25 @@ def train(options: dict, state: dict | None, world: World) -> int:
         return train_in(folder, options, state, world, crops, eval_crops, whole)
 
 
+def say_results(runs: list[Run]) -> None:
+    """Where each run ended, and how they compare."""
+    for run in runs:
+        print(
+            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {describe(run.evaluations()[-1])} after {run.step} steps, "
+            f"{run.seconds:.0f} s of training"
+        )
+        if skipped := {what: n for what, n in run.skipped().items() if n}:
+            counts = " and ".join(f"{n} {what.replace('skipped_', '')}" for what, n in skipped.items())
+            print(f"{OPTIMIZERS[run.optimizer_name]} passed over {counts} of single parameters (see optimizer.skipped_steps)")
+        if run.evaluations()[-1]["loss"] > run.blank_loss():
+            print(
+                f"{OPTIMIZERS[run.optimizer_name]}: warning: a model that sends nothing and paints grey has a loss of about "
+                f"{run.blank_loss():.0f}"
+            )
+    if len(runs) == 2:
+        print(summarise(*runs))
+
+
 def train_in(
     folder: Path,
     options: dict,
@@ -346,21 +367,7 @@ def train_in(
     except OSError as error:
         print(f"train_lic.py: cannot write the results: {error}\n{how_to_resume(folder)}", file=sys.stderr)
         return 1
-    for run in runs:
-        print(
-            f"{OPTIMIZERS[run.optimizer_name]}: evaluation loss {describe(run.evaluations()[-1])} after {run.step} steps, "
-            f"{run.seconds:.0f} s of training"
-        )
-        if skipped := {what: n for what, n in run.skipped().items() if n}:
-            counts = " and ".join(f"{n} {what.replace('skipped_', '')}" for what, n in skipped.items())
-            print(f"{OPTIMIZERS[run.optimizer_name]} passed over {counts} of single parameters (see optimizer.skipped_steps)")
-        if run.evaluations()[-1]["loss"] > run.blank_loss():
-            print(
-                f"{OPTIMIZERS[run.optimizer_name]}: warning: a model that sends nothing and paints grey has a loss of about "
-                f"{run.blank_loss():.0f}"
-            )
-    if len(runs) == 2:
-        print(summarise(*runs))
+    say_results(runs)
     print(f"Results are in {folder}/")
     return 0
 

@@ -4,7 +4,8 @@ import lic_evaluation
 import lic_plots
 import pytest
 import torch
-from lic_data import centre_crop, find_images, read_image
+from lic_data import find_images
+from lic_images import centre_crop, read_image
 from lic_optimizers import OPTIMIZERS
 from lic_plots import JpegLevel, most_detailed, plot_curves, plot_reconstructions
 from PIL import Image

@@ -11,27 +11,22 @@ import pytest
 import quantize_lic
 import torch
 from compressai.layers import GDN, CheckerboardMaskedConv2d, MaskedConv2d
-from lic_data import InputError, centre_crop, read_image
+from lic_adaround import Reconstruction, adaround, patches, reconstruction
 from lic_evaluation import code_image
-from lic_models import build_model
-from lic_quantization import (
-    InputQuantizer,
-    Reconstruction,
+from lic_files import InputError
+from lic_grids import (
     activation_grid,
     activation_range,
-    adaround,
-    calibrate,
     channel_weights,
     fake_quantize,
     integer_limits,
     on_grid,
-    patches,
-    quantize,
-    quantize_module,
-    reconstruction,
     set_channel_weights,
     weight_scale,
 )
+from lic_images import centre_crop, read_image
+from lic_models import build_model
+from lic_quantization import InputQuantizer, calibrate, quantize, quantize_module
 from PIL import Image
 from torch import nn
 

@@ -18,8 +18,7 @@ import lic_study
 import lic_study_runs
 import pytest
 import study_lic
-from lic_data import InputError
-from lic_files import write_json, write_table
+from lic_files import InputError, write_json, write_table
 from lic_study import Study
 from lic_study_runs import check_options, execute, train
 from matplotlib.figure import Figure

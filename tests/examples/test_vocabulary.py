@@ -14,8 +14,10 @@ import pytest
 import torch
 import train_lic
 from lic_arguments import parse_options
-from lic_data import InputError, centre_crop, find_images, read_image
+from lic_data import find_images
 from lic_evaluation import evaluate, to_float
+from lic_files import InputError
+from lic_images import centre_crop, read_image
 from lic_models import build_model
 from lic_optimizers import Gradients, make_optimizers
 from lic_parser import make_parser
