@@ -15,13 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from lic_files import (
-    InputError,  # noqa: E402
-    read_table,  # noqa: E402
-)
+from lic_files import InputError, read_table  # noqa: E402
 from lic_plots import COLOURS  # noqa: E402
 from lic_rd import markdown  # noqa: E402
 from lic_study import Study, TrainingRun  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 EXTRA_COLOURS = ["#8c6d1f", "#1b9e77", "#e7298a", "#7570b3", "#66a61e", "#a6761d"]
 
@@ -149,13 +147,19 @@ class Report:
         start = self.data.runs.get(run["start"])
         return f"{start['optimizer']}'s after {start['steps']:,.0f}" if start else run["start"]
 
-    def axes(self, columns: int, width: float = 5.2, height: float = 4.0):
+    def axes(self, columns: int, width: float = 5.2, height: float = 4.4):
         figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
         for axis in axes[0]:
             axis.grid(alpha=0.3, which="both")
         return figure, axes[0]
 
     def save(self, figure, name: str, caption: str) -> None:
+        """The picture with one legend for all of its axes, below them: nothing is covered."""
+        entries = {}
+        for axis in figure.axes:
+            entries = dict(zip(*axis.get_legend_handles_labels()[::-1])) | entries
+        if entries:
+            figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 5), frameon=False)
         figure.savefig(self.folder / name, dpi=100)
         plt.close(figure)
         self.picture(name, caption)
@@ -192,6 +196,15 @@ class Report:
         header, rows = self.claims_table()
         template = jinja2.Environment(autoescape=True).from_string(PAGE)
         return template.render(title=self.study.title, made=self.made(), header=header, rows=rows, parts=parts)
+
+
+def plain_numbers(axis) -> None:
+    """Numbers instead of powers on a logarithmic axis (once its limits are set), as many as have room."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+    if high > 5 * low:
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
 
 
 PAGE = """<!doctype html>

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from lic_document import Report, number, spread
+from lic_document import Report, number, plain_numbers, spread
 from lic_rd import Curve, Delta, NoComparison, Point, bootstrap_delta
 from lic_rd_plot import plot_rd
 
@@ -181,9 +181,7 @@ def plot_outliers(report: Report, group: LikeRuns, text: str) -> None:
         axis.invert_yaxis()
         axis.set(xscale="log", title=f"kurtosis {what}")
         axis.set_xlim(left=1)  # its least: bars that began elsewhere would lie about their ratio
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
-        axis.legend()
+        plain_numbers(axis.xaxis)
     caption = f"Kurtosis of every layer's output and of the latents, models trained {text}, means over {group.count} runs."
     report.save(figure, "outliers.png", caption)
 
@@ -193,15 +191,18 @@ def quantization(report: Report) -> None:
     settings = list(dict.fromkeys(row["setting"] for rows in measured.values() for row in rows if row["setting"] != "float"))
     if settings:
         report.section("Quantisation after training")
-        quantized_curves(report, settings)
-        quantized_models(report, settings)
+        costs = {"BD-rate loss (%)": quantized_curves(report, settings)} | quantized_models(report, settings)
+        plot_quantization(report, settings, {title: cost for title, cost in costs.items() if cost})
 
 
-def quantized_curves(report: Report, settings: list[str]) -> None:
+Costs = dict[str, dict[str, float]]  # by setting and optimizer, in percent
+
+
+def quantized_curves(report: Report, settings: list[str]) -> Costs:
     """BD-rate of each optimizer's quantised models against the same models in float."""
     base, subject = report.study.baseline, report.study.subject
     whole = {curve.label: curve for curve in rd_curves(report, "quantization", lambda row: row["setting"] == "float")}
-    losses: dict[str, dict[str, float]] = defaultdict(dict)
+    losses: Costs = defaultdict(dict)
     rows = []
     for setting in settings:
         for curve in rd_curves(report, "quantization", lambda row, setting=setting: row["setting"] == setting):
@@ -219,8 +220,6 @@ def quantized_curves(report: Report, settings: list[str]) -> None:
             psnr = np.mean([p.mean()["psnr-rgb"] - before[p.setting]["psnr-rgb"] for p in curve.points])
             rows.append([setting, label, text, f"{100 * bpp:+.1f} %", f"{psnr:+.2f}"])
     report.table(["weights/activations, rounding, ranges", "optimizer", "BD-rate loss [95 %]", "bpp", "PSNR (dB)"], rows)
-    if shown := [s for s in settings if any(not math.isnan(v) for v in losses[s].values())]:
-        plot_quantization(report, shown, losses)
     pairs = [(s, losses[s].get(subject, math.nan), losses[s].get(base, math.nan)) for s in settings]
     if all(any(label in losses[s] for s in settings) for label in (base, subject)):
         # No value of one of them alone: its quantised models no longer make a curve, which is not a small loss.
@@ -230,35 +229,40 @@ def quantized_curves(report: Report, settings: list[str]) -> None:
         verdicts = [None if math.isnan(a) and math.isnan(b) else math.isnan(b) or a < b for _, a, b in pairs]
         holds = False if False in verdicts else None if None in verdicts else True
         report.claim("BD-rate loss by quantisation", f"smaller than {base}'s", text, holds, ["curves"], "quantization")
+    return losses
 
 
-def plot_quantization(report: Report, settings: list[str], losses: dict[str, dict[str, float]]) -> None:
-    figure, (axis,) = report.axes(1, width=1.6 * len(settings) + 3)
-    labels = [label for label in report.study.optimizers if any(label in losses[s] for s in settings)]
-    for k, label in enumerate(labels):
-        axis.bar(
-            np.arange(len(settings)) + 0.8 * k / len(labels),
-            [losses[s].get(label, math.nan) for s in settings],
-            0.8 / len(labels),
-            color=report.colours[label],
-            label=label,
-        )
-    axis.set_xticks(np.arange(len(settings)) + 0.4 - 0.4 / len(labels), [s.replace(" ", "\n") for s in settings])
-    axis.set(ylabel="BD-rate loss against the float model (%)")
-    axis.legend()
+def plot_quantization(report: Report, settings: list[str], panels: dict[str, Costs]) -> None:
+    figure, axes = report.axes(len(panels), width=1.1 * len(settings) + 1)
+    for axis, (title, costs) in zip(axes, panels.items(), strict=True):
+        labels = [label for label in report.study.optimizers if any(label in costs[s] for s in settings)]
+        for k, label in enumerate(labels):
+            places = np.arange(len(settings)) + 0.8 * k / len(labels)
+            values = [costs[s].get(label, math.nan) for s in settings]
+            axis.bar(places, values, 0.8 / len(labels), color=report.colours[label], label=label)
+            for place, value in zip(places, values, strict=True):
+                if math.isnan(value):
+                    axis.text(place, 0, "none", ha="center", va="bottom", rotation=90, color=report.colours[label])
+        middle = 0.4 - 0.4 / max(1, len(labels))
+        axis.set_xticks(np.arange(len(settings)) + middle, [s.replace(" ", "\n") for s in settings])
+        axis.set(title=title, xlim=(-0.6, len(settings) - 0.2))
     report.save(
-        figure, "quantization.png", "What quantisation costs each optimizer's models, against the same models in float."
+        figure,
+        "quantization.png",
+        "What quantisation costs each optimizer's models, against the same models in float (none: the quantised models' "
+        "quality no longer rises with the rate, or too little of it is common).",
     )
 
 
-def quantized_models(report: Report, settings: list[str]) -> None:
+def quantized_models(report: Report, settings: list[str]) -> dict[str, Costs]:
     """The loss R + 255^2 lambda D of every model before and after: of models trained from scratch at one lambda and length,
-    which lie far apart in quality, and of the curves' models that go on from one, which do not."""
+    which lie far apart in quality, and of the curves' models that go on from one, which do not. Returns the mean changes of
+    each, by a title."""
     measured = report.data.rows("quantization")
     base, subject = report.study.baseline, report.study.subject
     scratch = [run for run in report.data.of("horizons", fraction=1.0) if run["run"] in measured]
     started = [run for run in report.data.of("curves") if run["run"] in measured and run["start"]]
-    rows = []
+    rows, costs = [], {}
     for (text, _), runs, experiment in ((SCRATCH, scratch, "horizons"), (STARTED, started, "curves")):
         changes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for setting in settings:
@@ -272,6 +276,8 @@ def quantized_models(report: Report, settings: list[str]) -> None:
                     changes[setting][label] = [100 * (after / before - 1) for before, after in losses]
                     before, after = (spread([pair[k] for pair in losses]) for k in (0, 1))
                     rows.append([text, setting, label, before, after, spread(changes[setting][label], 1) + " %"])
+        if changes:
+            costs[f"loss, models {text} (%)"] = {s: {k: float(np.mean(v)) for k, v in changes[s].items()} for s in settings}
         pairs = [(s, changes[s].get(subject), changes[s].get(base)) for s in settings]
         if all(a and b for _, a, b in pairs):
             means = [(s, float(np.mean(a)), float(np.mean(b))) for s, a, b in pairs if a and b]
@@ -285,6 +291,7 @@ def quantized_models(report: Report, settings: list[str]) -> None:
         )
         header = ["models", "weights/activations, rounding, ranges", "optimizer", "loss in float", "quantised", "change"]
         report.table(header, rows)
+    return costs
 
 
 def mean_loss(rows: list[dict[str, str]], lmbda: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from lic_document import Report, number, spread
+from lic_document import Report, number, plain_numbers, spread
 from lic_files import read_table
 
 ALIGNMENTS = {
@@ -61,9 +61,7 @@ def learning_rates(report: Report) -> dict[str, float]:
         )
         axis.set_xticks([], minor=True)
         axis.set_xticks(sorted(set(at)), [f"{rate:g}" for rate in sorted(set(at))], rotation=60, size=8)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.legend()
+        plain_numbers(axis.yaxis)
     report.save(figure, "rates.png", "Final evaluation loss by learning rate; lines join the means, dots are seeds.")
     report.table(["optimizer", "length", "points", "best rate", "its final loss (range over seeds)"], rows)
     return best
@@ -157,9 +155,7 @@ def draw_losses_by_length(
     )
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xticks([], minor=True)
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.legend()
+    plain_numbers(axis.yaxis)
     if len(axes) > 1:
         curves_of_training(report, axes[1], axes[2] if times else None, report.data.of("horizons"), times)
     report.save(
@@ -250,10 +246,8 @@ def curves_of_training(report: Report, by_step, by_time, runs: list[dict], times
         if axis.lines:
             values = np.concatenate([line.get_ydata() for line in axis.lines])
             axis.set_ylim(0.95 * values.min(), 12 * values.min())
-            axis.legend()
         axis.set(yscale="log", xlabel=what, ylabel="evaluation loss", xlim=(0, None))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        plain_numbers(axis.yaxis)
 
 
 def alignments(report: Report) -> None:
@@ -356,7 +350,6 @@ def plot_alignments(report: Report, along: dict[str, Alignment]) -> None:
         if axis is not axes[-1]:  # (there momentum keeps all near 1)
             axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xlabel="step", title=what, ylabel="alignment")
-        axis.legend()
     report.save(
         figure,
         "conflicts.png",
