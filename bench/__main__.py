@@ -59,6 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reference", type=_checked(parse_reference), metavar="FILE.py:CLASS", help="the original SOAP, or any other file's"
     )
+    parser.add_argument(
+        "--ours", action="store_true", help="without other SOAPs: this package's implementations, and torch's Adam"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few rounds, and nothing is written: does it work?")
     return parser.parse_args()
@@ -75,6 +78,8 @@ def _checked(convert):
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
+    if arguments.ours:
+        return [*OURS, *OTHERS]
     given = [arguments.reference] if arguments.reference else []
     return [*OURS, *given, STRAIGHTFORWARD, *INSTALLED, *arguments.peer, *OTHERS]
 
@@ -91,7 +96,7 @@ def run_step(arguments: argparse.Namespace) -> None:
         rows, contest = steps.contest(model, contestants(arguments), arguments.quick)
         first = rows[0]
         print(f"\n### {first['model']}: {first['parameters']:,} parameters, floor {first['floor_gflop']} GF\n")
-        report(arguments, f"step_{model}", rows, STEP_COLUMNS, contest.raw(), peers=contest.versions)
+        report(arguments, steps.file_of(model, arguments.threads), rows, STEP_COLUMNS, contest.raw(), peers=contest.versions)
         rates = ", ".join(f"{shape} {first[f'gemm_gflops_{shape}']}" for shape in contest.gemm.SHAPES)
         print(f"\ngemm GF/s: {rates}; median / best {first['quiet']}; {torch.get_num_threads()} threads")
         if first["quiet"] < must_reach.QUIET:

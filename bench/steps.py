@@ -39,6 +39,11 @@ PLANS = {
 QUICK = Plan(3, 10)
 
 
+def file_of(model: str, threads: int = 0) -> str:
+    """Name of a model's results; those with one thread stand beside those with all of the machine's (0)."""
+    return f"step_{model}" + ("_one-thread" if threads == 1 else "")
+
+
 def contest(model: str, contestants: Sequence[Contestant], quick: bool = False) -> tuple[list[Row], Contest]:
     """Run one model's contest; its rows, and the contest with the single times."""
     plan = PLANS[model]
