@@ -77,8 +77,8 @@ class Batch:
 
     def learning_rates(self) -> list[float]:
         """Of each parameter; a Tensor is read once a group."""
-        known = {id(options): float(options.lr) for options, _ in self.groups()}
-        return [known[id(options)] for options in self.options]
+        rates = {id(options): float(options.lr) for options, _ in self.groups()}
+        return [rates[id(options)] for options in self.options]
 
     def with_options(self, **changes: Any) -> Batch:
         """The same parameters, with other values of some options."""

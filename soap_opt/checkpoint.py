@@ -38,9 +38,9 @@ def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
         return None
     if state_dict["state"] and not any("precondition_frequency" in group for group in saved_groups):
-        known = ", ".join(str(name) for name in saved_groups[0] if name != "params") if saved_groups else "nothing"
+        names = ", ".join(str(name) for name in saved_groups[0] if name != "params") if saved_groups else "nothing"
         raise ValueError(
-            f"the state_dict was written by another optimizer: its param groups have {known}. To go over to SOAP in a run, "
+            f"the state_dict was written by another optimizer: its param groups have {names}. To go over to SOAP in a run, "
             "load the model alone and give SOAP no state: its first gradient makes the bases"
         )
     state = dict(state_dict["state"])
@@ -140,8 +140,8 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
     groups = []
     for i, saved in enumerate(state_dict["param_groups"]):
         own = optimizer.param_groups[i] if i < len(optimizer.param_groups) else {}
-        known = {name: saved[name] for name in saved if name in own and name != "params"}
-        groups.append({**{k: v for k, v in own.items() if k != "params"}, **known, "params": saved["params"]})
+        options = {name: saved[name] for name in saved if name in own and name != "params"}
+        groups.append({**{k: v for k, v in own.items() if k != "params"}, **options, "params": saved["params"]})
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
             f"the checkpoint has param groups of {[len(g['params']) for g in groups]} parameters, the optimizer of "

@@ -141,11 +141,11 @@ def _apply(
     """Step 4: p <- keep (p + size U), in the state's dtype."""
     careful = may_overflow(sizes, keeps, eps, dtype)
     moved = [p.resolve_neg().to(dtype, copy=careful) for p in params]  # (_foreach takes no negative views)
-    for size, of in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
-        torch._foreach_add_([moved[k] for k in of], [updates[k] for k in of], alpha=size)
-    for keep, of in _alike(keeps).items():
+    for size, places in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
+        torch._foreach_add_([moved[k] for k in places], [updates[k] for k in places], alpha=size)
+    for keep, places in _alike(keeps).items():
         if keep != 1:
-            torch._foreach_mul_([moved[k] for k in of], keep)
+            torch._foreach_mul_([moved[k] for k in places], keep)
     low = []
     for p, q in zip(params, moved):
         if careful or p.dtype == torch.float16 or p.is_neg():

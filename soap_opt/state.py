@@ -142,7 +142,7 @@ def refresh_offsets(optimizer: SOAP) -> dict[Tensor, list[int]]:
     for frequency in sorted({group["precondition_frequency"] for group in optimizer.param_groups}):
         owners: list[Tensor] = []
         flops: list[float] = []
-        known: list[int | None] = []
+        saved: list[int | None] = []
         starts: list[int] = []
         for group in optimizer.param_groups:
             if group["precondition_frequency"] == frequency:
@@ -155,9 +155,9 @@ def refresh_offsets(optimizer: SOAP) -> dict[Tensor, list[int]]:
                         offset = state.get(key)
                         owners.append(param)
                         flops.append(unit_flops(layout.numel, size))
-                        known.append(None if offset is None else int(offset))
+                        saved.append(None if offset is None else int(offset))
                         starts.append(group["refresh_start"])
-        for param, offset in zip(owners, complete_offsets(flops, known, frequency, starts)):
+        for param, offset in zip(owners, complete_offsets(flops, saved, frequency, starts)):
             offsets[param].append(offset)
     return offsets
 

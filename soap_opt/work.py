@@ -53,7 +53,7 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
     """
     options = Options.of(group)
     options.check()
-    layouts, known = optimizer._layouts, optimizer._layouts.pinned
+    layouts, pinned_layouts = optimizer._layouts, optimizer._layouts.pinned
     shaping, stateless = layouts.shaping(group), dict[str, Tensor]()
     # These lists are a good part of a step of thousands of small tensors: each is made in one go, most of it by C functions.
     params: list[Tensor] = list(group["params"])
@@ -78,7 +78,7 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
         # (a matrix has no memory formats to choose from)
         and (len(pinned.stride) <= 2 or pinned.stride == param.stride())
         else layouts.of(param, group, state, optimizer._describe)
-        for param, state, pinned in zip(params, states, map(known.get, map(id, params)))
+        for param, state, pinned in zip(params, states, map(pinned_layouts.get, map(id, params)))
     ]
     work = Work(group, options, params, tensors, found, states, chosen)
     if options.fused:

@@ -56,9 +56,9 @@ def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
                 f"Invalid SOAP_OPT_KERNELS: {setting!r} is neither precision=NAME nor [KERNEL.]FIELD=NUMBER with a kernel of "
                 f"{', '.join(KERNELS)} and a field of {', '.join(Config._fields)} (warps and deep: powers of two, deep from 16)"
             )
-        for each in [kernel] if kernel else configs:
-            if field != "deep" or configs[each].deep:
-                configs[each] = configs[each]._replace(**{field: int(value)})
+        for target in [kernel] if kernel else configs:
+            if field != "deep" or configs[target].deep:
+                configs[target] = configs[target]._replace(**{field: int(value)})
     return configs
 
 

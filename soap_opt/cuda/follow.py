@@ -84,7 +84,7 @@ class ParameterList:
         self._references = [weakref.ref(exp_avg) for exp_avg in exp_avgs]
         self.layouts = list(layouts)
         self.followed = followed
-        self.skipped = np.asarray([each.skipped.data_ptr() for each in self.followed], dtype=np.int64)
+        self.skipped = np.asarray([record.skipped.data_ptr() for record in self.followed], dtype=np.int64)
         self._strides = [layout.memory_strides for layout in layouts]
         self.units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
         self.owners = np.asarray([i for i, _ in self.units], dtype=np.int64)
@@ -143,16 +143,16 @@ class ParameterList:
         identities = [step.data_ptr() for step in state_steps]
         unknown = [
             place
-            for place, (known, identity, version) in enumerate(zip(self.followed, identities, versions))
-            if known.identity != identity or known.version != version or known.plans_of_graphs
+            for place, (record, identity, version) in enumerate(zip(self.followed, identities, versions))
+            if record.identity != identity or record.version != version or record.plans_of_graphs
         ]
         for place, t in zip(unknown, _values([state_steps[place] for place in unknown])):  # waits, once
-            known = self.followed[place]
-            known.identity, known.last, known.t = identities[place], None, t - flags.values()[place]
-        for place, (known, step) in enumerate(zip(self.followed, state_steps)):
-            known.version = step._version
-            result.append(known.catch_up())
-            known.last = (flags, place)
+            record = self.followed[place]
+            record.identity, record.last, record.t = identities[place], None, t - flags.values()[place]
+        for place, (record, step) in enumerate(zip(self.followed, state_steps)):
+            record.version = step._version
+            result.append(record.catch_up())
+            record.last = (flags, place)
         return result
 
 
@@ -180,33 +180,33 @@ class Following:
 
     def of(self, exp_avg: Tensor) -> Followed:
         """A parameter's record; its ``exp_avg`` identifies it."""
-        known = self._followed.get(exp_avg)
-        if known is None:
-            known = self._followed[exp_avg] = Followed(exp_avg.device)
-        return known
+        record = self._followed.get(exp_avg)
+        if record is None:
+            record = self._followed[exp_avg] = Followed(exp_avg.device)
+        return record
 
     def counts(self, exp_avg: Tensor | None) -> tuple[int, int]:
         """Unusable gradients and failed refreshes of a parameter. Reads the device."""
-        known = None if exp_avg is None else self._followed.get(exp_avg)
-        return (0, 0) if known is None else (int(known.skipped), sum(map(int, known.failed)))
+        record = None if exp_avg is None else self._followed.get(exp_avg)
+        return (0, 0) if record is None else (int(record.skipped), sum(map(int, record.failed)))
 
     def list_of(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
         """The kept one, or a new one."""
         lists = self._lists.get(exp_avgs[0])
         if lists is None:
             lists = self._lists[exp_avgs[0]] = []
-        for place, known in enumerate(lists):
-            if known.holds(exp_avgs, layouts):
+        for place, kept in enumerate(lists):
+            if kept.holds(exp_avgs, layouts):
                 if place > 0:
                     lists.insert(0, lists.pop(place))
-                return known
-        known = ParameterList(exp_avgs, layouts, [self.of(exp_avg) for exp_avg in exp_avgs])
-        lists.insert(0, known)
+                return kept
+        kept = ParameterList(exp_avgs, layouts, [self.of(exp_avg) for exp_avg in exp_avgs])
+        lists.insert(0, kept)
         del lists[MAX_LISTS:]
-        return known
+        return kept
 
     def release_graphs(self) -> None:
         """Forget the plans of recorded graphs, and that replays may have moved t."""
-        for known in self._followed.values():
-            known.plans_of_graphs.clear()
-            known.identity = None
+        for record in self._followed.values():
+            record.plans_of_graphs.clear()
+            record.identity = None

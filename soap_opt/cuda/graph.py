@@ -157,9 +157,9 @@ class GraphRefresh:
                 refresh_units(self.small, wanted.index_select(0, self._small_places), own)
                 outcomes.index_copy_(0, self._small_places, own)
             # (views and one kernel each: a capture cannot send lists of indices to the device)
-            of_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
-            conditions = [due.any() for due in of_phase]
-            for condition, due, places in zip(conditions, of_phase, by_phase.values()):
+            due_by_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
+            conditions = [due.any() for due in due_by_phase]
+            for condition, due, places in zip(conditions, due_by_phase, by_phase.values()):
                 with if_set(condition):
                     own = torch.full((len(places),), -1, dtype=torch.int32, device=due.device)
                     refresh_units(places, due, own)

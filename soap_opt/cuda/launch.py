@@ -25,9 +25,9 @@ def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -
     """
     name = kernel.__name__
     key = (name, arguments[0].device, *constants.values())
-    known = _compiled.get(key)
-    if known is not None:
-        return known
+    cached = _compiled.get(key)
+    if cached is not None:
+        return cached
     interpreted = not hasattr(kernel, "device_caches")
     config = config_of("sm_90" if interpreted else _architecture(), name)
     if config.deep:

@@ -129,9 +129,9 @@ def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
     buffers, plans = 0, 0
     for piece in pieces_of(tuple(layouts), limit):
         if piece and not is_too_large(layouts[piece[0]]):
-            of_piece = [layouts[i] for i in piece]
-            plans += make_tables(Kinds.of(of_piece), [False] * len(piece)).nbytes
-            buffers = max(buffers, 8 * sum(padded(layout.numel) for layout in of_piece))
+            piece_layouts = [layouts[i] for i in piece]
+            plans += make_tables(Kinds.of(piece_layouts), [False] * len(piece)).nbytes
+            buffers = max(buffers, 8 * sum(padded(layout.numel) for layout in piece_layouts))
     return buffers + plans
 
 
@@ -159,10 +159,10 @@ def calls_of(plan: Plan, precision: str) -> list[Call]:
     from ..kernels.project import project_adam_kernel, project_apply_kernel, project_first_kernel, project_kernel
 
     calls = []
-    for each in plan.tables.launches:
-        tables = (plan.tiles[each.first : each.first + each.count], plan.problems.tensor)
+    for launch in plan.tables.launches:
+        tables = (plan.tiles[launch.first : launch.first + launch.count], plan.problems.tensor)
         sums, options = (plan.scalars, plan.partials, plan.counters), (plan.options.tensor,)
-        grad = {"GRAD": getattr(tl, each.grad_dtype)}
+        grad = {"GRAD": getattr(tl, launch.grad_dtype)}
         kernel, before, after, constants = {
             "project_first": (project_first_kernel, sums, options, {**grad, "PRECISION": precision}),
             "gram_ema": (gram_ema_kernel, sums, options, {**grad, "PRECISION": PRECISION[ACCELERATOR]}),
@@ -170,6 +170,6 @@ def calls_of(plan: Plan, precision: str) -> list[Call]:
             "back": (project_kernel, (), (), {"BACK": True, "PRECISION": precision}),
             "project_adam": (project_adam_kernel, sums, options, {"PRECISION": precision}),
             "project_apply": (project_apply_kernel, (plan.scalars,), (), {"PRECISION": precision}),
-        }[each.kernel]
-        calls.append(Call(kernel, each.count, (*tables, *before), each.kernel == "project_first", after, constants))
+        }[launch.kernel]
+        calls.append(Call(kernel, launch.count, (*tables, *before), launch.kernel == "project_first", after, constants))
     return calls

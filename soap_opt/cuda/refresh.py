@@ -37,8 +37,8 @@ def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], freq
         behind: refreshes run on a stream of their own, whose scratch is not that of the step.
     """
     phases: dict[int, Units] = {}
-    for i, of_parameter in enumerate(offsets):
-        for k, offset in enumerate(of_parameter):
+    for i, parameter_offsets in enumerate(offsets):
+        for k, offset in enumerate(parameter_offsets):
             phases.setdefault(offset % frequency, []).append((i, k))
 
     def needed(units: Units) -> int:
@@ -70,11 +70,11 @@ class GroupedRefresh:
         self.places = {unit: n for n, unit in enumerate(due)}
         self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
         self.mode_sizes = [layouts[i].sizes[k] for i, k in self.modes]
-        of: dict[int, list[int]] = {i: [] for i in grouped}
+        due_modes: dict[int, list[int]] = {i: [] for i in grouped}
         for i, k in due:
-            if i in of:
-                of[i].append(k)
-        self.first_unit = [self.places[i, of[i][0]] for i in grouped]
+            if i in due_modes:
+                due_modes[i].append(k)
+        self.first_unit = [self.places[i, due_modes[i][0]] for i in grouped]
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
         self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
         self.held_scratch: Scratch | None = None  # of the last run
@@ -82,7 +82,9 @@ class GroupedRefresh:
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables: Tables | None = None
         if grouped:
-            self.tables = make_reexpress_tables([layouts[i] for i in grouped], list(of.values()), aligned[grouped].tolist())
+            self.tables = make_reexpress_tables(
+                [layouts[i] for i in grouped], list(due_modes.values()), aligned[grouped].tolist()
+            )
             self.tiles = to_device(self.tables.tiles, device)  # [T, 4] int32
             self.problems = DeviceTable(self.tables.problems.shape, device)
             self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
@@ -135,7 +137,7 @@ class GroupedRefresh:
     def count_for(self, exp_avgs: list[Tensor]) -> None:
         """Attach the counters of failed refreshes to the parameters' records."""
         owners = [exp_avgs[i] for i, _ in self.due]
-        if len(self._counting) == len(owners) and all(known() is x for known, x in zip(self._counting, owners)):
+        if len(self._counting) == len(owners) and all(reference() is x for reference, x in zip(self._counting, owners)):
             return
         if self._counting:  # those were others
             self.failed = torch.zeros_like(self.failed)
@@ -149,9 +151,9 @@ class GroupedRefresh:
         if self.tables is not None:
             from ..kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
-            for each in self.tables.launches:
-                tiles = self.tiles[each.first : each.first + each.count]
-                launch(reexpress_kernel, each.count, tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
+            for stage in self.tables.launches:
+                tiles = self.tiles[stage.first : stage.first + stage.count]
+                launch(reexpress_kernel, stage.count, tiles, self.problems.tensor, PRECISION=PRECISION[ACCELERATOR])
         ungrouped: dict[int, dict[int, Refresh]] = {}
         for (i, k), place, order, rotation in zip(self.due, self.matrix_places, *self.matrices()):
             if i not in self.grouped:

@@ -106,7 +106,7 @@ class CudaStepper:
             plan.for_graph = made.reserve(grouped, batch.options[0].precision)
 
     def plan_of_graph(
-        self, exp_avgs: list[Tensor], known: ParameterList, kinds: Kinds, aligned: npt.NDArray[np.bool_], precision: str
+        self, exp_avgs: list[Tensor], parameters: ParameterList, kinds: Kinds, aligned: npt.NDArray[np.bool_], precision: str
     ) -> Plan:
         """The plan that an earlier step made ready, which is the graph's from now on."""
         plans = self._plans.get(exp_avgs[0])
@@ -119,8 +119,8 @@ class CudaStepper:
             )
         made.for_graph = None
         plan.begin_capture()
-        for each in known.followed:
-            each.plans_of_graphs.append(plan)
+        for record in parameters.followed:
+            record.plans_of_graphs.append(plan)
         return plan
 
 
@@ -131,23 +131,23 @@ class Run:
         self.stepper, self.batch = stepper, batch
         self.device = batch.params[0].device
         self.recording = is_recording(self.device)
-        self.known = stepper.following.list_of(batch.exp_avgs, batch.layouts)
+        self.parameters = stepper.following.list_of(batch.exp_avgs, batch.layouts)
         # Memory that does not lie in the layout's order (merged channels_last views, slices) is stepped on in a copy.
         self.originals = (batch.params, batch.exp_avgs, batch.exp_avg_sqs)
-        self.arranged = [self.known.arranged(tensors) for tensors in self.originals]
-        self.grads = self.known.arranged(batch.grads)  # (held here: the kernels have their addresses)
+        self.arranged = [self.parameters.arranged(tensors) for tensors in self.originals]
+        self.grads = self.parameters.arranged(batch.grads)  # (held here: the kernels have their addresses)
         self.steps = [step if step.device == self.device else step.to(self.device) for step in batch.state_steps]
         self.groups = batch.groups()
         self.plan = self._fill_plan()
 
     def _fill_plan(self) -> Plan:
         """The plan of this step, its table of problems pointing to this step's tensors."""
-        batch, known, common = self.batch, self.known, self.batch.options[0]
+        batch, parameters, common = self.batch, self.parameters, self.batch.options[0]
         columns = (self.grads, *self.arranged)
         own = np.empty((len(batch), len(PER_PARAMETER)), dtype=np.int64)
         for place, tensors in enumerate((*columns, self.steps)):
             own[:, place] = [tensor.data_ptr() for tensor in tensors]
-        own[:, -1] = known.skipped
+        own[:, -1] = parameters.skipped
         matrices = [matrix.data_ptr() for column in (batch.bases, batch.grams) for matrix in column]
         kinds = Kinds(
             tuple(batch.layouts),
@@ -157,13 +157,13 @@ class Run:
             tuple(number for number, (_, own_) in enumerate(self.groups) for _ in own_),
         )
         aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of those the kernels read vectors, and of Grams and bases
-        aligned[known.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
+        aligned[parameters.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
         if self.recording:
-            plan = self.stepper.plan_of_graph(batch.exp_avgs, known, kinds, aligned, common.precision)
+            plan = self.stepper.plan_of_graph(batch.exp_avgs, parameters, kinds, aligned, common.precision)
         else:
             plan = self.stepper.plan_of(batch.exp_avgs[0], kinds, aligned)
             if common.capturable:
-                self.stepper.make_ready_for_graph(plan, kinds, aligned, batch, known.units)
+                self.stepper.make_ready_for_graph(plan, kinds, aligned, batch, parameters.units)
         pointers = np.concatenate([own.reshape(-1), np.asarray([*matrices, *plan.shared()], dtype=np.int64)])
         plan.problems.send(pointers, plan.tables.fill)
         return plan
@@ -180,13 +180,13 @@ class Run:
         with on_device(device):
             if plan.under_way:  # an exception came after a launch: programs that arrived are still counted, t may have moved
                 plan.counters.zero_()
-                for each in self.known.followed:
-                    each.identity = None
+                for record in self.parameters.followed:
+                    record.identity = None
             plan.under_way = True
             yield plan.calls(batch.options[0].precision), (scale, found)
-        for of_original, of_copy in ((batch.state_steps, self.steps), *zip(self.originals, self.arranged)):
-            if of_copy is not of_original:
-                for original, copy in zip(of_original, of_copy):
+        for originals, copies in ((batch.state_steps, self.steps), *zip(self.originals, self.arranged)):
+            if copies is not originals:
+                for original, copy in zip(originals, copies):
                     if copy is not original:
                         original.copy_(copy)
         # What torch's own in-place operators do: a graph that holds a tensor raises when it is asked for gradients
@@ -194,8 +194,8 @@ class Run:
 
     def refresh(self) -> None:
         """Step 6, of what is due."""
-        plan, batch, known, common = self.plan, self.batch, self.known, self.batch.options[0]
-        phases = known.phases(
+        plan, batch, parameters, common = self.plan, self.batch, self.parameters, self.batch.options[0]
+        phases = parameters.phases(
             batch.refresh_offsets,
             [options.precondition_frequency for options, own in self.groups for _ in own],
             [options.refresh == "together" for options, own in self.groups for _ in own],
@@ -205,9 +205,9 @@ class Run:
             plan.graph_refresh.run(batch, phases, self.steps, plan.scalars, common.tolerance)
             plan.under_way = False
             return
-        t = [before + 1 for before in known.steps_before(batch.state_steps, plan.scalars)]
+        t = [before + 1 for before in parameters.steps_before(batch.state_steps, plan.scalars)]
         plan.under_way = False
-        due = known.due(t, phases)
+        due = parameters.due(t, phases)
         if not due:
             return
         first = plan.refreshes.first_modes

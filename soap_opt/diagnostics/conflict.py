@@ -215,19 +215,19 @@ class ConflictMeter:
         owners = list(named_parameters(self.optimizer.param_groups, self.model))
         grads = [_gradients(loss, [param for _, _, param in owners]) for loss in losses]  # [n][P]
         raw = _grams(grads)
-        known = [True] * len(owners)
+        supported = [True] * len(owners)
         with torch.no_grad():
             for i in range(len(losses)):  # each loss's updates take its gradients' place
                 updates = list(self.preconditioner(grads[i]))
                 if len(updates) != len(owners):
                     raise ValueError(f"preconditioner returned {len(updates)} updates for {len(owners)} parameters")
-                known = [ok and (g is None or u is not None) for ok, g, u in zip(known, grads[i], updates)]
+                supported = [ok and (g is None or u is not None) for ok, g, u in zip(supported, grads[i], updates)]
                 grads[i] = updates
         preconditioned = _grams(grads)
         self._within = {}
         for name, grams, weights in (
             ("raw", raw, torch.ones(len(owners), dtype=torch.float64)),
-            ("preconditioned", preconditioned, _weights([group for _, group, _ in owners]) * torch.tensor(known)),
+            ("preconditioned", preconditioned, _weights([group for _, group, _ in owners]) * torch.tensor(supported)),
         ):
             shared = (grams.diagonal(dim1=1, dim2=2) != 0).all(1)  # [P]; what is not finite is to be seen
             weighted = grams * weights.square()[:, None, None]

@@ -164,8 +164,8 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
         options = Options.of(group)
         paths = {path_of(param, options) for param in group["params"]}
         if paths == {Path.CPU}:
-            for dtype, of_dtype in layouts.items():
-                needed = scratch_numel(tuple(of_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
+            for dtype, same_dtype in layouts.items():
+                needed = scratch_numel(tuple(same_dtype), dtype, torch.get_num_threads()) * dtype.itemsize
                 scratch[dtype] = max(scratch.get(dtype, 0), needed)
         if Path.CUDA in paths:
             on_cuda.append((group, layouts.get(torch.float32, [])))
@@ -182,19 +182,19 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
         together.setdefault((options.scratch_limit, options.agree_on_cuda()), []).append(layouts)
         frequency, none = group["precondition_frequency"], [[0] * len(layout.modes) for layout in layouts]
         if group["refresh"] == "together":
-            of_modes = none
+            mode_offsets = none
         elif offsets is not None:
-            of_modes = [offsets[p] for p in group["params"] if state_dtype(p) == torch.float32]
+            mode_offsets = [offsets[p] for p in group["params"] if state_dtype(p) == torch.float32]
         else:
             flops = [unit_flops(layout.numel, size) for layout in layouts for size in layout.sizes]
             balanced = iter(complete_offsets(flops, [None] * len(flops), frequency))
-            of_modes = [[next(balanced) for _ in layout.modes] for layout in layouts]
-        kept += kept_bytes(layouts, of_modes, frequency, group["overlap_refresh"] and not group["capturable"])
+            mode_offsets = [[next(balanced) for _ in layout.modes] for layout in layouts]
+        kept += kept_bytes(layouts, mode_offsets, frequency, group["overlap_refresh"] and not group["capturable"])
         if group["capturable"]:
             kept += kept_bytes(layouts, none, 1, True)  # a graph's scratch is its own
     steps = [0]
-    for (limit, _), of_groups in together.items():
-        whole = [layout for layouts in of_groups for layout in layouts]
+    for (limit, _), layouts_by_group in together.items():
+        whole = [layout for layouts in layouts_by_group for layout in layouts]
         one_call = len(pieces_of(tuple(whole), limit)) == 1
-        steps += [scratch_bytes(layouts, limit) for layouts in ([whole] if one_call else of_groups)]
+        steps += [scratch_bytes(layouts, limit) for layouts in ([whole] if one_call else layouts_by_group)]
     return max(steps) + kept

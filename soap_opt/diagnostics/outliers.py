@@ -95,11 +95,11 @@ class Moments:
             return dict.fromkeys(COLUMNS, math.nan)
         rms = math.sqrt(self.squares / self.count)
         median = self._quantile(0.5)
-        of_channels = math.nan
+        channel_kurtosis = math.nan
         if self.channel_squares is not None and not self.channels_differ:  # every channel has as many values as any other
-            of_channels = float(self.channel_squares.square().mean() / self.channel_squares.mean().square())
+            channel_kurtosis = float(self.channel_squares.square().mean() / self.channel_squares.mean().square())
         return {
-            "kurtosis_channels": of_channels,
+            "kurtosis_channels": channel_kurtosis,
             "kurtosis": self.fourths / self.count / (self.squares / self.count) ** 2,
             "max_over_median": self.largest / median if median > 0 else math.inf,
             "beyond_6_sigma": self._share_above(SIGMAS * rms),

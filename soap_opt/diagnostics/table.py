@@ -53,13 +53,13 @@ def named_parameters(
 
     A parameter's name is the model's, else that of named parameters given to the optimizer, else its number over all groups.
     """
-    of_model = {id(param): name for name, param in model.named_parameters()} if model is not None else {}
+    model_names = {id(param): name for name, param in model.named_parameters()} if model is not None else {}
     seen: set[str] = set()
     index = 0
     for group in groups:
         for place, param in enumerate(group["params"]):
             own = group["param_names"][place] if "param_names" in group else str(index)
-            name = of_model.get(id(param), own)
+            name = model_names.get(id(param), own)
             if name in seen:  # groups may share names: an encoder's and a decoder's
                 name = f"{name} ({index})"
             seen.add(name)

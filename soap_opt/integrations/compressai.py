@@ -29,11 +29,11 @@ def latents(model: nn.Module) -> dict[str, dict[str, str]]:
     bottleneck, if y has a Gaussian conditional: in a factorized prior the bottleneck's input is y itself. Several are called
     after their modules, "z (name)".
     """
-    of_kind = [
+    matching = [
         [name for name, module in model.named_modules() if isinstance(module, kind)]
         for kind in (GaussianConditional, EntropyBottleneck)
     ]
-    conditionals, bottlenecks = of_kind
+    conditionals, bottlenecks = matching
     outputs = {"y": "g_a"} if isinstance(getattr(model, "g_a", None), nn.Module) else {}
     inputs: dict[str, str] = {}
     for label, names in (("y", [] if outputs else conditionals), ("z" if conditionals else "y", bottlenecks)):
