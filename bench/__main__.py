@@ -59,9 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reference", type=_checked(parse_reference), metavar="FILE.py:CLASS", help="the original SOAP, or any other file's"
     )
-    parser.add_argument(
-        "--ours", action="store_true", help="without other SOAPs: this package's implementations, and torch's Adam"
-    )
+    parser.add_argument("--ours", action="store_true", help="leave out the other SOAPs, but those of --peer and --reference")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="few rounds, and nothing is written: does it work?")
     return parser.parse_args()
@@ -78,10 +76,9 @@ def _checked(convert):
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    if arguments.ours:
-        return [*OURS, *OTHERS]
     given = [arguments.reference] if arguments.reference else []
-    return [*OURS, *given, STRAIGHTFORWARD, *INSTALLED, *arguments.peer, *OTHERS]
+    usual = [] if arguments.ours else [STRAIGHTFORWARD, *INSTALLED]
+    return [*OURS, *given, *usual, *arguments.peer, *OTHERS]
 
 
 def report(arguments: argparse.Namespace, name: str, rows: list[Row], columns=None, nested=None, **extra: str) -> None:
