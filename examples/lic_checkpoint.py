@@ -57,6 +57,8 @@ def write_file(path: Path, state: dict) -> None:
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):
+            if isinstance(error.__context__, OSError):  # the reason: "unexpected pos" is how torch's writer saw it
+                raise error.__context__ from None
             raise OSError(str(error).strip().splitlines()[0]) from error
         raise
 

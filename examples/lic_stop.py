@@ -14,6 +14,10 @@ class TrainingFailed(Exception):
     """
 
 
+class CannotSave(TrainingFailed):
+    """What was trained is fine, but the checkpoint at the end cannot be written."""
+
+
 class StopRequest:
     """Within it SIGINT, SIGTERM and SIGHUP only set `signal`, which the loop reads between steps; a later SIGINT acts at once.
 

@@ -16,7 +16,7 @@ from lic_files import InputError
 from lic_models import build_model
 from lic_optimizers import OPTIMIZERS, Gradients, Schedule, make_optimizers
 from lic_progress import Metrics, Progress, Stopwatch
-from lic_stop import StopRequest, TrainingFailed
+from lic_stop import CannotSave, StopRequest, TrainingFailed
 from lic_weights import entropy_models_in_float32, load_weights, not_finite, update_average, update_quantiles
 from torch import Tensor, nn
 
@@ -368,7 +368,7 @@ class Run:
                     return self.save(checkpoints, best)
                 except OSError as second:
                     error = second
-            raise TrainingFailed(f"cannot save step {self.step}: {error.strerror or error}") from error
+            raise CannotSave(f"cannot save step {self.step}: {error.strerror or error}") from error
 
     def state(self) -> dict:
         """Everything that the next step depends on; "state_dict" is where CompressAI's tools look for the model to use, which

@@ -44,7 +44,7 @@ from lic_optimizers import LEARNING_RATES, OF_THE_OPTIMIZER, OPTIMIZERS
 from lic_parser import STEPS, make_parser
 from lic_plots import JpegLevel, plot_curves, plot_reconstructions
 from lic_progress import Metrics, on_terminal
-from lic_stop import StopAtOnce, StopRequest, TrainingFailed
+from lic_stop import CannotSave, StopAtOnce, StopRequest, TrainingFailed
 from lic_training import Run, describe
 from torch import Tensor
 from tqdm import tqdm
@@ -237,20 +237,26 @@ def how_to_resume(folder: Path) -> str:
     return f"checkpoint saved; to resume:\n{command('--resume', str(folder / CHECKPOINT))}"
 
 
-def how_to_go_on(checkpoints: Checkpoints, options: dict, optimizer: str, learning_rate: float) -> str:
-    """What a run that failed leaves, and the commands that continue from it."""
+def how_to_go_on(checkpoints: Checkpoints, options: dict, optimizer: str, learning_rate: float, saving: bool) -> str:
+    """What a run that failed leaves, and the commands that continue from it; `saving`: it is the disk that failed."""
     if optimizer != options["optimizer"]:  # the comparison's has its defaults
         options = options | {name: None for name in OF_THE_OPTIMIZER} | {"optimizer_args": {}, "optimizer": optimizer}
-    anew = {"learning_rate": float(f"{learning_rate / 3:.2g}")}
+    anew = {} if saving else {"learning_rate": float(f"{learning_rate / 3:.2g}")}
     anew |= dict.fromkeys(("resume", "save", "compare", "compare_learning_rate", "steps" if options["epochs"] else "epochs"))
     found = checkpoints.newest()
     if found is None:
+        how = "where there is room (--save)" if saving else "with other options, for example"
         return (
             f"No checkpoint had been written yet; {checkpoints.last.parent}/metrics.csv has what was measured until then. To "
-            f"begin anew with other options, for example:\n{command(*command_line(options | anew))}"
+            f"begin anew {how}:\n{command(*command_line(options | anew))}"
         )
     path, step = found
     resume = str(checkpoints.last.parent / CHECKPOINT if checkpoints.last.name != CHECKPOINT else path)
+    if saving:
+        return (
+            f"The last good checkpoint is of step {step}: {path}. To go on from it when there is room, or from a copy of it "
+            f"elsewhere:\n{command('--resume', resume)}"
+        )
     return (
         f"The last good checkpoint is of step {step}: {path}. To go on from it (a run on a CPU repeats itself to the bit):\n"
         f"{command('--resume', resume)}\n"
@@ -349,7 +355,7 @@ def train_in(
                 run.train(crops, eval_crops, options["steps"], stop, checkpoints, metrics)
         except TrainingFailed as failure:
             say(f"train_lic.py: stopped: {failure}", file=sys.stderr)
-            say(how_to_go_on(checkpoints, options, optimizer, learning_rate), file=sys.stderr)
+            say(how_to_go_on(checkpoints, options, optimizer, learning_rate, isinstance(failure, CannotSave)), file=sys.stderr)
             return 1
         (stopped,) = world.largest([stop.signal])
         if stopped:
