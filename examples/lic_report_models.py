@@ -49,9 +49,18 @@ def rate_distortion(report: Report) -> None:
             )
         for note in delta.notes:
             report.text(f"{label}: {note}.")
+        if not math.isnan(delta.value):
+            low, high = common_quality(curves[base], curve)
+            report.text(f"{label} and {base} have {low:.2f} to {high:.2f} dB in common, over which BD-rate is taken.")
     plot_rd(report.folder / "rd.png", list(curves.values()), {label: f"BD-rate {text}" for label, text in remarks.items()})
     report.picture("rd.png", f"Rate-distortion curves over {images(report)} images, actual bitstreams; BD-rate against {base}.")
     report.table(["optimizer", "lambda", "seeds", "bpp", "PSNR (dB)"], rows)
+
+
+def common_quality(*curves: Curve) -> tuple[float, float]:
+    """The lowest and the highest PSNR, in dB, that all curves reach."""
+    reached = [[point.mean()["psnr-rgb"] for point in curve.points] for curve in curves]
+    return max(map(min, reached)), min(map(max, reached))
 
 
 def images(report: Report) -> int:
@@ -136,7 +145,7 @@ class LikeRuns:
     Attributes:
         count: of the runs of each optimizer.
         mean: optimizer -> layer -> measure, over these runs.
-        layers: of both the baseline and the subject.
+        layers: of both the baseline and the subject; those that repeat a latent are left out.
         left_out: optimizers that were not measured on all of them.
         experiments: of which they are.
     """
@@ -165,6 +174,12 @@ class LikeRuns:
             }
             for label in by
         }
+        # The module that ends a transform gives out a latent, which is counted once, by the latent's name.
+        self.layers = [
+            layer
+            for layer in self.layers
+            if layer in LATENTS or all(self.mean[base][layer] != self.mean[base].get(latent) for latent in LATENTS)
+        ]
         of_common = [report.data.runs[settings[base][setting]]["experiments"] for setting in common]
         self.experiments = [name for name in ("horizons", "curves") if any(name in names for names in of_common)]
 

@@ -61,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--data",
         metavar="DIR",
-        help="where the tables are written and the report is made from (default: data/ in the study's folder). With --report, "
-        "and without any run in the study's folder, the tables are only read",
+        help="where the tables are written and the report is made from, and where the report goes then (default: data/ and "
+        "report/ in the study's folder). Without any run in the study's folder the tables are only read",
     )
     return parser
 
