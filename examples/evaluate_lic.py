@@ -9,24 +9,24 @@ Written to --save: results.md (all tables), rd.png, per_image.csv, summary.json,
 compressai.utils.plot.
 """
 
+import argparse
 import glob
 import json
 import math
 import platform
+import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-# CompressAI imports torch_geometric, which still decorates with torch.jit.script: nothing that a user here can act on.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+import lic_start
+
+if __name__ == "__main__":
+    lic_start.before_imports()
 
 # ruff: noqa: E402
-import argparse
-import re
-
 import compressai
 import torch
 from compressai.models import CompressionModel
@@ -66,6 +66,9 @@ from lic_rd import (
 from lic_rd_plot import plot_rd
 from torch import Tensor
 from tqdm import tqdm
+
+if __name__ == "__main__":
+    lic_start.after_imports()
 
 PHOTOS = Path(__file__).resolve().parent / "photos" / "eval"
 # Options of train_lic.py in which the checkpoints of one curve should not differ, beside their steps.

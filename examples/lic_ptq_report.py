@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt  # noqa: E402
 from lic_rd import markdown
 from matplotlib.ticker import SymmetricalLogLocator
 

@@ -18,16 +18,14 @@ import math
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 
-# CompressAI imports torch_geometric, which still decorates with torch.jit.script: nothing that a user here can act on.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+import lic_start
+
+if __name__ == "__main__":
+    lic_start.before_imports()
 
 # ruff: noqa: E402
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
 import torch
 from compressai.losses import RateDistortionLoss
 from lic_adaround import ITERATIONS
@@ -43,6 +41,9 @@ from lic_ptq_report import curves_table, plot, rows_table, setting_name
 from lic_quantization import ROUNDINGS, quantize
 from lic_rd import NoComparison, bd_rate
 from torch import Tensor
+
+if __name__ == "__main__":
+    lic_start.after_imports()
 from tqdm import tqdm
 
 PHOTOS = Path(__file__).resolve().parent / "photos"

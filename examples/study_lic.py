@@ -9,14 +9,13 @@ all finished runs, and a report made from them (report.html, report.md and its p
 
 import argparse
 import shlex
-import signal
 import sys
-import warnings
 from pathlib import Path
 
-if __name__ == "__main__":  # as train_lic.py does
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+import lic_start
+
+if __name__ == "__main__":
+    lic_start.before_imports()
 
 # ruff: noqa: E402
 from lic_files import InputError
@@ -27,7 +26,7 @@ from lic_study_measure import collect, measure_speed
 from lic_study_runs import execute
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    lic_start.after_imports()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,14 +11,12 @@ import os
 import shlex
 import signal
 import sys
-import warnings
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C during the seconds of imports ends the process, without tracebacks from the midst of them
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import lic_start
 
-# CompressAI imports torch_geometric, which still decorates with torch.jit.script: nothing that a user here can act on.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+if __name__ == "__main__":
+    lic_start.before_imports()
 
 # ruff: noqa: E402
 from lic_arguments import CHECKPOINT, command_line, parse_options
@@ -50,7 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    lic_start.after_imports()
 
 PHOTOS = Path(__file__).resolve().parent / "photos"
 PICTURES = 3  # rows of reconstructions.png
