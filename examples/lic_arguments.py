@@ -64,6 +64,8 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
             stored = stored | {"steps": None, "epochs": None}
         options = stored | {name: value for name, value in given.items() if name in MAY_CHANGE}
         options["save"] = options["save"] if given.get("save") else str(Path(options["resume"]).parent)
+    if options["lmbda"] is None:
+        options["lmbda"] = LAMBDAS[options["metric"]]
     options["widths"] = model_widths(options["model"], options["quality"], options["N"], options["M"], options["model_args"])
     if len(options["patch_size"]) > 2:
         raise InputError("--patch-size takes one or two numbers")
@@ -76,6 +78,9 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str], processes: i
     check_device(options["device"])
     return options, state
 
+
+# Of the zoo's quality 4: 1 - MS-SSIM is so small that with MSE's lambda a model learns to send nothing.
+LAMBDAS = {"mse": 0.013, "ms-ssim": 16.64}
 
 # An option, and the other that has to have one of these values, or any, for it to have an effect
 DEPENDS_ON = (

@@ -168,9 +168,8 @@ def loss_options(parser: argparse.ArgumentParser) -> None:
         "--lambda",
         dest="lmbda",
         type=positive(float),
-        default=0.013,
         metavar="L",
-        help="loss = L * 255^2 * MSE + bpp, or L * (1 - MS-SSIM) + bpp (default: %(default)s)",
+        help="loss = L * 255^2 * MSE + bpp, or L * (1 - MS-SSIM) + bpp (default: 0.013, of MS-SSIM 16.64)",
     )
     add("--metric", choices=("mse", "ms-ssim"), default="mse", help="distortion in the loss (default: %(default)s)")
     length = loss.add_mutually_exclusive_group()

@@ -298,7 +298,7 @@ def say_results(runs: list[Run]) -> None:
         if run.evaluations()[-1]["loss"] > run.blank_loss():
             print(
                 f"{OPTIMIZERS[run.optimizer_name]}: warning: a model that sends nothing and paints grey has a loss of about "
-                f"{run.blank_loss():.0f}"
+                f"{run.blank_loss():.3g}"
             )
     if len(runs) == 2:
         print(summarise(*runs))

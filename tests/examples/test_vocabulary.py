@@ -619,3 +619,10 @@ def test_two_processes(tmp_path, photos, examples):
 def test_a_batch_that_cannot_be_shared(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--batch-size 3 cannot be shared equally by 2 processes" in error_line(capsys, ["--batch-size", "3"])
+
+
+@pytest.mark.parametrize("given, lmbda", [([], 0.013), (["--metric", "ms-ssim"], 16.64), (["--lambda", "3"], 3.0)])
+def test_each_metric_has_its_own_lambda(given, lmbda):
+    """With MSE's a model that is trained on MS-SSIM learns to send nothing."""
+    options, _ = parse_options(make_parser(""), given)
+    assert options["lmbda"] == lmbda
