@@ -248,7 +248,7 @@ def quantized_curves(report: Report, settings: list[str]) -> Costs:
 
 
 def plot_quantization(report: Report, settings: list[str], panels: dict[str, Costs]) -> None:
-    figure, axes = report.axes(len(panels), width=1.1 * len(settings) + 1)
+    figure, axes = report.axes(len(panels), width=max(3.5, 1.1 * len(settings) + 1))  # (titles need some)
     for axis, (title, costs) in zip(axes, panels.items(), strict=True):
         labels = [label for label in report.study.optimizers if any(label in costs[s] for s in settings)]
         for k, label in enumerate(labels):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from lic_arguments import CHECKPOINT
+from lic_arguments import CHECKPOINT, LAMBDAS
 from lic_evaluation import ImageSet, image_set
 from lic_files import InputError
 from lic_optimizers import LEARNING_RATES, OPTIMIZERS
@@ -193,7 +193,10 @@ class Study:
         options |= {"learning-rate": rate, "eval-every": max(1, steps // self.plan.get("evaluations", 24))}
         varied = {k: v for k, v in changes.items() if k not in ("lambda", "model")}
         options |= changes
-        lmbda, model = float(options.get("lambda", 0.013)), str(options.get("model", "bmshj2018-hyperprior"))
+        lmbda, model = (
+            float(options.get("lambda", LAMBDAS[options.get("metric", "mse")])),
+            str(options.get("model", "bmshj2018-hyperprior")),
+        )
         variant = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in varied.items())
         parts = [Path(model.rpartition(":")[2]).name, slug(label), f"lr{rate:g}", str(steps), f"l{lmbda:g}"]
         parts += [f"s{seed}"] + ([re.sub(r"[^\w=.,+-]+", "_", variant)] if variant else [])
