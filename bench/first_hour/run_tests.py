@@ -39,7 +39,7 @@ GROUPS: dict[str, list[str]] = {
     "functional": ["tests/test_functional.py", "-k", "cuda"],
     "parity": ["tests/test_parity.py", "-k", "cuda"],
     "conventions": [
-        "tests/test_around_a_step.py", "tests/test_guard.py", "tests/test_soap.py", "tests/test_eigenbasis.py", "-k", "cuda",
+        "tests/test_around_a_step.py", "tests/test_guard.py", "tests/test_state.py", "tests/test_eigenbasis.py", "-k", "cuda",
     ],
     "compiled": [FUSED, "-k", "compiled_step"],
 }  # fmt: skip
