@@ -49,3 +49,9 @@ def photos(tmp_path_factory) -> Path:
         for file in sorted((EXAMPLES / "photos" / source).iterdir())[:count]:
             shutil.copy(file, root / split)
     return root
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """They have tests of their own, and take longer than a short training."""
+    monkeypatch.setattr("train_lic.plot_curves", lambda *args, **kwargs: None)

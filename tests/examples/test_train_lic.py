@@ -1,13 +1,10 @@
 """examples/train_lic.py as its user meets it: real photographs, CompressAI's models, a few steps."""
 
-import csv
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import lic_optimizers
 import lic_training
@@ -15,27 +12,14 @@ import pytest
 import torch
 import train_lic
 from PIL import Image
+from short_training import TINY, environment, error_line, metrics, weights
 
 import soap_opt
 
-TINY = ["--N", "8", "--M", "12", "--batch-size", "2", "--eval-crop", "128", "192"]
 CSV_COLUMNS = (
     "optimizer,split,step,seconds,learning_rate,loss,bpp,psnr,mse,aux_loss,bpp_estimated,skipped_steps,skipped_refreshes,"
     "raw,raw_shared,preconditioned,preconditioned_shared,between_steps"
 )
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["state_dict"]
 
 
 @pytest.mark.slow
@@ -256,15 +240,6 @@ def test_whole_runs_of_other_options(tmp_path, photos, options):
 
 
 # ---- bad input: one line, exit status 2 ----
-
-
-def error_line(capsys, arguments: list[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        train_lic.main(arguments)
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("train_lic.py: error: ") and captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.mark.parametrize(
