@@ -55,3 +55,10 @@ def photos(tmp_path_factory) -> Path:
 def no_curves(monkeypatch):
     """They have tests of their own, and take longer than a short training."""
     monkeypatch.setattr("train_lic.plot_curves", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """As many as tiny models need: what quantising them costs is the sampling."""
+    monkeypatch.setattr("lic_quantization.POSITIONS", 1024)
+    monkeypatch.setattr("lic_quantization.SAMPLES", 4096)
