@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from comparison import SoapRun, assert_as_exact_as, compare_step
+from comparison import SoapRun
+from step_comparison import assert_as_exact_as, compare_step
 from torch import nn
 
 import soap_opt

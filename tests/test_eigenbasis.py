@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comparison import gram_tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import contraction, mode_product
+from step_comparison import gram_tolerance
 
 from soap_opt import eigenbasis
 from soap_opt.eigenbasis import (

@@ -5,16 +5,9 @@ import warnings
 
 import pytest
 import torch
-from comparison import (
-    NO_ENGINE,
-    SoapRun,
-    assert_eigenbasis,
-    compare_step,
-    every_implementation,
-    random_gradients,
-    random_params,
-)
+from comparison import NO_ENGINE, SoapRun, every_implementation, random_gradients, random_params
 from small_model import assert_same, assert_unchanged, model_of, snapshot, train
+from step_comparison import assert_eigenbasis, compare_step
 from torch import nn
 
 from soap_opt import SOAP

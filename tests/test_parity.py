@@ -6,18 +6,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from comparison import (
-    UPDATE_TOLERANCE,
-    OracleRun,
-    SoapRun,
-    assert_as_exact_as,
-    every_implementation,
-    gram_tolerance,
-    random_gradients,
-    random_params,
-    run_lockstep,
-)
+from comparison import OracleRun, SoapRun, every_implementation, random_gradients, random_params, run_lockstep
 from oracle import Oracle, from_eigenbasis
+from step_comparison import UPDATE_TOLERANCE, assert_as_exact_as, gram_tolerance
 from torch import nn
 
 import soap_opt

@@ -6,10 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from comparison import SoapRun, every_implementation, random_gradients, random_params, share_tolerance
+from comparison import SoapRun, every_implementation, random_gradients, random_params
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle
+from step_comparison import share_tolerance
 from torch import nn
 
 from soap_opt import SOAP

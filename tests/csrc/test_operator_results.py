@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import (
-    IMPLEMENTATIONS,
-    NO_ENGINE,
-    RAGGED,
-    SoapRun,
-    assert_eigenbasis,
-    column_tolerance,
-    gram_tolerance,
-    random_basis,
-    random_gradients,
-    random_params,
-)
+from comparison import IMPLEMENTATIONS, NO_ENGINE, RAGGED, SoapRun, random_basis, random_gradients, random_params
 from operator_arguments import (
     OPS,
     assert_same_tensors,
@@ -31,6 +20,7 @@ from operator_arguments import (
     snapshot,
     step_arguments,
 )
+from step_comparison import assert_eigenbasis, column_tolerance, gram_tolerance
 
 from soap_opt import eigenbasis
 

@@ -4,9 +4,9 @@ On fibers everything of csrc/cuda runs that does not need a GPU: which matrix go
 QR with its panels; ATen's products are the CPU's.
 """
 
-import comparison
 import numpy as np
 import pytest
+import step_comparison
 import torch
 from harness import FAILED, KEPT, REFRESHED, SHARED_LIMITS
 from matrices import EPS, KINDS, complaints, make, orthogonal
@@ -86,7 +86,7 @@ def test_against_the_specification(implementation):
         # (some of 100 are apart by a tenth of an eps: what rounding sorts, as column_tolerance has it)
         assert (ordered[:-1] - ordered[1:] >= -8 * EPS * len(gram) ** 0.5 * gram.norm()).all()
         expected = torch.linalg.qr(product[:, order]).Q
-        tolerance = comparison.column_tolerance(gram, before, 0.0, EPS)
+        tolerance = step_comparison.column_tolerance(gram, before, 0.0, EPS)
         sign = torch.where((after * expected).sum(0) < 0, -1.0, 1.0)
         error = (after.double() * sign - expected).norm(dim=0)
         assert (error <= tolerance.clamp(min=4 * EPS * len(gram) ** 0.5)).all()
@@ -236,8 +236,8 @@ def test_init_basis(implementation, name):
     grams = [torch.from_numpy(make(name, d)) for d in (1, 5, 5, 33, 5, 70)]
     for gram, basis, expected in zip(grams, implementation.init(grams), init_bases(grams)):
         assert basis.is_contiguous()
-        comparison.assert_eigenbasis(gram.double(), basis.double(), EPS, name)
-        comparison.assert_eigenbasis(gram.double(), expected.double(), EPS, name)
+        step_comparison.assert_eigenbasis(gram.double(), basis.double(), EPS, name)
+        step_comparison.assert_eigenbasis(gram.double(), expected.double(), EPS, name)
 
 
 def test_init_basis_says_what_does_not_converge(implementation):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from comparison import SoapRun, compare_step, needs_engine, random_gradients, random_params
+from comparison import SoapRun, needs_engine, random_gradients, random_params
 from lockstep import OPTIONS, lockstep
+from step_comparison import compare_step
 
 import soap_opt
 from bench.fake_driver import watched
