@@ -256,11 +256,12 @@ def test_a_full_disk(small_disk, photos, capsys):
     options = arguments(photos, folder, "--steps", "30", "--eval-every", "10", "--save-every", "10")
     assert train_lic.main(options) == 1
     told = capsys.readouterr()
-    assert re.search(r"warning: no checkpoint at step \d+: .*; training goes on", told.out), told.out
+    assert re.search(r"warning: no checkpoint at step \d+: No space left on device; training goes on", told.out), told.out
     assert "stopped: cannot save step 30: " in told.err and "Traceback" not in told.err
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.new"))
     path = Path(re.search(r"The last good checkpoint is of step \d+: (\S+)\.", told.err)[1])
     assert_finite(path)
+    assert "when there is room" in told.err and "--learning-rate" not in told.err  # (which is not at fault)
     assert [row["step"] for row in metrics(folder) if row["split"] == "eval"] == ["10", "20", "30"]
 
 

@@ -60,12 +60,23 @@ def test_nohup(tmp_path, photos, examples):
 
 
 @pytest.mark.slow
-def test_interrupted_while_it_imports(examples):
-    process = start(examples, ["--help"])
+@pytest.mark.parametrize("script", ["train_lic.py", "evaluate_lic.py", "quantize_lic.py", "study_lic.py"])
+def test_interrupted_while_it_imports(examples, script):
+    process = subprocess.Popen([sys.executable, examples / script, "--help"], stderr=subprocess.PIPE, text=True)
     time.sleep(1)  # the interpreter has begun, torch's import takes longer
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_an_ignored_interrupt_stays_ignored(examples):
+    """As in a shell's background job, during the imports and after them."""
+    process = start(examples, ["--help"], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 @pytest.mark.slow

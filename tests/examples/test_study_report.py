@@ -38,8 +38,8 @@ def known(tmp_path) -> tuple[Study, Path]:
                 for setting, worse in (("float", 1.0), ("8/8 nearest mse", 1.05 if soap else 1.2)):
                     row = {"run": run.name, "setting": setting, **point}
                     quantization.append(row | {"bpp": point["bpp"] * worse})
-            for layer in ("g_a.0", "y", "z"):
-                low = {"kurtosis_channels": 1.5, "kurtosis": 4.0, "max_over_median": 9.0, "beyond_6_sigma": 0.0}
+            for layer, scale in (("g_a.0", 1), ("g_a.6", 2), ("y", 2), ("z", 3)):  # g_a.6 gives out y, which counts once
+                low = {"kurtosis_channels": 1.5 * scale, "kurtosis": 4.0, "max_over_median": 9.0, "beyond_6_sigma": 0.0}
                 outliers.append({"run": run.name, "layer": layer, **{k: v if soap else 2 * v for k, v in low.items()}})
         if "horizons" in run.experiments and run.fraction == 1.0:
             for step in range(10, 101, 10):

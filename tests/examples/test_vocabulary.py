@@ -279,3 +279,10 @@ def test_bisection(tmp_path, photos, runs, more):
 @pytest.mark.slow
 def test_bisection_resumes_to_the_bit(tmp_path, photos):
     assert_resumes_to_the_bit(tmp_path, photos, "--quantiles", "bisection")
+
+
+@pytest.mark.parametrize("given, lmbda", [([], 0.013), (["--metric", "ms-ssim"], 16.64), (["--lambda", "3"], 3.0)])
+def test_each_metric_has_its_own_lambda(given, lmbda):
+    """With MSE's a model that is trained on MS-SSIM learns to send nothing."""
+    options, _ = parse_options(make_parser(""), given)
+    assert options["lmbda"] == lmbda
