@@ -396,21 +396,29 @@ class PartsOfBatches(Sampler):
 
 def batches(
     crops: RandomCrops, first: int, last: int, batch_size: int, num_workers: int, pin_memory: bool, rank: int = 0, size: int = 1
-):
+) -> Iterator[Tensor]:
     """The batches of steps first .. last - 1, each uint8 [batch_size / size, 3, h, w]: of every batch the part that is for
-    process `rank` of `size`."""
+    process `rank` of `size`. Workers live until the generator is closed."""
     part = batch_size // size
-    return DataLoader(
-        crops,
-        batch_size=part,
-        sampler=PartsOfBatches(first, last, batch_size, rank * part, part),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-        # Its own generator: the default would draw from torch's global one, which the quantisation noise comes from,
-        # once per start, and a resumed run would see other noise than an uninterrupted one.
-        generator=torch.Generator(),
+    loader = iter(
+        DataLoader(
+            crops,
+            batch_size=part,
+            sampler=PartsOfBatches(first, last, batch_size, rank * part, part),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+            # Its own generator: the default would draw from torch's global one, which the quantisation noise comes from,
+            # once per start, and a resumed run would see other noise than an uninterrupted one.
+            generator=torch.Generator(),
+        )
     )
+    try:
+        yield from loader
+    finally:
+        # An exception's traceback holds the loader, whose workers ignore the SIGTERM by which Python ends them at its exit.
+        if num_workers:
+            loader._shutdown_workers()
 
 
 def spread_crops(files: list[Path], count: int, side: int = 256) -> list[Tensor]:

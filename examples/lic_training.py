@@ -1,5 +1,6 @@
 """One training run of a CompressAI model: its step, its evaluations, what it checks and what it keeps."""
 
+import contextlib
 import copy
 import math
 import time
@@ -57,7 +58,8 @@ class Run:
             try:
                 preconditioner_of(self.optimizer)
             except TypeError as error:  # Muon
-                raise InputError(f"--conflict-every: {error}") from error
+                what = f"what {self.label} makes of a gradient cannot be measured, only what SOAP, Adam, AdamW and SGD do"
+                raise InputError(f"--conflict-every: {what}") from error
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.gradients = Gradients(options["gradients"], self.params, options["seed"], self.world.mean)
         self.schedule = Schedule(options, options["steps"])
@@ -161,7 +163,10 @@ class Run:
         on_cuda = self.device.type == "cuda"
         loader = batches(crops, first, until, batch_size, self.options["num_workers"], on_cuda, *self.world.place)
         self.saved = (first, time.monotonic())
-        with Progress(self.options["steps"], first, self.label, quiet=not self.world.first) as progress:
+        with (
+            Progress(self.options["steps"], first, self.label, quiet=not self.world.first) as progress,
+            contextlib.closing(loader),
+        ):
             stopping = 0
             if self.evaluation_is_owed(until):
                 lr = self.scheduler.base_lrs[0] * self.schedule(first - 1)  # of the step before it

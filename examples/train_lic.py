@@ -105,6 +105,8 @@ def choose_folder(options: dict) -> Path:
         last = Checkpoints(folder / CHECKPOINT)
         kept = [path for path in (last.last, last.best, last.previous) if path.exists()]  # (a killed run may have but the best)
         if kept and not resumes:
+            with lock_folder(folder):  # (which says so if the run is still writing)
+                pass
             raise InputError(f"--save {folder} already holds a run; --resume {kept[0]}, or choose another")
         make_folder(folder, exist_ok=True)
         return folder
@@ -239,7 +241,7 @@ def how_to_go_on(checkpoints: Checkpoints, options: dict, optimizer: str, learni
     """What a run that failed leaves, and the commands that continue from it; `saving`: it is the disk that failed."""
     if optimizer != options["optimizer"]:  # the comparison's has its defaults
         options = options | {name: None for name in OF_THE_OPTIMIZER} | {"optimizer_args": {}, "optimizer": optimizer}
-    anew = {} if saving else {"learning_rate": float(f"{learning_rate / 3:.2g}")}
+    anew = {} if saving else {"learning_rate": float(f"{min(learning_rate / 3, LEARNING_RATES[optimizer]):.2g}")}
     anew |= dict.fromkeys(("resume", "save", "compare", "compare_learning_rate", "steps" if options["epochs"] else "epochs"))
     found = checkpoints.newest()
     if found is None:
@@ -385,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         return train(options, state, world)
     except InputError as error:
         # One raised in a loader's worker arrives with that process's traceback in front of it.
-        parser.error(str(error).strip().splitlines()[-1].removeprefix("lic_data.InputError: "))
+        parser.error(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -322,4 +322,6 @@ def test_two_runs_do_not_share_a_folder(tmp_path, photos, capsys):
     folder.mkdir()
     with lic_checkpoint.lock_folder(folder):
         assert "another run is writing there" in error_line(capsys, arguments(photos, folder, "--steps", "1"))
+        (folder / "checkpoint.pth.tar").touch()  # which may not be resumed while the run goes on
+        assert "another run is writing there" in error_line(capsys, arguments(photos, folder, "--steps", "1"))
     assert train_lic.main(arguments(photos, folder, "--steps", "1")) == 0
