@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def _imported(name: str, absent: str) -> str | None:
-    """Import soap_opt.NAME; the reason when that fails: ``absent`` where it was not to be built."""
+    """Import soap_opt.NAME; returns the reason when that fails: ``absent`` where the module was not to be built."""
     try:
         importlib.import_module(f"soap_opt.{name}")
     except ModuleNotFoundError:
@@ -27,12 +27,12 @@ def _imported(name: str, absent: str) -> str | None:
 
 
 def compiled_part() -> ModuleType:
-    """soap_opt._C, where there is one."""
+    """The module soap_opt._C, where it was built."""
     return importlib.import_module("soap_opt._C")
 
 
 def _load() -> str | None:
-    """Load soap_opt._C, which registers torch.ops.soap_opt.*; the reason when that fails."""
+    """Load soap_opt._C, which registers torch.ops.soap_opt.*; returns the reason when that fails."""
     reason = _imported("_C", "soap_opt was installed without its compiled part (see the first section of the README)")
     if reason is not None:
         return reason
@@ -45,7 +45,7 @@ def _load() -> str | None:
 
 
 def _register_fakes() -> None:
-    """What the operators return for tensors without data: for torch.compile, export and torch.library.opcheck."""
+    """Register the operators' results for tensors without data: for torch.compile, export and torch.library.opcheck."""
 
     def step(params: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return torch.empty(len(params), dtype=torch.int32, device="cpu")
@@ -59,7 +59,7 @@ def _register_fakes() -> None:
     def init_basis(grams: list[Tensor]) -> list[Tensor]:
         return [torch.empty_like(gram) for gram in grams]
 
-    # (not as decorators, which are not annotated)
+    # (called, because as decorators these have no type annotations)
     torch.library.register_fake("soap_opt::step_", step)
     torch.library.register_fake("soap_opt::gram_ema_", gram_ema)
     torch.library.register_fake("soap_opt::refresh_basis_", refresh_basis)
@@ -67,9 +67,9 @@ def _register_fakes() -> None:
 
 
 def _load_cuda() -> str | None:
-    """Load soap_opt._C_cuda, the CUDA implementations of what soap_opt._C declares; the reason when that fails.
+    """Load soap_opt._C_cuda, the CUDA implementations of the operators of soap_opt._C; returns the reason when that fails.
 
-    It loads without a GPU too: the CUDA runtime in it is not touched before the first call.
+    The module loads without a GPU too: it does not touch the CUDA runtime before the first call.
     """
     absent = "soap_opt was installed without its CUDA part: there was no CUDA toolkit, or SOAP_OPT_BUILD_CUDA=0"
     return _load_error or _imported("_C_cuda", absent)
@@ -81,7 +81,7 @@ _cuda_load_error = _load_cuda()
 
 @lru_cache
 def _triton_error() -> str | None:
-    """Import the Triton kernels; the reason when that fails. (Late: `import soap_opt` does not wait for Triton.)"""
+    """Import the Triton kernels; returns the reason when that fails. (Late: `import soap_opt` does not wait for Triton.)"""
     try:
         importlib.import_module("soap_opt.kernels.project")
         importlib.import_module("soap_opt.kernels.gram_ema")

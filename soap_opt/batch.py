@@ -1,4 +1,4 @@
-"""The parameters that one call steps, and what became of them."""
+"""The parameters that one call steps, and which of them it skipped."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .options import Options
 @dataclass
 class Batch:
     """Parameters with a gradient and a basis, as parallel lists: an object for each parameter would keep Python's garbage
-    collector busy for a third of a step of 2,000 small ones.
+    collector busy for a third of a step of 2,000 small parameters.
 
-    The lists of matrices run over the preconditioned modes, parameter after parameter; d_i are the sizes of a parameter's,
-    ``layouts[p].sizes``.
+    Lists of matrices run over the preconditioned modes, parameter after parameter. d_i are the sizes of a parameter's
+    preconditioned modes, ``layouts[p].sizes``.
 
     Attributes:
         params: [*shape], updated in place.
         grads: the same shapes, of any floating dtype; never written.
         exp_avgs, exp_avg_sqs: m and v in the eigenbasis, [*shape], float32 (float64 for float64).
         grams, bases: G_i and Q_i, [d_i, d_i].
-        refresh_offsets: of each mode, 0-d int64 on the CPU.
+        refresh_offsets: one for each mode, 0-d int64 on the CPU.
         state_steps: t, 0-d float32.
-        layouts: how each parameter's modes lie.
-        options: of each parameter its param group's; the same object for a whole group, whose parameters are neighbours.
+        layouts: the layout of each parameter.
+        options: the options of each parameter's group: one object for a whole group, whose parameters are neighbours.
     """
 
     params: list[Tensor]
@@ -48,12 +48,12 @@ class Batch:
         return len(self.params)
 
     def by_parameter(self, matrices: list[Tensor]) -> list[list[Tensor]]:
-        """One of the lists of matrices as one list for each parameter."""
+        """A list of matrices, split into one list for each parameter."""
         rest = iter(matrices)
         return [list(itertools.islice(rest, len(layout.modes))) for layout in self.layouts]
 
     def select(self, indices: Sequence[int]) -> Batch:
-        """Some of the parameters, in this order."""
+        """The batch of the parameters at these indices, in this order."""
         if len(indices) == len(self) and all(map(operator.eq, indices, range(len(self)))):
             return self
 
@@ -76,23 +76,23 @@ class Batch:
         return [(self.options[own[0]], own) for own in (list(indices) for _, indices in ends)]
 
     def learning_rates(self) -> list[float]:
-        """Of each parameter; a Tensor is read once a group."""
+        """The learning rate of each parameter; a Tensor is read once for each group."""
         rates = {id(options): float(options.lr) for options, _ in self.groups()}
         return [rates[id(options)] for options in self.options]
 
     def with_options(self, **changes: Any) -> Batch:
         """The same parameters, with other values of some options."""
-        changed = {id(options): replace(options, **changes) for options, _ in self.groups()}  # one a group, not one a parameter
+        changed = {id(options): replace(options, **changes) for options, _ in self.groups()}  # one object a group
         return replace(self, options=[changed[id(options)] for options in self.options])
 
 
 class Skipped(NamedTuple):
-    """Parameters of a batch of which a step left something as it was."""
+    """Indices of the parameters in a batch for which a step skipped the update, or the refresh of a basis."""
 
-    steps: list[int]  # those whose gradient is not usable (gradients.is_usable): nothing of them changed
-    refreshes: list[int]  # those with a basis that could not be refreshed: it, m and v stay; once for each
+    steps: list[int]  # parameters whose gradient is not usable (gradients.is_usable): they and their state did not change
+    refreshes: list[int]  # parameters with a basis that could not be refreshed, which stays with m and v; one entry a basis
 
     def extend(self, other: Skipped, places: Sequence[int]) -> None:
-        """Add what was left of some of the parameters. places: of these in the list of all."""
+        """Add the indices of a part of the batch. places: the indices of that part's parameters in the batch."""
         for own, more in zip(self, other):
             own.extend(places[i] for i in more)

@@ -1,4 +1,4 @@
-"""state_dict rules, and the import of checkpoints that the original implementation wrote."""
+"""Restoring state from a state_dict, and the import of checkpoints that the original implementation wrote."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .state import expected_state, step_device
 if TYPE_CHECKING:
     from .soap import SOAP
 
-# What a state_dict of another optimizer looks like, for an error that helps
+# Keys that tell a state of the original implementation, for an error that helps
 _ORIGINAL_KEYS = ("GG", "Q")
 
 
 def restore_state(optimizer: SOAP, state_dict: dict[str, Any]) -> dict[Any, Any] | None:
     """The state of ``state_dict`` as a fresh run would hold it, keyed by parameter.
 
-    Each tensor gets its dtype, device and memory format; those that are right already are taken over, not copied.
+    Each tensor gets its dtype, device and memory format; a tensor that has them already is taken over, not copied.
 
     Returns:
         None when the groups do not match, so that torch's own load_state_dict raises its error.
 
     Raises:
-        ValueError: naming the parameter, the key and what is wrong with it. Nothing has changed.
+        ValueError: the state does not fit; the error names the parameter, the key and the fault. Nothing has changed.
     """
     saved_groups = state_dict["param_groups"]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
@@ -95,7 +95,7 @@ def _restore_param(
             value = _number(param, key, value, options, describe)
         result[key] = value
     if "initialized" not in result:
-        # a basis of zeros is what a parameter holds whose first gradient has not come yet
+        # a parameter that still waits for its first gradient holds bases of zeros
         bases = [result[f"basis_{mode}"] for mode in layout.modes]
         started = bool(result["step"] > 0) or any(bool(basis.any()) for basis in bases)
         result["initialized"] = torch.tensor(started, device="cpu")
@@ -104,7 +104,7 @@ def _restore_param(
 
 @outside_modes()
 def _number(param: Tensor, key: str, value: Any, options: dict[str, Any], describe: Callable[[Tensor], str]) -> Tensor:
-    """A count or a flag of a loaded state as a fresh run would hold it: a 0-d tensor with its value, under any mode."""
+    """A count or a flag of a loaded state as a fresh run would hold it: a 0-d tensor with data, under any torch mode."""
     dtype, device = torch.int64, torch.device("cpu")
     if key == "step":
         dtype = torch.float32
@@ -122,8 +122,8 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
 
     The original keeps, for each parameter, ``exp_avg``, ``exp_avg_sq``, ``GG`` and ``Q`` (lists over the modes of the merged
     view, ``[]`` where a mode is not preconditioned), ``step``, ``precondition_frequency`` and ``shampoo_beta``.
-    Hyper-parameters that its param groups name are taken over as ``load_state_dict`` does; all others stay the
-    optimizer's. The original does not save ``data_format``: construct the optimizer with the one that the run used. For its
+    Hyper-parameters in the checkpoint's param groups are taken over as ``load_state_dict`` does; the optimizer keeps all
+    others. The original does not save ``data_format``: construct the optimizer with the one that the run used. For its
     refresh schedule pass ``refresh="together"``.
 
     Args:
@@ -166,7 +166,8 @@ def load_original_state_dict(optimizer: SOAP, state_dict: dict[str, Any], exp_av
 
 
 def _differences(raw: dict[str, Any], group: dict[str, Any]) -> list[str]:
-    """Where the state's own frequency or beta, which the original obeys, is not the group's, which is used from now on."""
+    """One text for each of frequency and beta that differs between the state, which the original obeys, and the group, which
+    is used from now on."""
     options = Options.of(group)
     used = {"precondition_frequency": options.precondition_frequency, "shampoo_beta": options.gram_beta}
     return [

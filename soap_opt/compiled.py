@@ -1,9 +1,9 @@
 """``optimizer.step()`` inside a compiled function: one operator, opaque to torch.compile.
 
-Dynamo could trace the step, but what it made of it would be worse: kernels that read pointer tables have no graph that a
-compiler could fuse, and every state tensor would become a guarded input of the graph. So the graph gets one node,
-``soap_opt::optimizer_step_``, which changes the parameters, and the optimizer's own state stays the optimizer's, as a random
-generator's does.
+Dynamo could trace the step, but the result would be worse: kernels that read pointer tables have no graph that a compiler
+could fuse, and every state tensor would become a guarded input of the graph. So the graph gets one node,
+``soap_opt::optimizer_step_``, which changes the parameters. The optimizer keeps its state outside of the graph, as a random
+generator does.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .soap import SOAP
 
-# An operator takes tensors and numbers: the number of an optimizer, as long as it lives.
+# Optimizers by their numbers, as long as they live: an operator takes tensors and numbers only.
 _optimizers: weakref.WeakValueDictionary[int, SOAP] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def register(optimizer: SOAP) -> int:
-    """The number by which :func:`optimizer_step_` finds it; another one for a copy."""
+    """The number by which :func:`optimizer_step_` finds the optimizer. A copy of the optimizer gets another."""
     number = next(_numbers)
     _optimizers[number] = optimizer
     return number
 
 
-# cudagraph_unsafe: Inductor's own CUDA graphs (mode="reduce-overhead") go around the step, whose memory they do not know.
+# cudagraph_unsafe: Inductor's own CUDA graphs (mode="reduce-overhead") leave the step out: they do not know its memory.
 @torch.library.custom_op(
     "soap_opt::optimizer_step_",
     mutates_args=("params",),
@@ -49,11 +49,11 @@ def optimizer_step_(
     """One step of a SOAP optimizer.
 
     Args:
-        params: those with a gradient, updated in place.
-        grads: same shapes; never written. In a graph they need not be ``p.grad``, which is only set when it has run.
-        places: of each parameter over all groups.
-        number: of the optimizer, from :func:`register`. Its options are read when the operator runs.
-        grad_scale, found_inf: as GradScaler leaves them with the optimizer.
+        params: the parameters with a gradient, updated in place.
+        grads: the same shapes; never written. In a graph they need not be ``p.grad``, which is only set when the graph has run.
+        places: each parameter's index over all groups.
+        number: the optimizer's, from :func:`register`. The optimizer's options are read when the operator runs.
+        grad_scale, found_inf: the attributes that GradScaler sets on the optimizer.
     """
     try:
         instance = _optimizers[number]
@@ -87,10 +87,10 @@ def all_params(optimizer: SOAP) -> list[Tensor]:
 
 
 def step_in_graph(optimizer: SOAP) -> None:
-    """What Dynamo traces of :meth:`SOAP.step`.
+    """The part of :meth:`SOAP.step` that Dynamo traces.
 
-    It reads a list of its own: at the sight of ``param_groups`` Dynamo guards every option, and sets ``capturable`` of CUDA
-    parameters that have no state yet.
+    It reads ``_traced_params``, a list of its own: where code reads ``param_groups``, Dynamo guards every option, and sets
+    ``capturable`` of CUDA parameters that have no state yet.
     """
     params, grads, places = [], [], []
     for place, param in enumerate(optimizer._traced_params):

@@ -1,4 +1,4 @@
-"""The C++ engine (csrc/cpu): its operators, called with what they take."""
+"""The C++ engine (csrc/cpu): the calls of its operators, and the tables and scratch that they take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .layout import Layout, outside_modes
 
 
 def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
-    """:func:`soap_opt.single_tensor._single_tensor_soap` by the compiled operator. All state is of one dtype; the parameters'
-    options agree but for lr and weight_decay."""
+    """:func:`soap_opt.single_tensor._single_tensor_soap` by the compiled operator. All state has one dtype; the parameters'
+    options differ in lr and weight_decay at most."""
     layouts, o = tuple(batch.layouts), batch.options[0]
     if any(options is not o for options in batch.options):
         lr, weight_decay = batch.learning_rates(), [options.weight_decay for options in batch.options]
@@ -37,8 +37,8 @@ def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
 def cpu_first_grams(
     grads: list[Tensor], layouts: list[Layout], dtype: torch.dtype, grad_scale: Tensor | None, gram_beta: float
 ) -> tuple[list[list[Tensor]], list[float]]:
-    """The Grams of first gradients, [d_i, d_i] of dtype for each mode of each, and the gradients' squared norms. The Grams of a
-    gradient whose squared norm is not finite mean nothing."""
+    """The Grams of first gradients, [d_i, d_i] of dtype for each mode of each gradient, and the gradients' squared norms. A
+    gradient whose squared norm is not finite has meaningless Grams."""
     grams = [[torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layout.sizes] for grad, layout in zip(grads, layouts)]
     kinds = tuple(layouts)
     squared_norms = torch.ops.soap_opt.gram_ema_(
@@ -50,7 +50,7 @@ def cpu_first_grams(
 @lru_cache(maxsize=64)
 @outside_modes()
 def layout_table(layouts: tuple[Layout, ...]) -> Tensor:
-    """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU: each distinct one once."""
+    """The layouts as the int64 table that csrc/cpu/layout.h decodes, [*] on the CPU; equal layouts stand there once."""
     distinct = {layout: place for place, layout in enumerate(dict.fromkeys(layouts))}
     codes = [code for layout in distinct for code in layout.encoded]
     return torch.tensor(
@@ -67,8 +67,8 @@ _memory = _Memory()
 
 
 def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
-    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. A step that
-    allocated it anew would spend as long on page faults as on the elementwise work."""
+    """The compiled CPU step's scratch: [*] of dtype, kept between steps and shared by all optimizers of a thread. Allocating it
+    anew in every step would take as long in page faults as the elementwise work."""
     kept = _memory.kept
     needed = scratch_numel(layouts, dtype, torch.get_num_threads())
     if dtype not in kept or kept[dtype].numel() < needed:
@@ -81,6 +81,6 @@ def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=64)
 @outside_modes()
 def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:
-    """Elements of scratch; :class:`soap_opt.diagnostics.MemoryReport` says what it is made of."""
+    """Elements of :func:`scratch`; :class:`soap_opt.diagnostics.MemoryReport` lists its parts."""
     numel: int = torch.ops.soap_opt.scratch_numel(layout_table(layouts), threads, dtype)
     return numel

@@ -1,6 +1,6 @@
 """The eigenbasis: init, project, refresh and re-express, as pure functions of tensors.
 
-Mode product (design of the whole package): ``(X x_i M)[.., j, ..] = sum_a X[.., a, ..] M[a, j]``.
+The mode product, in the whole package: ``(X x_i M)[.., j, ..] = sum_a X[.., a, ..] M[a, j]``.
 Every function takes tensors with or without one leading batch dimension N ("[*, ...]" below).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .layout import Layout
 
-# Grams up to this size are decomposed as one batch. Beyond it LAPACK in a loop is no slower
+# Grams up to this size are decomposed as one batch. For larger Grams LAPACK in a loop is no slower
 # (14 matrices of 128: 3.6 ms in a loop, 4.7 ms as one batch, 2 cores), and stacking would copy them.
 BATCH_MAX_DIM = 64
 
@@ -23,7 +23,7 @@ BATCH_MAX_DIM = 64
 TRIANGLE_MIN_BLOCK = 64
 
 # A BLAS may add the rows of a narrow product one after the other: MKL's sgemm leaves 2e-4 of a 7 x 7 Gram over 307,200 rows
-# in rounding. So these are added in pieces.
+# in rounding. So products narrower than this are added in pieces of NARROW_ROWS rows.
 NARROW = 32
 NARROW_ROWS = 512
 
@@ -31,8 +31,8 @@ NARROW_ROWS = 512
 @contextmanager
 def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
     """No autocast and no TF32/bfloat16 inside matrix products: reduced precision there is known to ruin the basis."""
-    # Settings of each backend, not torch.set_float32_matmul_precision: that one raises once somebody has set a backend, and
-    # would on the way back overwrite what was set. "none" inherits; where nothing is set it means full precision.
+    # These settings belong to one backend each. torch.set_float32_matmul_precision raises once somebody has set a backend, and
+    # restoring it would overwrite that setting. "none" inherits; where nothing is set it means full precision.
     products = [
         torch.backends.cuda.matmul,
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # torch puts an object in the module's place
@@ -51,8 +51,8 @@ def full_precision_matmul(device_types: set[str]) -> Iterator[None]:
 
 @contextmanager
 def same_for_all_threads() -> Iterator[None]:
-    """One thread where ``torch.use_deterministic_algorithms(True)`` asks for results that can be had again: BLAS and LAPACK
-    share a sum in as many parts as there are threads, and two ranks with other numbers would go on with other bases."""
+    """Run on one thread where ``torch.use_deterministic_algorithms(True)`` asks for reproducible results: BLAS and LAPACK split
+    a sum into as many parts as there are threads, and ranks with different numbers of threads would get different bases."""
     threads = torch.get_num_threads()
     if threads == 1 or not torch.are_deterministic_algorithms_enabled():
         yield
@@ -80,8 +80,8 @@ def _project(x: Tensor, bases: Sequence[Tensor], layout: Layout, *, back: bool) 
     by_mode = dict(zip(layout.modes, bases))
     y = layout.arrange(x)  # [*, D_1, ..., D_k]
     for group in layout.groups:
-        # [*, D, rest]^T @ [*, D, D] -> [*, rest, D]: the first dimension becomes the last, so that every product is one
-        # gemm on a matrix that is already in place, and after k of them the dimensions stand in order again.
+        # [*, D, rest]^T @ [*, D, D] -> [*, rest, D]: the first dimension becomes the last. So every product is one gemm on a
+        # matrix that needs no copy, and after k products the dimensions are in their old order.
         y = y.reshape(*batch, group.width, -1).mT
         if group.modes:
             matrix = kronecker([by_mode[i] for i in group.modes])
@@ -123,7 +123,7 @@ def outer_products(x: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def _self_product(x: Tensor) -> Tensor:
-    """x^T x, [*, rest, d] -> [*, d, d]. ATen has no syrk: large ones are a triangle of gemm blocks, mirrored.
+    """x^T x, [*, rest, d] -> [*, d, d]. ATen has no syrk: a large product is a triangle of gemm blocks, mirrored.
 
     At d = 128 and 192 the triangle takes 0.80 of the full product's time (3,200 rows, one core).
     """
@@ -163,14 +163,14 @@ class Refresh(NamedTuple):
 
     order: Tensor  # [*, d] the permutation that sorts the estimated eigenvalues, largest first
     basis: Tensor  # [*, d, d] the new Q'
-    rotation: Tensor  # [*, d, d] Q^T Q' with the *unpermuted* Q: re-expresses what was written in Q
+    rotation: Tensor  # [*, d, d] Q^T Q' with the *unpermuted* Q: turns coordinates in Q into coordinates in Q'
 
 
 def gram_times_basis(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """P = 2^k G Q [*, d, d] and e = diag(Q^T P) [*, d]. One product serves the eigenvalues, the criterion and the QR.
 
-    2^k brings G's largest entry near 1. It changes neither Q' nor the order of the eigenvalues nor what is off the diagonal,
-    and keeps products and squares of very small and very large Grams inside the range of their type.
+    2^k brings G's largest entry near 1. The scale changes neither Q' nor the order of the eigenvalues nor the off-diagonal
+    share, and keeps products and squares of very small and very large Grams inside the range of their type.
     """
     largest = gram.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
     scale = torch.frexp(largest).mantissa / largest  # a power of two, exactly (torch.ldexp's need not be)
@@ -185,7 +185,7 @@ def off_diagonal_share(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> T
     """
     norm = torch.linalg.matrix_norm(product)
     off = torch.linalg.matrix_norm(product - basis * eigenvalues.unsqueeze(-2))
-    return torch.where(norm == 0, torch.zeros_like(norm), off / norm)  # not a number where P is not
+    return torch.where(norm == 0, torch.zeros_like(norm), off / norm)  # NaN where P is not finite
 
 
 def refresh_basis(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> Refresh:
@@ -194,33 +194,33 @@ def refresh_basis(basis: Tensor, product: Tensor, eigenvalues: Tensor) -> Refres
     columns = order.unsqueeze(-2).expand_as(product)
     new_basis = torch.linalg.qr(product.gather(-1, columns)).Q.contiguous()  # LAPACK's result is column-major
     rotation = basis.mT @ new_basis
-    flush_subnormals_((new_basis, rotation))  # what mixes a block that decays with one that does not decays too
+    flush_subnormals_((new_basis, rotation))  # an entry that mixes a decaying block of G with another block decays too
     return Refresh(order, new_basis, rotation)
 
 
 def is_orthogonal(basis: Tensor) -> Tensor:
     """Whether Q [*, d, d] is finite and orthogonal, [*] bool, in O(d^2).
 
-    An entry of (Q^T Q - I) x, for one vector x of numbers between 1 and 2 and their negatives, and the square of a column's
-    norm less 1, may be 512 eps sqrt(d). LAPACK's own Q of Grams whose rows are multiples of each other has up to 110 eps
-    sqrt(d) (float64, d = 1000), of others a few.
+    Two errors may be up to 512 eps sqrt(d): every entry of (Q^T Q - I) x, for one vector x of numbers between 1 and 2 and
+    their negatives, and every column's squared norm less 1. In LAPACK's own Q the errors reach 110 eps sqrt(d) for Grams whose
+    rows are multiples of each other (float64, d = 1000), and a few eps sqrt(d) for other Grams.
     """
     d = basis.shape[-1]
     place = torch.arange(d, dtype=torch.float64, device="cpu")
-    # no two alike, so that no errors of an ordinary kind add up to nothing
+    # no two entries have the same magnitude, so that errors of an ordinary kind do not cancel
     probe = torch.where(place % 2 == 0, 1.0, -1.0) * (1 + (place * 0.6180339887498949).frac())
     x = probe.to(basis).unsqueeze(-1)  # [d, 1]
     bound: float = 512 * torch.finfo(basis.dtype).eps * d**0.5
     off = (basis.mT @ (basis @ x) - x).abs().amax((-2, -1))
-    return (off <= bound) & ((basis.square().sum(-2) - 1).abs().amax(-1) <= bound)  # NaN is neither
+    return (off <= bound) & ((basis.square().sum(-2) - 1).abs().amax(-1) <= bound)  # NaN fails both
 
 
 def flush_subnormals_(tensors: Iterable[Tensor]) -> None:
-    """Make 0 of every number below the smallest normal one (1.2e-38; float64: 2.2e-308), in place.
+    """Set every number below the smallest normal one (1.2e-38; float64: 2.2e-308) to 0, in place.
 
     A Gram's block, or a moment, whose gradients stay 0 decays by a constant factor a step. After some 1,700 steps it reaches
     the subnormal numbers, where rounding to nearest holds it for ever, and where a CPU takes ten times as long for every
-    product that meets it. Nothing is lost: sqrt(v) of that is 1e-19, which no eps of use notices.
+    product that meets it. Nothing is lost: the square root of such a v is 1e-19, far below any useful eps.
     """
     for tensor in tensors:
         tensor.masked_fill_(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0)
@@ -231,7 +231,7 @@ def reexpress_(
 ) -> None:
     """Move one parameter's state to refreshed bases, in place.
 
-    v's mode i is permuted (its entries belong to eigenvectors), m is turned by Q^T Q', Q becomes Q'.
+    Mode i of v is permuted (its entries belong to eigenvectors), mode i of m is turned by Q^T Q', and Q becomes Q'.
 
     Args:
         exp_avg, exp_avg_sq: [*layout.shape].
@@ -285,10 +285,11 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
 
     Args:
         grams: matrices of any sizes.
-        fused: by the compiled operator, all on one device: spread over the cores, or batched on CUDA.
+        fused: use the compiled operator, which spreads the matrices over the cores, or batches them on CUDA. All matrices are
+            then on one device.
 
     Raises:
-        EigenDecompositionError: eigh did not converge on a matrix, not in float64 either.
+        EigenDecompositionError: eigh did not converge on a matrix, nor in float64.
     """
     if fused and grams:
         made: list[Tensor] = torch.ops.soap_opt.init_basis(list(grams))
@@ -313,7 +314,7 @@ def _init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
             except torch.linalg.LinAlgError:
                 basis = torch.stack([_eigenvectors_in_float64(grams[i], i) for i in chunk])
             for i, q in zip(chunk, basis.unbind(0)):
-                # clone: a view would keep (and save) the whole stack for each of its members
+                # clone: a view of one member would keep (and save) the whole stack
                 bases[i] = q.clone(memory_format=torch.contiguous_format) if len(chunk) > 1 else q.contiguous()
     return [bases[i] for i in range(len(grams))]
 
@@ -327,7 +328,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
 
 
 def _eigenvectors_in_float64(gram: Tensor, index: int) -> Tensor:
-    """Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart."""
+    """eigh fails on near-degenerate float32 matrices; in float64 their clusters of eigenvalues are apart."""
     try:
         return _eigenvectors(gram)
     except torch.linalg.LinAlgError:

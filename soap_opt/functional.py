@@ -1,4 +1,4 @@
-"""SOAP's step as functions of lists of tensors: which implementation serves which parameter, and the call of it."""
+"""SOAP's step as functions of lists of tensors: the choice of an implementation for each parameter, and its call."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ class Path(Enum):
 
 
 def path_of(tensor: Tensor, options: Options, layout: Layout | None = None) -> Path:
-    """The implementation that steps a parameter: the one place that decides it.
+    """The implementation that steps a parameter. No other place decides this.
 
     Args:
         tensor: the parameter, or its exp_avg.
-        options: its group's.
-        layout: its own; without it a parameter beyond the kernels' int32 offsets counts as any other.
+        options: the options of its param group.
+        layout: the parameter's layout. Without one, a parameter that is too large for the kernels' int32 offsets counts as any
+            other.
     """
     if uses_own_kernels(tensor, options):
         if device_type_of(tensor) == "cpu":
             return Path.CPU
-        # float64 has no tensor cores to gain from, and rarely a model: PyTorch's own kernels serve it
+        # float64 has no tensor cores to gain from, and few models use it: PyTorch's own kernels serve it
         if state_dtype(tensor) == torch.float64 or (layout is not None and is_too_large(layout)):
             return Path.MULTI
         return Path.CUDA
@@ -51,14 +52,15 @@ def path_of(tensor: Tensor, options: Options, layout: Layout | None = None) -> P
 
 
 def uses_own_kernels(tensor: Tensor, options: Options) -> bool:
-    """Whether the package's own kernels are asked for, or are the fastest that work; for some dtypes there are none."""
+    """Whether the options ask for the package's own kernels, or leave the choice open and these are the fastest that work. (For
+    some dtypes there are no such kernels.)"""
     if options.fused is None and options.foreach is None:
         return _ext.is_default(device_type_of(tensor))
     return bool(options.fused)
 
 
 def device_type_of(tensor: Tensor) -> str:
-    """What :func:`path_of` takes a tensor's device for. (Tests and benchmarks let the CPU be CUDA here, and nowhere else.)"""
+    """The device type that :func:`path_of` goes by. (Tests and benchmarks replace this function to treat the CPU as CUDA.)"""
     return tensor.device.type
 
 
@@ -87,28 +89,29 @@ def soap(
 ) -> Skipped:
     """One steady step (steps 1 to 6 of :class:`soap_opt.SOAP`) for parameters that are initialised, in torch's flat signature.
 
-    Lists run over parameters; those of matrices run over the preconditioned modes, parameter after parameter. d_i are the
+    Lists run over parameters; lists of matrices run over the preconditioned modes, parameter after parameter. d_i are the
     sizes of a parameter's preconditioned modes, ``layouts[p].sizes``.
 
     Args:
         params: updated in place.
-        grads: same shapes; never written.
+        grads: the gradients, of the same shapes; never written.
         exp_avgs, exp_avg_sqs: m and v in the eigenbasis, the parameter's shape, float32 (float64 for float64).
         grams, bases: G_i and Q_i, [d_i, d_i].
-        refresh_offsets: of each mode, 0-d int64 tensors on the CPU.
+        refresh_offsets: one 0-d int64 tensor on the CPU for each mode.
         state_steps: t, 0-d float32 tensors.
-        layouts: how each parameter's modes lie.
+        layouts: the layout of each parameter.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
-        found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable (fused CUDA path alone;
-            elsewhere the caller looks).
-        cuda: what the fused CUDA path keeps between steps; refreshes that run behind are waited for by ``cuda.wait()``. Without
-            one a call makes everything anew, runs nothing behind, and waits for the device.
-        options: the arguments of :class:`soap_opt.SOAP`, with its defaults, for all parameters alike. Those that shape state
-            (``merge_dims`` and others) went into ``layouts`` before, and say nothing here.
+        found_inf: [1]; where it is not 0 nothing is stepped, and no gradient counts as unusable. Only the fused CUDA path reads
+            it; on other paths the caller has to.
+        cuda: owns the tables and buffers that the fused CUDA path keeps between steps; ``cuda.wait()`` waits for refreshes that
+            still run on their own stream. Without it a call makes all of them anew, overlaps no refresh, and waits for the
+            device.
+        options: the arguments of :class:`soap_opt.SOAP`, with its defaults, the same for all parameters. The options that shape
+            state (``merge_dims`` and others) are contained in ``layouts`` and have no effect here.
 
     Returns:
-        Indices of the parameters that were not stepped, and of those with a basis that was due and could not be refreshed.
-        (With ``cuda`` the fused CUDA path counts both there.)
+        Indices of the parameters that were not stepped, and of the parameters with a due basis that could not be refreshed.
+        (With ``cuda`` the fused CUDA path keeps both counts in it instead.)
 
     Raises:
         TypeError: SOAP has no such option.
@@ -137,12 +140,12 @@ def step_batch(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
     parts = parts_of(batch)
     on_cuda = path_of(batch.exp_avgs[0], batch.options[0]) is Path.CUDA
     skipped = Skipped([], [])
-    if on_cuda and len(parts) > 1 and len(groups := batch.groups()) > 1:  # groups share a launch, and this is several
+    if on_cuda and len(parts) > 1 and len(groups := batch.groups()) > 1:  # groups share launches within one part only
         for _, own in groups:
             skipped.extend(step_batch(batch.select(own), grad_scale, found_inf, cuda), own)
         return skipped
     clip = batch.options[0].max_grad_norm
-    # The first launch on CUDA has every norm of its call; across several, and elsewhere, they are a pass of their own.
+    # The first launch on CUDA computes every norm of its call. Several calls, and other paths, need a pass for the norms.
     if clip is not None and not (len(parts) == 1 and parts[0][0] is Path.CUDA):
         grad_scale = clipping_scale(batch.grads, grad_scale, clip)
         batch = batch.with_options(max_grad_norm=None)
@@ -150,7 +153,7 @@ def step_batch(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
         part = batch.select(indices)
         if path is Path.CUDA:
             left = cuda.step(part, grad_scale, found_inf)
-        elif on_cuda and found_inf is not None and float(found_inf) != 0:  # (beyond the kernels' offsets: nobody else looks)
+        elif on_cuda and found_inf is not None and float(found_inf) != 0:  # (a parameter too large for the kernels: read here)
             continue
         else:
             left = {Path.CPU: cpu_soap, Path.MULTI: _multi_tensor_soap, Path.SINGLE: _single_tensor_soap}[path](
@@ -161,17 +164,17 @@ def step_batch(batch: Batch, grad_scale: Tensor | None, found_inf: Tensor | None
 
 
 def parts_of(batch: Batch) -> list[tuple[Path, list[int]]]:
-    """The parameters that are stepped by one call of an implementation: of one device and dtype of state and, on CUDA, with as
-    much scratch as there may be."""
+    """The batch in parts, each stepped by one call of an implementation. A part has one device and one dtype of state; on CUDA
+    its scratch is within the limit."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     devices, dtypes = (set(map(attrgetter(name), batch.exp_avgs)) for name in ("device", "dtype"))
-    if len(devices) == len(dtypes) == 1:  # nearly always; of thousands of parameters none is looked at by itself
+    if len(devices) == len(dtypes) == 1:  # nearly always so; it saves a loop over thousands of parameters
         kinds[devices.pop(), dtypes.pop()] = list(range(len(batch)))
     else:
         for i, exp_avg in enumerate(batch.exp_avgs):
             kinds.setdefault((exp_avg.device, exp_avg.dtype), []).append(i)
     paths = [path_of(batch.exp_avgs[indices[0]], batch.options[indices[0]]) for indices in kinds.values()]
-    if len(kinds) > 1 and not {Path.CPU, Path.CUDA}.isdisjoint(paths):  # (one call looks at everything before it writes)
+    if len(kinds) > 1 and not {Path.CPU, Path.CUDA}.isdisjoint(paths):  # (where there is one call, it checks before it writes)
         for param, exp_avg in zip(batch.params, batch.exp_avgs):
             if state_dtype(param) != exp_avg.dtype:
                 raise RuntimeError(f"a parameter is {param.dtype}, its state {exp_avg.dtype}")

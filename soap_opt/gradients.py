@@ -1,4 +1,4 @@
-"""What every implementation in PyTorch asks of gradients: their preparation, which of them are usable, and clipping."""
+"""Gradients, for every implementation in PyTorch: their preparation, which of them are usable, and clipping."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ def state_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def prepare_gradient(grad: Tensor, dtype: torch.dtype, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient of what is minimised, in the state's dtype, GradScaler's scale divided out; never p.grad's own memory
-    when anything was changed."""
+    """The gradient of the objective to minimise, in the state's dtype, divided by GradScaler's scale. It shares p.grad's memory
+    only where nothing had to be changed."""
     grad = grad.to(dtype)
     if grad_scale is not None:
-        grad = grad / grad_scale.to(device=grad.device, dtype=dtype).reshape(())  # [1] would make a 0-d gradient [1]
+        grad = grad / grad_scale.to(device=grad.device, dtype=dtype).reshape(())  # a scale [1] would make a 0-d gradient [1]
     return -grad if maximize else grad
 
 
 def is_usable(norm: Tensor) -> Tensor:
     """Whether ||G||_F^2 is at most :func:`largest_squared_norm`, which bounds every entry of G in any basis, of its Grams and
-    of v. Takes ||G||_F."""
+    of v. norm: ||G||_F."""
     return norm.square() <= largest_squared_norm(norm.dtype)  # false for NaN
 
 
 def largest_squared_norm(dtype: torch.dtype) -> float:
-    """A quarter of the type's largest number: room for rounding."""
+    """The largest ||G||_F^2 of a usable gradient: a quarter of the dtype's largest number, which leaves room for rounding."""
     return torch.finfo(dtype).max / 4
 
 
 def clipping_scale(grads: list[Tensor], grad_scale: Tensor | None, max_grad_norm: float) -> Tensor:
-    """The scale that divides gradients as ``clip_grad_norm_(params, max_grad_norm)`` would clip them, [1].
+    """The scale [1] such that dividing by it clips the gradients as ``clip_grad_norm_(params, max_grad_norm)`` does.
 
-    A gradient that is not usable has no part in the total norm: its parameter stays as it is and the others move on.
+    A gradient that is not usable does not count in the total norm: its parameter stays as it is and the others move on.
     """
     device, dtype = grads[0].device, state_dtype(grads[0])
     with same_for_all_threads():

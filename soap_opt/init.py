@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 def first_grams(
     grads: list[Tensor], layouts: list[Layout], dtype: torch.dtype, options: Options, grad_scale: Tensor | None
 ) -> list[tuple[list[Tensor] | None, bool]]:
-    """Of each first gradient the Grams, (1 - beta_s) times it contracted with itself, [d_i, d_i] for every mode (None where the
-    gradient is not usable, see :func:`soap_opt.gradients.is_usable`), and whether anything in it is not zero.
+    """The Grams of every first gradient, and whether any of its elements is not zero.
+
+    The Gram of mode i, [d_i, d_i], is (1 - beta_s) times the gradient contracted with itself over all modes but i. A gradient
+    that is not usable (see :func:`soap_opt.gradients.is_usable`) has None instead of Grams.
 
     Args:
-        grads: of any dtype; never written.
-        layouts: how each one's modes lie.
-        dtype: of the parameters' state. A gradient's own may be another (``param.grad_dtype``).
-        options: of their group.
+        grads: first gradients of any dtype; never written.
+        layouts: the layout of each gradient's parameter.
+        dtype: the dtype of the parameters' state. A gradient may have another (``param.grad_dtype``).
+        options: the options of the parameters' group.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
     """
     if all(path_of(grad, options) is Path.CPU for grad in grads):
@@ -58,18 +60,18 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
     """G_i <- (1 - beta_s) (G contracted over all modes but i), Q_i <- eigenvectors of G_i.
 
     Args:
-        optimizer: whose state it becomes.
-        pending: group, parameter, gradient.
-        scales: of each group, by its id: what the gradients are divided by.
+        optimizer: the optimizer whose state takes the Grams and bases.
+        pending: (group, parameter, gradient) for each parameter.
+        scales: for each group, by its id, the scale that its gradients are divided by.
 
     Raises:
         RuntimeError: eigh cannot decompose a Gram; nothing has changed then.
-        ValueError: a gradient of another shape than its parameter's.
+        ValueError: a gradient and its parameter differ in shape.
     """
     usable: list[tuple[dict[str, Any], Tensor]] = []
     unusable: list[Tensor] = []
     grams: list[Tensor] = []
-    owners: list[tuple[Tensor, str, str]] = []  # of each Gram: the parameter, the keys of the Gram and of its basis
+    owners: list[tuple[Tensor, str, str]] = []  # for each Gram: its parameter, its key, the key of its basis
     zeros: set[Tensor] = set()
     kinds: dict[tuple[int, torch.dtype], tuple[dict[str, Any], list[Tensor], list[Tensor]]] = {}
     for group, param, grad in pending:
@@ -113,7 +115,7 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
     allocate(optimizer, usable)
     for i, (param, gram_key, basis_key) in enumerate(owners):
         state = optimizer.state[param]
-        if param not in zeros or gram_key not in state:  # (a second gradient of zeros finds them in place)
+        if param not in zeros or gram_key not in state:  # (a second gradient of zeros keeps those of the first)
             state[gram_key] = grams[i]
             state[basis_key] = bases[i] if i in bases else torch.zeros_like(grams[i])
     for _, param in usable:
@@ -122,7 +124,8 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
 
 
 def step_dataless(optimizer: SOAP, work: Work) -> Work:
-    """Step what has shapes and no numbers, and return the rest: state of the right shapes is all that can be made of it."""
+    """Step the parameters that have shapes but no numbers, and return the rest. Such a step allocates state of the right
+    shapes, or only counts t where there is state."""
     dataless = [is_dataless(param) for param in work.params]
     for param, layout in compress(zip(work.params, work.layouts), dataless):
         state = optimizer.state.get(param)

@@ -1,4 +1,4 @@
-"""How a parameter is seen: what follows from its shape, its strides and the options that shape its state.
+"""The layout of a parameter, derived from its shape, its strides and the options that shape its state.
 
 Nothing here is state. A layout may be thrown away at any time and is made again from the parameter and ``optimizer.state``.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 # Tiny neighbouring modes (the 5 x 5 of a convolution) are multiplied as one Kronecker product: one gemm of width 25 runs
-# at 73 GF/s where two batched products of width 5 are bound by memory. Wider factors are quicker on their own.
+# at 73 GF/s, and two batched products of width 5 are bound by memory. Wider factors are quicker on their own.
 KRONECKER_MAX_FACTOR = 8
 KRONECKER_MAX_WIDTH = 64
 
@@ -30,9 +30,9 @@ class Group(NamedTuple):
     sizes: tuple[int, ...]  # their sizes
 
 
-@dataclass(frozen=True, eq=False)  # layout_of makes equal ones once: identity compares, and hashes, in no time
+@dataclass(frozen=True, eq=False)  # layout_of makes equal layouts once: identity compares and hashes them quickly
 class Layout:
-    """How a parameter of shape ``shape`` is seen by the mode products.
+    """The view that the mode products have of a parameter of shape ``shape``.
 
     Attributes:
         shape: the parameter's own shape (d_1, ..., d_k).
@@ -77,7 +77,7 @@ class Layout:
     def _view_inverse(self) -> tuple[int, ...]:
         return _inverse(self.view_order)
 
-    # The state's keys, one for each of modes (made once: a step that formatted them would spend a microsecond each time)
+    # Keys of the state, one for each of ``modes`` (made once: formatting them in a step would take a microsecond each time)
     @cached_property
     def gram_keys(self) -> tuple[str, ...]:
         return tuple(f"gram_{mode}" for mode in self.modes)
@@ -103,8 +103,8 @@ class Layout:
 
     @cached_property
     def encoded(self) -> tuple[int, ...]:
-        """One layout of :func:`soap_opt.cpu.layout_table`: ndim, order.., numel, groups; for each group width, modes,
-        positions, sizes."""
+        """The layout as integers of :func:`soap_opt.cpu.layout_table`: ndim, order.., numel, number of groups; for each group
+        its width, number of modes, positions.., sizes.."""
         code = [len(self.memory_order), *self.memory_order, self.numel, len(self.groups)]
         for group in self.groups:
             code += [group.width, len(group.modes), *(self.modes.index(mode) for mode in group.modes), *group.sizes]
@@ -151,7 +151,7 @@ def merge(shape: Iterable[int], max_precond_dim: int) -> tuple[int, ...]:
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
-    """Dimensions of x from the outermost in memory to the innermost, for a dense x; the identity for any other."""
+    """Dimensions of a dense x from the outermost in memory to the innermost; the identity for an x that is not dense."""
     identity = tuple(range(x.dim()))
     if x.is_contiguous():
         return identity
@@ -174,14 +174,14 @@ def layout_of(
 
     Args:
         shape: the parameter's shape.
-        order: its :func:`memory_order` (that of its ``exp_avg``, which the hot loop reads).
+        order: the :func:`memory_order` of its ``exp_avg``, which the hot loop reads.
         max_precond_dim, merge_dims, precondition_1d, data_format: as in :class:`soap_opt.SOAP`.
     """
     identity = tuple(range(len(shape)))
     numel = math.prod(shape)
     view_order, view_shape = identity, shape
     if merge_dims and numel > 0:
-        # data_format says how the dimensions are to be read, which matters only for what is a neighbour of what
+        # data_format says in which order the dimensions are read; it only matters for which dimensions are neighbours
         if data_format == "channels_last" and len(shape) == 4:
             view_order = (0, 3, 1, 2)
         view_shape = merge((shape[i] for i in view_order), max_precond_dim)
@@ -214,13 +214,13 @@ def layout_of(
 
 def _worth_kronecker(group: Group, size: int, numel: int) -> bool:
     width = group.width * size
-    # at least `width` columns, or making the product costs more than using it saves
+    # with fewer than `width` columns, making the Kronecker product costs more than using it saves
     return max(*group.sizes, size) <= KRONECKER_MAX_FACTOR and width <= KRONECKER_MAX_WIDTH and numel >= width * width
 
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """No FakeTensorMode and no inference mode inside. What is kept for everybody must not be made under one: a fake tensor,
-    kept, would fail every real optimizer with the same layouts."""
+    """No FakeTensorMode and no inference mode inside. Tensors in caches that all optimizers share must not be made under such a
+    mode: a cached fake tensor would make every real optimizer with the same layouts fail."""
     with _disable_current_modes(), torch.inference_mode(False):
         yield

@@ -29,22 +29,22 @@ from .options import Options
 from .schedule import is_due
 from .single_tensor import copy_finite_, step_size
 
-# Elements of a bucket on a CPU, so few that its elementwise passes find in cache what its matrix products left there, and
-# that scratch stays small. Accelerators get one bucket.
+# Elements of a bucket on a CPU: few enough that the elementwise passes find the results of the matrix products in cache, and
+# that scratch stays small. On an accelerator all parameters are one bucket.
 CPU_BUCKET_NUMEL = 1 << 19
 
 # Tensors up to this size are stacked with others of the same layout; larger ones keep a core busy by themselves.
 BATCH_MAX_NUMEL = 1 << 12
 
-# Subnormal numbers become zeros at every 16th t: until then few steps meet them, and they are never held.
+# Subnormal numbers become zeros at every 16th t: few steps meet one until then, and rounding never holds one for long.
 FLUSH_PERIOD = 16
 
 
 @same_for_all_threads()
 def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
     """:func:`soap_opt.single_tensor._single_tensor_soap` stage by stage over buckets of parameters: _foreach ops for everything
-    elementwise, stacked products for small tensors of one layout, stacked QR for small bases. Arguments as there; the
-    parameters' options agree but for lr and weight_decay."""
+    elementwise, stacked products for small tensors of one layout, stacked QR for small bases. The arguments are the
+    same; the parameters' options differ in lr and weight_decay at most."""
     skipped = Skipped([], [])
     lrs, o = batch.learning_rates(), batch.options[0]
     exp_avgs, exp_avg_sqs, state_steps, layouts = batch.exp_avgs, batch.exp_avg_sqs, batch.state_steps, batch.layouts
@@ -52,7 +52,7 @@ def _multi_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
     for bucket in buckets(exp_avgs, layouts):
         dtype = exp_avgs[bucket[0]].dtype
         grad = {i: prepare_gradient(batch.grads[i], dtype, grad_scale, o.maximize) for i in bucket}
-        # One transfer to the host for the bucket. (Nothing is written before it is known what is usable.)
+        # One transfer to the host for the bucket. (Nothing is written before the host knows which gradients are usable.)
         usable = is_usable(torch.stack(torch._foreach_norm(list(grad.values())))).tolist()
         if not all(usable):
             skipped.steps.extend(i for i, ok in zip(bucket, usable) if not ok)
@@ -112,24 +112,24 @@ def _turn(
     layouts: list[Layout],
     stacks: list[list[int]],
 ) -> None:
-    """Each parameter's tensor [*shape] into its bases, or back (turn: project, project_back), a stack at a time. results may be
-    tensors: each is then freed as soon as it is turned."""
+    """Turn each parameter's tensor [*shape] into its eigenbasis, or back (turn: project, project_back), one stack at a time.
+    results may be the dict ``tensors``: an input is then freed as soon as it is turned."""
     for stack in stacks:
         result = turn(_stack(tensors, stack), _stack_modes(bases, stack), layouts[stack[0]])
         results.update(_unstack(result, stack))
 
 
 def _adam(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], turned: list[Tensor], options: Options) -> list[Tensor]:
-    """Step 2: m and v in place, and m / (sqrt(v) + eps), each [*shape]; turned: the projected gradients."""
+    """Step 2: update m and v in place, return m / (sqrt(v) + eps); all [*shape]. turned: the projected gradients."""
     o = options
     torch._foreach_lerp_(exp_avgs, turned, 1 - o.beta1)
     torch._foreach_mul_(exp_avg_sqs, o.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, turned, turned, 1 - o.beta2)
-    del turned  # its memory is the denominators'
+    del turned  # the denominators may take its memory
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(denominators, o.eps)
     updates = list(torch._foreach_div(exp_avgs, denominators))
-    if o.eps < torch.finfo(updates[0].dtype).tiny:  # 0, or 0 in this dtype
+    if o.eps < torch.finfo(updates[0].dtype).tiny:  # eps is 0, or 0 in this dtype
         for u, denominator in zip(updates, denominators):
             u.masked_fill_(denominator == 0, 0)
     return updates
@@ -141,7 +141,7 @@ def _apply(
     """Step 4: p <- keep (p + size U), in the state's dtype."""
     careful = may_overflow(sizes, keeps, eps, dtype)
     moved = [p.resolve_neg().to(dtype, copy=careful) for p in params]  # (_foreach takes no negative views)
-    for size, places in _alike(sizes).items():  # (several where a parameter missed a gradient, or groups differ)
+    for size, places in _alike(sizes).items():  # (sizes differ where a parameter missed a gradient, or between groups)
         torch._foreach_add_([moved[k] for k in places], [updates[k] for k in places], alpha=size)
     for keep, places in _alike(keeps).items():
         if keep != 1:
@@ -159,7 +159,7 @@ def _apply(
 def _average(
     grams: list[list[Tensor]], grads: dict[int, Tensor], layouts: list[Layout], stacks: list[list[int]], gram_beta: float
 ) -> None:
-    """Step 5: every G_i of a bucket, [d_i, d_i], in place."""
+    """Step 5: update every Gram G_i [d_i, d_i] of a bucket in place."""
     averaged: list[Tensor] = []
     outers: list[Tensor] = []
     for stack in stacks:
@@ -171,15 +171,18 @@ def _average(
 
 
 def may_overflow(step_sizes: Sequence[float], keeps: Sequence[float], eps: float, dtype: torch.dtype) -> bool:
-    """Whether step 4 could leave the state's dtype: not where every keep is at most 1, and ||step_size U||, at most step_size
-    ||m|| / eps with ||m|| at most that of the largest usable gradient, is lost in the rounding of the largest number."""
+    """Whether step 4 could leave the range of the state's dtype.
+
+    It cannot where every keep is at most 1 and ||step_size U|| is lost in the rounding of the dtype's largest number.
+    ||step_size U|| is at most step_size ||m|| / eps, and ||m|| is at most the norm of the largest usable gradient.
+    """
     largest = largest_squared_norm(dtype) ** 0.5
     limit = torch.finfo(dtype).max * torch.finfo(dtype).eps / 8
     return max(map(abs, keeps)) > 1 or not max(map(abs, step_sizes)) * largest < limit * eps
 
 
 def _alike(values: list[float]) -> dict[float, list[int]]:
-    """Places of each value."""
+    """The places at which each value stands."""
     places: dict[float, list[int]] = {}
     for place, value in enumerate(values):
         places.setdefault(value, []).append(place)
@@ -187,12 +190,12 @@ def _alike(values: list[float]) -> dict[float, list[int]]:
 
 
 def _stack(tensors: dict[int, Tensor] | list[Tensor], stack: list[int]) -> Tensor:
-    """[N, *shape] of the stack's tensors; the tensor itself, without a copy, when it is alone."""
+    """The stack's tensors as one tensor [N, *shape]; a stack of one is the tensor itself, without a copy."""
     return tensors[stack[0]] if len(stack) == 1 else torch.stack([tensors[i] for i in stack])
 
 
 def _stack_modes(matrices: list[list[Tensor]], stack: list[int]) -> list[Tensor]:
-    """For each mode the stack's matrices [N, d, d], or [d, d] when it is of one."""
+    """For each mode the stack's matrices [N, d, d], or [d, d] for a stack of one."""
     return [_stack({i: matrices[i][k] for i in stack}, stack) for k in range(len(matrices[stack[0]]))]
 
 
@@ -206,8 +209,8 @@ def refresh_units(
     bases: list[list[Tensor]],
     tolerance: float,
 ) -> tuple[dict[int, dict[int, Refresh]], list[int]]:
-    """Refresh the due units (parameter, position of the mode), small ones of equal size as one stack; and the parameters of
-    those that failed. tolerance: of "adaptive", below 0 otherwise."""
+    """Refresh the due units (parameter, position of the mode); small units of equal size form one stack. Returns the refreshes,
+    and the parameters of the units that failed. tolerance: of the policy "adaptive", negative for the others."""
     by_size: dict[int, list[tuple[int, int]]] = {}
     for i, k in due:
         by_size.setdefault(bases[i][k].shape[0], []).append((i, k))

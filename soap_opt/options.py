@@ -1,4 +1,4 @@
-"""The hyper-parameters of a param group: the one list of them, their defaults, and what they may be."""
+"""The hyper-parameters of a param group: the one list of their names, defaults and ranges."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ REFUSED = {
     "differentiable": "a step through eigh and QR of nearly equal eigenvalues has no usable derivative",
 }
 
-LARGEST_LR = 3.4e38  # what float32 holds
+LARGEST_LR = 3.4e38  # about float32's largest number
 
 # Bytes of the two scratch buffers of one CUDA plan. Larger models are stepped piece by piece.
 SCRATCH_LIMIT = 1 << 31
 
 
 def _option(role: str, default: Any) -> Any:
-    """A hyper-parameter. role: what it decides, see :func:`names_of`."""
+    """A field for a hyper-parameter with this default. role: see :class:`Options`."""
     return field(default=default, metadata={"role": role})
 
 
@@ -37,14 +37,15 @@ _own, _step, _shape, _call, _group, _path = (partial(_option, r) for r in ("own"
 class Options:
     """The hyper-parameters of a param group, in the order and with the meanings of :class:`soap_opt.SOAP`'s arguments.
 
-    Each has a role, which says what parameters have to agree in to be stepped by one call:
+    Every option has a role. The role says whether parameters must have the same value to be stepped by one call:
 
-    - own: nothing; every parameter may have another value.
-    - step: the arithmetic of a step. One for all parameters of a call on the CPU; the CUDA kernels read a row a group.
-    - shape: the shapes, or the meaning, of state. Pinned as soon as there is some.
-    - call: what a call of the CUDA path does for all of its parameters.
+    - own: every parameter may have a value of its own.
+    - step: the arithmetic of a step. A call on the CPU has one value for all parameters; the CUDA kernels read one row of
+      values for each param group.
+    - shape: the shapes, or the meaning, of the state. The value is pinned as soon as a parameter has state.
+    - call: the behaviour of a call of the CUDA path, for all of its parameters.
     - group: applies to the group as a whole.
-    - path: which implementation runs.
+    - path: the choice of the implementation.
     """
 
     lr: float | Tensor = _own(3e-3)
@@ -73,21 +74,21 @@ class Options:
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Options:
-        """Of a param group, which names them all."""
+        """The options of a param group, which has a value for every one of them."""
         return cls(*_VALUES(group))
 
     def check(self) -> None:
         """Check the values, in torch's wording.
 
         Raises:
-            ValueError: one is out of its range.
+            ValueError: a value is out of its range.
             RuntimeError: foreach and fused together.
         """
         lr = self.lr
         if isinstance(lr, Tensor):
             if lr.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
-            lr = float(lr) if lr.device.type == "cpu" else 0.0  # the host does not wait for a device to hear its value
+            lr = float(lr) if lr.device.type == "cpu" else 0.0  # a value on a device is not checked: the host would wait for it
         if not 0.0 <= lr <= LARGEST_LR:
             raise ValueError(f"Invalid learning rate: {lr}")
         if not 0.0 <= self.eps:
@@ -132,37 +133,37 @@ class Options:
 
     @property
     def gram_beta(self) -> float:
-        """Decay rate of the Grams: shampoo_beta, or beta2 where that says nothing."""
+        """Decay rate of the Grams: shampoo_beta, or beta2 where shampoo_beta is None or negative."""
         beta = self.shampoo_beta
         return self.betas[1] if beta is None or beta < 0 else beta
 
     @property
     def tolerance(self) -> float:
-        """The share off the diagonal up to which a due basis is passed over; below 0: none is."""
+        """The off-diagonal share up to which a due basis is not refreshed; negative: every due basis is refreshed."""
         return tolerance_of(self.refresh, self.refresh_tolerance)
 
     def step_row(self) -> list[float]:
-        """The options of role step, as the C++ engine takes them: in their order, betas as two numbers, what is on or off as 1
-        or 0, the policy of refreshes as its place in POLICIES. The record in csrc/cpu/step_arguments.h has the same fields."""
+        """The options of role step, as the C++ engine takes them: in their order: betas as two numbers, flags as 1 or 0, the
+        refresh policy as its index in POLICIES. The record StepOptions in csrc/cpu/step_arguments.h has the same fields."""
         values = {**self.__dict__, "shampoo_beta": self.gram_beta, "refresh": POLICIES.index(self.refresh)}
         return [*self.betas, *map(float, _STEP(values))]
 
     def agree_on_cpu(self) -> tuple[Any, ...]:
-        """What groups must agree in for one call of the C++ engine or the multi-tensor path."""
+        """The values that groups must share for one call of the C++ engine or the multi-tensor path."""
         return (*self.betas, *_STEP_AND_PATH(self.__dict__))  # (betas may be a list, which has no hash)
 
     def agree_on_cuda(self) -> tuple[Any, ...]:
-        """What groups must agree in for one call of the CUDA path: the options of the call, and whether a due refresh may be
-        skipped, since one call refreshes all."""
+        """The values that groups must share for one call of the CUDA path: the options of role call, and the tolerance, because
+        one call of the refresh serves all groups."""
         return (self.tolerance, *_CALL(self.__dict__))
 
 
 def names_of(*roles: str) -> tuple[str, ...]:
-    """The options of these roles, in their order; all without any."""
+    """Names of the options with these roles, in the order of the fields; of all options where no role is given."""
     return tuple(f.name for f in fields(Options) if not roles or f.metadata["role"] in roles)
 
 
-_Values = Callable[[dict[str, Any]], tuple[Any, ...]]  # several of a dict's
+_Values = Callable[[dict[str, Any]], tuple[Any, ...]]  # reads several values of a dict
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 SHAPING = names_of("shape")

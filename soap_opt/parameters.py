@@ -1,4 +1,4 @@
-"""What is asked of parameters before they join a group, and what their first step will cost."""
+"""The checks of parameters that join a group, and the estimated cost of their first step."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from .gradients import state_dtype
 from .layout import layout_of, outside_modes
 from .options import SHAPING
 
-# A first step that takes longer is warned of: nobody expects it of an optimizer's first step.
+# A longer first step gets a warning: nobody expects an optimizer's first step to take so long.
 LONG_FIRST_STEP = 5.0  # seconds
 
-# Modes that are warned of where a decomposition's time is not known, on devices other than a CPU
+# Larger modes get a warning on devices other than a CPU, where the time of a decomposition is not known
 LARGE_MODE = 4096
 
 _MEASURED = 512
 
 
 def check_params(params: Sequence[Any], describe: Callable[[int], str]) -> None:
-    """Refuse what SOAP cannot step. params: as in a param group, tensors or (name, tensor). describe: of a place in it.
+    """Refuse parameters that SOAP cannot step.
+
+    Args:
+        params: tensors or (name, tensor), as in a param group.
+        describe: names the parameter at an index of params.
 
     Raises:
         RuntimeError: complex parameters.
         TypeError: DTensor parameters.
-        ValueError: a parameter that stands twice in the group.
+        ValueError: a parameter stands twice in the group.
     """
     seen: dict[int, int] = {}
     for place, param in enumerate(params):
         tensor = param[1] if isinstance(param, tuple) else param
         if not isinstance(tensor, Tensor):
-            continue  # torch has an error for it
+            continue  # torch raises its own error
         if tensor.is_complex():
             raise RuntimeError(f"SOAP does not support complex parameters, but {describe(place)} is {tensor.dtype}")
         if is_dtensor(tensor):
@@ -56,7 +60,7 @@ def check_params(params: Sequence[Any], describe: Callable[[int], str]) -> None:
 
 
 def describe_place(params: Sequence[Any], before: int, place: int) -> str:
-    """'parameter 3 (layer.weight) of shape (4, 4)'. params: of one group; before: parameters of the groups before it."""
+    """'parameter 3 (layer.weight) of shape (4, 4)'. params: of one group; before: number of parameters in earlier groups."""
     param = params[place]
     name, tensor = (f" ({param[0]})", param[1]) if isinstance(param, tuple) else ("", param)
     shape = "not known yet" if is_lazy(tensor) else tuple(tensor.shape)
@@ -69,24 +73,24 @@ def is_dataless(tensor: Tensor) -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has made one where it is not imported
+    module = sys.modules.get("torch.distributed.tensor")  # without this module there are no DTensors
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def first_step_costs(
     params: Sequence[Any], group: dict[str, Any], cubes: int, describe: Callable[[int], str]
 ) -> tuple[int, str | None]:
-    """What the eigendecompositions of a group's first step cost, and a warning where they, and those of the groups before, will
-    keep it for seconds: once, when they become so many.
+    """The cost of the eigendecompositions of a group's first step, and a warning where the first step of all groups so far will
+    take seconds. Only the group that brings the time above the limit gets the warning.
 
     Args:
         params: tensors or (name, tensor).
-        group: all options.
-        cubes: of the sizes of the Grams before these, added up.
-        describe: of a place in params.
+        group: the group's options, complete.
+        cubes: sum of d^3 over the Grams on the CPU of all groups before.
+        describe: names the parameter at an index of params.
 
     Returns:
-        cubes with these, and the text or None.
+        cubes with this group's Grams added, and the text of the warning or None.
     """
     tensors = [param[1] if isinstance(param, tuple) else param for param in params]
     tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
@@ -115,23 +119,23 @@ def first_step_costs(
 
 
 def first_step_seconds(cubes: int) -> float:
-    """About how long eigendecompositions take on this machine's CPU; 0 where it is not much. cubes: of the sizes, added up."""
+    """Estimated seconds of eigendecompositions on this machine's CPU; 0 if few. cubes: sum of d^3 over the Grams."""
     if cubes < 1500.0**3:
         return 0.0
-    # LAPACK's eigh gets to about twice the speed that it has at this size
+    # On larger matrices LAPACK's eigh reaches about twice its speed at the measured size
     return 0.6 * _seconds_of_eigh(torch.get_num_threads()) * cubes / _MEASURED**3
 
 
 @lru_cache
 def _seconds_of_eigh(threads: int) -> float:
-    """Of one [512, 512] float32 matrix: some hundredths of a second."""
+    """Seconds that eigh takes for one [512, 512] float32 matrix: some hundredths."""
     with outside_modes(), torch.random.fork_rng(devices=[]), torch.no_grad():
         x = torch.randn(_MEASURED, _MEASURED, dtype=torch.float32, device="cpu")
         gram = x @ x.T
-        torch.linalg.eigh(gram)  # loads what it needs, and starts its threads
+        torch.linalg.eigh(gram)  # the first call loads libraries and starts threads
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
             torch.linalg.eigh(gram)
             seconds.append(time.perf_counter() - start)
-        return min(seconds)  # what else runs on the machine is no reason to warn
+        return min(seconds)  # other load on the machine is no reason to warn

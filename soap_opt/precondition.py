@@ -1,4 +1,4 @@
-"""What SOAP's present state makes of a gradient: the step's linear map, without the step."""
+"""The update that SOAP's present state gives for a gradient: the step's linear map, without the step."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ def why_missing(device_type: str) -> str | None:
     return f"soap_opt has no kernels of its own for device type {device_type!r}"
 
 
-WARP_LIMIT = 32  # CUDA: matrices up to this have a warp, larger ones that fit in shared memory a block (kWarpLimit)
-LARGEST = 256  # above this no matrix has a block, whatever its shared memory (kBlockLimit)
-SMALL_TABLE_ROWS = 32  # launches of more matrices are other kernels than those of so many (kSmallTableRows)
+WARP_LIMIT = 32  # CUDA: a warp refreshes a matrix up to this size, a block a larger one (kWarpLimit)
+LARGEST = 256  # no block refreshes a matrix above this size, whatever its shared memory (kBlockLimit)
+SMALL_TABLE_ROWS = 32  # a launch of more matrices runs another kernel (kSmallTableRows)
 
 
 def block_shared_memory(d: int) -> int:
@@ -32,7 +32,7 @@ def block_shared_memory(d: int) -> int:
 
 
 def largest_in_shared_memory(limit: int) -> int:
-    """The largest d that fits in ``limit`` bytes: from there on the operator is a sequence of ATen calls, on CUDA."""
+    """The largest d that fits in ``limit`` bytes. On CUDA a larger matrix takes a sequence of ATen calls."""
     return max(d for d in range(WARP_LIMIT + 1, LARGEST + 1) if block_shared_memory(d) <= limit)
 
 
@@ -47,16 +47,16 @@ def refresh_bases_(
 
     Args:
         grams: [d, d] float32 or float64, contiguous; d may differ.
-        bases: [d, d] each, contiguous: Q, becomes Q'.
-        tolerance: what is off(Q^T G Q) <= tolerance ||Q^T G Q||_F is left alone; negative: nothing is.
+        bases: [d, d], contiguous: Q before the call, Q' after it.
+        tolerance: a basis with off(Q^T G Q) <= tolerance ||Q^T G Q||_F is kept; negative: every due basis is refreshed.
         due: [n] bool on the matrices' device; None for all.
-        out: what is written: orders [d] int64 and rotations [d, d], one for each matrix, and outcomes [n] int32; None makes
-            them. Where an outcome is 0 (kept) on entry the matrix's order and rotation are taken to be identities already; -1
-            says nothing.
+        out: the outputs: an order [d] int64 and a rotation [d, d] for each matrix, and the outcomes [n] int32; None allocates
+            them. An outcome of 0 (kept) on entry promises that the matrix's order and rotation are identities already; -1
+            promises nothing.
 
     Returns:
         For each matrix its Refresh (identities where nothing changed; ``basis`` is the tensor in ``bases``), and the outcomes
-        [n] int32 on the device: reading them waits for it, everything before does not.
+        [n] int32 on the device. Reading the outcomes waits for the device; the call itself does not.
     """
     if not grams:
         return [], torch.empty(0, dtype=torch.int32)

@@ -55,7 +55,7 @@ def report() -> str:
 
 
 def _capability() -> str:
-    """The engine's instruction set, and what keeps it below the processor's."""
+    """The engine's instruction set, and the environment variable that limits it."""
     if _ext.unavailable("cpu") is not None:
         return "none"
     capability: str = _ext.compiled_part().cpu_capability

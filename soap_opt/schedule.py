@@ -33,25 +33,25 @@ def due_units(
 
 
 def tolerance_of(policy: str, refresh_tolerance: float) -> float:
-    """What soap_opt::refresh_basis_ is given: only "adaptive" passes over anything that is due."""
+    """The tolerance for soap_opt::refresh_basis_: negative unless "adaptive", so that every due unit is refreshed."""
     return refresh_tolerance if policy == "adaptive" else -1.0
 
 
 def unit_flops(numel: int, size: int) -> float:
     """Flops of refreshing one mode of size d of a parameter with ``numel`` elements, from shapes alone.
 
-    P = G Q (2 d^3), geqrf and orgqr (4/3 d^3 each), Q^T Q' (2 d^3), m turned (2 d numel).
+    P = G Q (2 d^3), geqrf and orgqr (4/3 d^3 each), Q^T Q' (2 d^3), the product that turns m (2 d numel).
     """
     return (2 + 8 / 3 + 2) * size**3 + 2.0 * size * numel
 
 
 def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, float] | None = None) -> list[int]:
-    """An offset in [0, frequency) for every unit: longest first, each into the lightest phase.
+    """An offset in [0, frequency) for every unit: costly units first, every unit into the phase with the least flops.
 
     Args:
         flops: cost of each unit.
         frequency: number of phases.
-        load: flops that are in a phase already (units placed earlier), by phase; phases not named are empty.
+        load: flops of units placed earlier, by phase; a phase that is not named is empty.
     """
     load = dict(load or {})
     heap = [(cost, phase) for phase, cost in load.items()]
@@ -70,8 +70,8 @@ def balanced_offsets(flops: Sequence[float], frequency: int, load: Mapping[int, 
 
 
 def start_of(place: int, frequency: int) -> int:
-    """The phase in which the balancing begins for optimizer number ``place`` of several: the golden ratio's multiples, which
-    are spread evenly whatever part of the numbers is looked at (the same layer of every block, say)."""
+    """The phase in which the balancing begins for optimizer number ``place`` of several. The phases follow the multiples of the
+    golden ratio, so that any regular part of the optimizers (the same layer of every block, say) is spread evenly."""
     return int(frequency * (place * 0.6180339887498949 % 1))
 
 
@@ -81,14 +81,14 @@ def complete_offsets(
     """Offsets of all units with this frequency, of which some are in the state already.
 
     Balanced over the whole list, so that a run that is resumed before some parameter saw its first gradient gives it the same
-    offset as the run that was not interrupted. Where the state tells of another list (a group was added later, the frequency
-    changed), the units without an offset take the lightest phases.
+    offset as the run that was not interrupted. Where the state comes from another list (a group was added later, the frequency
+    changed), the units without an offset take the phases with the least flops.
 
     Args:
         flops: cost of each unit.
-        known: the offset in the state, or None.
+        known: each unit's offset in the state, or None.
         frequency: number of phases.
-        starts: of each unit its group's ``refresh_start``; 0 for all without it.
+        starts: for each unit the ``refresh_start`` of its group; None for 0 everywhere.
     """
     balanced = balanced_offsets(flops, frequency)
     if starts is not None:

@@ -30,7 +30,7 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
     """One parameter after the other, step by step.
 
     Args:
-        batch: on any device, of any dtypes. Its caller has applied max_grad_norm, through grad_scale.
+        batch: tensors on any device, of any dtypes. The caller has applied max_grad_norm already, through grad_scale.
         grad_scale: 1-element tensor that the gradients are divided by; None for 1.
     """
     skipped = Skipped([], [])
@@ -72,7 +72,7 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
         for k, (g, q) in enumerate(zip(gram, basis)):
             if is_due(int(t), int(offsets[k]), o.precondition_frequency, o.refresh):
                 product, eigenvalues = gram_times_basis(g, q)
-                # (a share that is not a number is no reason to keep the basis: the refresh fails, and is counted)
+                # (A share of NaN does not keep the basis: its refresh fails, and is counted.)
                 if o.refresh != "adaptive" or not off_diagonal_share(q, product, eigenvalues) <= o.refresh_tolerance:
                     new = refresh_basis(q, product, eigenvalues)
                     if is_orthogonal(new.basis):
@@ -85,7 +85,7 @@ def _single_tensor_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
 
 
 def update_of(m: Tensor, v: Tensor, basis: list[Tensor], layout: Layout, options: Options) -> Tensor:
-    """U [*shape] of step 3 from m and v: U' = m / (sqrt(v) + eps), 0 for a division by 0, out of the eigenbasis."""
+    """U [*shape] of step 3 from m and v: U' = m / (sqrt(v) + eps), 0 where the denominator is 0, projected back."""
     denominator = v.sqrt().add_(options.eps)
     update = project_back(torch.where(denominator > 0, m / denominator, 0), basis, layout)
     if options.normalize_grads:
@@ -99,6 +99,6 @@ def step_size(lr: float, t: float, beta1: float, beta2: float, correct_bias: boo
 
 
 def copy_finite_(param: Tensor, moved: Tensor) -> None:
-    """param <- moved, rounded once; entries that param's type cannot hold stay. (A float16 overflows at 65504.)"""
+    """param <- moved, rounded once; an entry that param's dtype cannot hold stays as it was. (float16 overflows at 65504.)"""
     rounded = moved.to(param.dtype)
     param.copy_(torch.where(rounded.isfinite(), rounded, param))

@@ -1,4 +1,4 @@
-"""What steps left as it was: counted for each parameter, and warned of once, when the step is done."""
+"""Skipped steps and refreshes: counts for each parameter, and a warning at the first one, when the step is done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .batch import Skipped
 if TYPE_CHECKING:
     from .cuda.follow import Following
 
-TEXTS = (  # of each of the two
+TEXTS = (  # for skipped steps and for skipped refreshes
     "SOAP: the gradient of {} is not finite, or its squared norm overflows; the parameter and its state stay as they are. "
     "Later cases are counted by skipped_steps() without a warning.",
     "SOAP: a basis of {} could not be refreshed, because its Gram is not finite or its QR decomposition is not orthogonal; the "
@@ -28,27 +28,27 @@ class Skips:
     """Counts of skipped steps and skipped refreshes, by parameter."""
 
     def __init__(self) -> None:
-        self.counts: tuple[dict[Tensor, int], dict[Tensor, int]] = ({}, {})  # of each of the two
+        self.counts: tuple[dict[Tensor, int], dict[Tensor, int]] = ({}, {})  # steps, refreshes
         self._news: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def add(self, params: Sequence[Tensor], skipped: Skipped) -> None:
         for counts, news, places in zip(self.counts, self._news, skipped):
             for place in places:
                 param = params[place]
-                if param not in counts and param.device.type == "cpu":  # (elsewhere nobody waits to hear of it)
+                if param not in counts and param.device.type == "cpu":  # (the host does not wait for other devices)
                     news.append(param)
                 counts[param] = counts.get(param, 0) + 1
 
     @contextmanager
     def warning_at_the_end(self, describe: Callable[[Tensor], str]) -> Iterator[None]:
-        """:meth:`warn`, whatever happens inside."""
+        """Call :meth:`warn` at the end, whatever happens inside."""
         try:
             yield
         finally:
             self.warn(describe)
 
     def warn(self, describe: Callable[[Tensor], str]) -> None:
-        """Warn of what is new. Under ``-W error`` a warning is an exception: to be called when the step is done."""
+        """Warn of parameters skipped for the first time. A warning may be an exception: call this when the step is done."""
         if not any(self._news):
             return
         news, self._news = self._news, ([], [])
@@ -61,8 +61,8 @@ class Skips:
                 warnings.warn(text.format(name), stacklevel=users_stacklevel())
 
     def totals(self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], following: Following) -> Skipped:
-        """For each parameter how many steps and how many refreshes, with those that were counted on the device. exp_avgs: the
-        parameters', or None where there is no state."""
+        """The numbers of skipped steps and of skipped refreshes for each parameter, with the counts on the device. exp_avgs:
+        each parameter's, or None where there is no state."""
         on_device = [following.counts(exp_avg) for exp_avg in exp_avgs]
         columns = zip(*on_device) if on_device else ((), ())
         return Skipped(
@@ -72,7 +72,7 @@ class Skips:
     def set_totals(
         self, params: Sequence[Tensor], exp_avgs: Sequence[Tensor | None], following: Following, totals: Skipped
     ) -> None:
-        """Let :meth:`totals` be these, whatever the device has counted for the state that is there now."""
+        """Make :meth:`totals` return ``totals``, whatever the device has counted for the present state."""
         for counts, column, kind in zip(self.counts, totals, range(len(totals))):
             counts.clear()
             for param, exp_avg, total in zip(params, exp_avgs, column):

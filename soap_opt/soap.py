@@ -1,4 +1,4 @@
-"""class SOAP: its arguments, its state as torch.optim has it, and the order of a step."""
+"""The class SOAP: its arguments, its state in torch.optim's form, and the order of a step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SOAP(Optimizer):
         weight_decay: decoupled weight decay, applied after the update (default: 0.01; torch.optim.Adam's is 0 and coupled).
         shampoo_beta: decay rate of the Grams; None or -1 takes ``betas[1]`` (default: None).
         precondition_frequency: steps between two refreshes of a basis (default: 10).
-        max_precond_dim: larger modes are not preconditioned, their basis is the identity (default: 10000).
+        max_precond_dim: larger modes are not preconditioned; their basis is the identity (default: 10000).
         merge_dims: merge neighbouring dimensions while their product is at most max_precond_dim (default: False).
         precondition_1d: precondition 1-D parameters too; otherwise they get plain Adam, as 0-D ones always do (default: False).
         normalize_grads: divide the update by its root mean square, layer by layer (default: False).
@@ -73,26 +73,26 @@ class SOAP(Optimizer):
         refresh: "staggered" spreads the refreshes over the period so that no step stalls, "together" does all of them
             every precondition_frequency steps as the original does, "adaptive" is staggered and passes over bases that
             still diagonalise their Gram (default: "staggered").
-        refresh_start: which of several optimizers this is, where there is one for each parameter (optimizer-in-backward): each
-            spreads its own refreshes only, and those of all would come together. ``SOAP([p], refresh_start=i)`` for the i-th
-            (default: 0).
+        refresh_start: the number of this optimizer, where every parameter has an optimizer of its own (optimizer-in-backward).
+            An optimizer spreads only its own refreshes: with equal numbers the refreshes of all optimizers would fall on the
+            same step. Use ``SOAP([p], refresh_start=i)`` for the i-th optimizer (default: 0).
         refresh_tolerance: with "adaptive", the share of Q^T G Q (Frobenius norm) that may be off the diagonal (default: 0.01).
         maximize: maximize the objective (default: False).
         max_grad_norm: clip the norm of all gradients of a group together, as ``clip_grad_norm_`` before the step, but without
-            touching them; gradients that are not usable have no part in it (default: None).
+            changing the gradients; a gradient that is not usable does not count in the norm (default: None).
         precision: "high" lets the fused CUDA path project with TF32, never the Grams (default: "highest").
-        overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, behind the next forward and backward
-            pass (not with capturable). The optimizer's methods wait for them; read ``optimizer.state`` itself after
-            :meth:`wait_for_refresh` (default: True).
-        scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element; groups that need more are stepped
-            one by one, and a group that needs more piece by piece, each with launches of its own. A CUDA graph keeps 8 for each
-            element whatever the limit (default: 2 GiB).
+        overlap_refresh: let the fused CUDA path's refreshes run on a stream of their own, beside the next forward and backward
+            pass (not with capturable). The optimizer's methods wait for these refreshes; before you read ``optimizer.state``
+            yourself, call :meth:`wait_for_refresh` (default: True).
+        scratch_limit: bytes of scratch of the fused CUDA path, 8 for each parameter element. Groups that together need more are
+            stepped one by one; a group that alone needs more is stepped piece by piece, each piece with launches of its own. A
+            CUDA graph keeps 8 bytes for each element whatever the limit (default: 2 GiB).
         capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA
             graphs, whose replays refresh what is due. Make an ordinary step before each capture, after every parameter's
-            first gradient; a learning rate that is to change between replays is a Tensor on the device (default: False).
-        foreach: True the multi-tensor implementation, False the single-tensor one, which is the specification.
-        fused: True the package's own kernels, or RuntimeError with the reason where they are missing. foreach and fused
-            both None: the fastest that works.
+            first gradient; a learning rate that is to change between replays must be a Tensor on the device (default: False).
+        foreach: True selects the multi-tensor implementation, False the single-tensor one, which is the specification.
+        fused: True selects the package's own kernels, and raises RuntimeError with the reason where they are missing. Where
+            foreach and fused are both None, the fastest implementation that works is used.
 
     State of a parameter, all of it tensors: ``step`` (float32), ``exp_avg``, ``exp_avg_sq`` (the parameter's shape and memory
     format), for each preconditioned mode i of the merged view ``gram_i``, ``basis_i`` [d_i, d_i] and ``refresh_offset_i``
@@ -103,14 +103,13 @@ class SOAP(Optimizer):
     - state is float32 for bfloat16 and float16 parameters, which are rounded once a step;
     - a closure runs with gradients enabled;
     - an all-zero first gradient (subnormal numbers count as zeros) allocates the state but leaves the parameter uninitialised:
-      the basis is made from the first gradient that says something;
-    - a gradient that is not finite, or whose squared norm (more than a quarter of the largest number) may overflow, changes
-      nothing of its parameter or its state
-      (see :meth:`skipped_steps`);
+      the basis is made from the first gradient that is not all zeros;
+    - a gradient that is not finite, or whose squared norm may overflow (it is above a quarter of the largest number), changes
+      neither its parameter nor the parameter's state (see :meth:`skipped_steps`);
     - a new basis that is not finite, or not orthogonal, is not taken (see :meth:`skipped_refreshes`);
-    - U' is 0 where ``sqrt(v) + eps`` is, and an entry of a parameter stays where its dtype could not hold the next;
-    - what has decayed below the smallest normal number (1.2e-38; float64: 2.2e-308) in m, v and the Grams becomes 0: rounding
-      would hold it there, and a CPU takes ten times as long with it;
+    - U' is 0 where ``sqrt(v) + eps`` is 0, and an entry of a parameter keeps its value where its dtype cannot hold the new one;
+    - an entry of m, v or a Gram that has decayed below the smallest normal number (1.2e-38; float64: 2.2e-308) becomes 0:
+      rounding would hold it at a subnormal number, and a CPU takes ten times as long with those;
     - refreshes are staggered unless ``refresh="together"`` asks for the original's schedule.
 
     Raises:
@@ -166,7 +165,10 @@ class SOAP(Optimizer):
         self._support_amp_scaling()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are checked like the constructor's. Late parameters take the lightest refresh phase."""
+        """Add a group; its options are checked like the constructor's.
+
+        The modes of late parameters are refreshed in the phases that have the least work.
+        """
         if isinstance(param_group, dict) and "params" in param_group:
             group = {**self.defaults, **param_group}
             options = Options.of(group)
@@ -188,8 +190,8 @@ class SOAP(Optimizer):
         self._traced_params = compiled.all_params(self)
 
     def _support_amp_scaling(self) -> None:
-        """As torch's optimizers do: with ``fused=True`` GradScaler hands its scale and found_inf to the step. Otherwise it
-        divides the gradients itself, before trainers clip them (Lightning refuses to clip where this attribute is set)."""
+        """Let GradScaler hand its scale and found_inf to the step with ``fused=True``, as torch's optimizers do. Otherwise
+        GradScaler divides the gradients, before trainers clip them (Lightning refuses to clip where this attribute is set)."""
         if self.defaults["fused"]:
             self._step_supports_amp_scaling = True
 
@@ -220,8 +222,8 @@ class SOAP(Optimizer):
 
     @torch.no_grad()
     def _step(self, given: Given | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """:meth:`step` without a closure. given: of each parameter with a gradient the tensor that is updated and the gradient;
-        None takes the parameters themselves and ``p.grad``."""
+        """:meth:`step` without a closure. given: for each parameter with a gradient, the tensor to update and the gradient;
+        None stands for the parameters themselves and ``p.grad``."""
         self.wait_for_refresh()
         # Every check comes before the first change.
         keep_on_host(self.state.values())
@@ -238,7 +240,7 @@ class SOAP(Optimizer):
         ]
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             check_capture(work, [param for _, param, _ in pending], self._describe)
-        # Where the kernels look at found_inf, the host need not wait
+        # Where the kernels read found_inf on the device, the host need not wait for it
         if found_inf is not None and (pending or not all(map(looks_at_found_inf, work))):
             if float(found_inf) != 0:
                 return
@@ -249,7 +251,7 @@ class SOAP(Optimizer):
                 groups = {id(group) for group, _, _ in pending}
                 for i, w in enumerate(work):
                     limit = w.options.max_grad_norm
-                    if limit is not None and id(w.group) in groups:  # else the steady step knows all norms itself
+                    if limit is not None and id(w.group) in groups:  # else the steady step computes all norms itself
                         scales[i] = clipping_scale(w.grads, grad_scale, limit)
                 initialize(self, pending, {id(w.group): scale for w, scale in zip(work, scales)})
                 waiting = {param for _, param, _ in pending}
@@ -285,9 +287,9 @@ class SOAP(Optimizer):
     @overload
     def skipped_refreshes(self, per_parameter: bool) -> int | list[int]: ...
     def skipped_refreshes(self, per_parameter: bool = False) -> int | list[int]:
-        """How often a basis was due and could not be refreshed: its Gram was not finite, or what the QR decomposition made of
-        it was not finite, or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments stayed as
-        they were. The count is not part of the state_dict.
+        """How often a basis was due and could not be refreshed: its Gram was not finite, or the Q of the QR
+        decomposition was not finite or not orthogonal (:func:`soap_opt.eigenbasis.is_orthogonal`). The basis and the moments
+        stayed as they were. The count is not part of the state_dict.
 
         Args:
             per_parameter: a list with one count for each parameter, in the order of ``param_groups``, instead of the sum.
@@ -296,16 +298,16 @@ class SOAP(Optimizer):
         return counts if per_parameter else sum(counts)
 
     def _counted(self) -> tuple[list[Tensor], list[Tensor | None], Following]:
-        """What :meth:`Skips.totals` takes."""
+        """Arguments of :meth:`Skips.totals`: parameters, their ``exp_avg`` (None without state), the CUDA path's counts."""
         params = compiled.all_params(self)
         exp_avgs = [self.state[p].get("exp_avg") if p in self.state else None for p in params]
         return params, exp_avgs, self._cuda.following
 
     def wait_for_refresh(self) -> None:
-        """Let the current stream of every device wait for refreshes that still run behind the last step (overlap_refresh).
+        """Let the current stream of every device wait for the last step's refreshes on their own stream (overlap_refresh).
 
-        The host does not wait, and where nothing runs behind nothing happens. To be called before ``optimizer.state`` is read
-        or written by hand; step, state_dict, load_state_dict, deepcopy and pickle do it themselves.
+        The host does not wait. Where no refresh runs, nothing happens. Call this before you read or write ``optimizer.state``
+        by hand; step, state_dict, load_state_dict, deepcopy and pickle call it themselves.
         """
         self._cuda.wait()
 
@@ -313,35 +315,35 @@ class SOAP(Optimizer):
         """Free the tables, scratch and buffers of steps that were recorded into CUDA graphs. (They last as long as the
         optimizer and its state.)
 
-        To be called when those graphs are gone: one that is replayed afterwards reads memory that is somebody else's.
+        Call this when those graphs are gone: a graph that is replayed afterwards reads memory that others may use by then.
         """
         self._cuda.following.release_graphs()
 
     @torch._disable_dynamo
     @torch.no_grad()
     def precondition(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """What the present state makes of given gradients, without momentum: the direction that the step subtracts lr times.
+        """The update that the present state gives for gradients, without momentum: a step would subtract lr times it.
 
         ``U = c ((G x_1 Q_1 ... x_k Q_k) / (sqrt(v) + eps)) x_1 Q_1^T ... x_k Q_k^T`` with ``c = sqrt(1 - b2^t)`` (1 if not
-        correct_bias), with v, Q_i and t as they are. Linear in G, so that the parts of a loss can be looked at one by one and
-        add up. (A step with ``betas[0] = 0`` moves its parameters by ``-lr U``, with the v that has already taken G in.)
-        Nothing is changed: no parameter, no state, no count. As the step does, it changes G's sign with ``maximize`` and with
-        ``normalize_grads`` divides U by its root mean square (which is not linear any more). Left out are weight decay, the
-        clipping of ``max_grad_norm``, and the look at whether G is finite: the update of a NaN is NaN.
+        correct_bias), with v, Q_i and t as they are. U is linear in G, so that the updates of a loss's parts add up to the
+        update of the loss. (A step with ``betas[0] = 0`` moves its parameters by ``-lr U``, with a v that already contains G.)
+        The call changes nothing: no parameter, no state, no count. As in a step, ``maximize`` changes G's sign, and
+        ``normalize_grads`` divides U by its root mean square (and U is no longer linear). Weight decay, the clipping of
+        ``max_grad_norm`` and the check that G is finite are left out: the update of a NaN is NaN.
 
         Args:
-            grads: for each parameter, in the order of ``param_groups``, a tensor of its shape and any real dtype, or None; what
-                ``torch.autograd.grad(loss, params, allow_unused=True)`` returns. Scaled ones (GradScaler) give scaled updates.
+            grads: for each parameter, in the order of ``param_groups``, a tensor of its shape and any real dtype, or None, as
+                ``torch.autograd.grad(loss, params, allow_unused=True)`` returns them. Gradients of a scaled loss (GradScaler)
+                give scaled updates.
 
         Returns:
             For each parameter a new tensor of its shape in the state's dtype (float32, or float64 for float64 parameters), or
-            None where there is no gradient, and where there is no v to divide by yet: before a parameter's second usable
-            gradient.
+            None where there is no gradient or no v to divide by yet (before the parameter's second usable gradient).
 
         Raises:
             ValueError: another number of gradients than of parameters, or a gradient of another shape; options that shape the
                 state were changed under it.
-            TypeError: something else than a sequence of tensors and None.
+            TypeError: grads is not a sequence of tensors and None.
             RuntimeError: a sparse gradient.
 
         .. code-block:: python
@@ -356,7 +358,7 @@ class SOAP(Optimizer):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The state as every torch optimizer's; refreshes that run behind are waited for."""
+        """The state in the form of every torch optimizer; waits for refreshes that still run on their own stream."""
         self.wait_for_refresh()
         return super().state_dict()
 
@@ -376,12 +378,12 @@ class SOAP(Optimizer):
             self._restored = restore_state(self, loaded)
             return {**loaded, "state": {}} if self._restored is not None else loaded
 
-        self.wait_for_refresh()  # its memory may be about to go
+        self.wait_for_refresh()  # a running refresh writes state that may be freed here
         handle = self.register_load_state_dict_pre_hook(restore)  # after the user's own hooks
         totals = self._skips.totals(*self._counted())
         try:
             super().load_state_dict(state_dict)
-            self._skips.set_totals(*self._counted(), totals)  # a device counts for a state
+            self._skips.set_totals(*self._counted(), totals)  # (the counts on the device went with the old state)
         finally:
             handle.remove()
             self.__dict__.pop("_restored", None)
@@ -395,12 +397,12 @@ class SOAP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        steps, refreshes = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # (once steps alone)
+        steps, refreshes = state.pop("_skip_counts", None) or (state.pop("_skipped", {}), {})  # (older pickles: steps alone)
         super().__setstate__(state)
         # An older version knew fewer options. torch adds `differentiable`, which no group of ours has, and which would be saved
         # with the next checkpoint.
         self.defaults = DEFAULTS | {name: value for name, value in self.defaults.items() if name != "differentiable"}
-        if "_number" not in self.__dict__:  # a copy: streams and numbers are of one process and one optimizer
+        if "_number" not in self.__dict__:  # a copy: streams and numbers belong to one process and one optimizer
             self._cuda, self._number = CudaStepper(), compiled.register(self)
         self._traced_params = compiled.all_params(self)
         if "_skips" not in self.__dict__:

@@ -1,4 +1,4 @@
-"""The state of parameters: which tensors it has, their layouts, their allocation, and what does not fit."""
+"""The state of parameters: its tensors, their layouts and allocation, and errors for state that does not fit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ State = dict[str, Tensor]  # of one parameter
 
 
 class Pinned(NamedTuple):
-    """A parameter's layout, and what it was made for."""
+    """A parameter's layout, and the parameter, options and strides for which the layout was made."""
 
     param: Tensor  # held, so that no other tensor gets its id
-    shaping: tuple[Any, ...]  # values of options.SHAPING; the same tuple for equal ones
+    shaping: tuple[Any, ...]  # values of options.SHAPING; equal values are one tuple object
     layout: Layout
     stride: tuple[int, ...]
 
 
 class Layouts:
-    """The layouts of an optimizer's parameters. Derived, but for one thing: the options that shape a parameter's state are
-    those of its first layout.
+    """The layouts of an optimizer's parameters. They are derived, with one exception: a parameter's first layout pins the
+    options that shape its state.
 
     Attributes:
-        pinned: by the parameter's id: a step of thousands of small tensors would spend a twentieth on their hashes.
+        pinned: one record for each parameter, by its id (hashing tensors would take a twentieth of a step of thousands of small
+            parameters).
     """
 
     def __init__(self) -> None:
@@ -44,15 +45,15 @@ class Layouts:
         self._shaping: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def shaping(self, group: Group) -> tuple[Any, ...]:
-        """The group's options that shape state; the same tuple for equal ones, so that identity tells them apart."""
+        """Values of the group's options that shape state; equal values are one tuple object, so that ``is`` compares them."""
         values = tuple(group[name] for name in SHAPING)
         return self._shaping.setdefault(values, values)
 
     def of(self, param: Tensor, group: Group, state: State | None, describe: Callable[[Tensor], str]) -> Layout:
-        """The parameter's layout, anew where its shape or memory format is another. describe: names it in an error.
+        """The parameter's layout, made anew where its shape or memory format has changed. describe: names it in an error.
 
         Raises:
-            ValueError: that, or an option that shapes the state, was changed under existing state.
+            ValueError: the shape, or an option that shapes the state, was changed under existing state.
         """
         shaping = self.shaping(group)
         pinned, shape, stride = self.pinned.get(id(param)), tuple(param.shape), param.stride()
@@ -71,7 +72,7 @@ class Layouts:
                 f"{describe(param)} has state, which {' and '.join(changed)} would reshape: set it before the first "
                 "step, or put the parameter into a new optimizer"
             )
-        order = memory_order(torch.empty_like(param, device="meta"))  # the state's
+        order = memory_order(torch.empty_like(param, device="meta"))  # memory order of the state's tensors
         if state and memory_order(state["exp_avg"]) != order:
             # model.to(memory_format=..) after the first step: the state follows, as it would after load_state_dict
             for key in ("exp_avg", "exp_avg_sq"):
@@ -82,7 +83,7 @@ class Layouts:
 
 
 def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, ...], torch.dtype, torch.device | None]]:
-    """Keys, shapes, dtypes and devices (None: any) of what a step reads and writes."""
+    """Keys, shapes, dtypes and devices (None: any) of the state that a step reads and writes."""
     dtype, device = state_dtype(param), param.device
     matrices = zip(layout.gram_keys, layout.basis_keys, layout.sizes)
     return [
@@ -95,7 +96,7 @@ def expected_state(param: Tensor, layout: Layout) -> list[tuple[str, tuple[int, 
 
 
 def step_device(param: Tensor, options: Options) -> torch.device:
-    """Where t is kept: on the parameter's device where the step reads it there."""
+    """The device of t: the parameter's device where the step reads t on it, otherwise the CPU."""
     there = options.capturable or options.fused or path_of(param, options) is Path.CUDA
     return param.device if there else torch.device("cpu")
 
@@ -106,7 +107,7 @@ def step_tensor(value: float, param: Tensor, options: Options) -> Tensor:
 
 
 def allocate(optimizer: SOAP, params: Iterable[tuple[Group, Tensor]]) -> None:
-    """State without Grams and bases, in which initialized is False, for each of the parameters that has none."""
+    """Allocate state without Grams and bases, with initialized False, for every parameter that has no state."""
     new = [(group, p) for group, p in params if not optimizer.state.get(p)]
     offsets = refresh_offsets(optimizer) if new else {}
     for group, param in new:
@@ -122,7 +123,7 @@ def allocate(optimizer: SOAP, params: Iterable[tuple[Group, Tensor]]) -> None:
 
 
 def add_missing_offsets(optimizer: SOAP) -> None:
-    """Offsets for state that came without them: a checkpoint of the original implementation."""
+    """Add refresh offsets to state that has none: state from a checkpoint of the original implementation."""
     offsets = None
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -137,7 +138,7 @@ def add_missing_offsets(optimizer: SOAP) -> None:
 
 @outside_modes()
 def refresh_offsets(optimizer: SOAP) -> dict[Tensor, list[int]]:
-    """Refresh offsets of every parameter's modes: those in the state, and balanced ones where there are none."""
+    """Refresh offsets of every parameter's modes: the offsets in the state, and balanced offsets for modes without one."""
     offsets: dict[Tensor, list[int]] = {}
     for frequency in sorted({group["precondition_frequency"] for group in optimizer.param_groups}):
         owners: list[Tensor] = []
@@ -147,7 +148,7 @@ def refresh_offsets(optimizer: SOAP) -> dict[Tensor, list[int]]:
         for group in optimizer.param_groups:
             if group["precondition_frequency"] == frequency:
                 for param in group["params"]:
-                    if is_lazy(param):  # its shape, and what that costs, are not known yet
+                    if is_lazy(param):  # its shape, and so the cost of its refreshes, is not known yet
                         continue
                     layout, state = optimizer._layout(param, group), optimizer.state.get(param, {})
                     offsets[param] = []
@@ -163,18 +164,18 @@ def refresh_offsets(optimizer: SOAP) -> dict[Tensor, list[int]]:
 
 
 def keep_on_host(states: Iterable[dict[str, Any]]) -> None:
-    """What the host reads at every step back to the CPU, where a trainer moved all of the state to its device (Lightning does
-    after a resume): each read would wait for the device."""
+    """Move the tensors that the host reads at every step back to the CPU, where a trainer moved the whole state to its device
+    (Lightning does after a resume). There every read would wait for the device."""
     for state in states:
         if "initialized" in state and state["initialized"].device.type == "cpu":
-            return  # it was moved with all others, or not
+            return  # a trainer moves all states or none: the first one tells
         for key in state:
             if key == "initialized" or key.startswith("refresh_offset_"):
                 state[key] = state[key].cpu()
 
 
 def misfit_of(param: Tensor, grad: Tensor, state: State, layout: Layout, description: str) -> str | None:
-    """Why gradient or state do not fit a parameter: its name, the cause and what to do; None where they do."""
+    """Why the gradient or the state does not fit a parameter: its name, the cause and the remedy; None where both fit."""
     remedy = (
         "Where the model was moved or converted after its first step, load_state_dict(optimizer.state_dict()) lets the "
         "state follow; where the state was changed by hand, del optimizer.state[param] forgets it"

@@ -1,4 +1,4 @@
-"""What one step works on: of each param group the parameters with a gradient, and which groups are stepped together."""
+"""The work of one step: the parameters with a gradient of every param group, and which groups are stepped together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .state import misfit_of
 if TYPE_CHECKING:
     from .soap import SOAP
 
-# Of each parameter with a gradient the tensor that is updated, and the gradient
+# For each parameter with a gradient: the tensor to update, and the gradient
 Given = dict[Tensor, tuple[Tensor, Tensor]]
 
 
@@ -32,7 +32,7 @@ class Work(NamedTuple):
     group: dict[str, Any]
     options: Options
     params: list[Tensor]
-    tensors: list[Tensor]  # what is updated: the parameters, or what stands for them in a compiled graph
+    tensors: list[Tensor]  # the tensors to update: the parameters, or their stand-ins in a compiled graph
     grads: list[Tensor]
     states: list[dict[str, Tensor]]  # empty before the first gradient
     layouts: list[Layout]
@@ -48,14 +48,14 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
     """The group's parameters that have a gradient, after every check that could fail.
 
     Args:
-        given: of each parameter with a gradient the tensor that is updated and the gradient; None takes the parameters
+        given: for each parameter with a gradient, the tensor to update and the gradient; None stands for the parameters
             themselves and ``p.grad``.
     """
     options = Options.of(group)
     options.check()
     layouts, pinned_layouts = optimizer._layouts, optimizer._layouts.pinned
     shaping, stateless = layouts.shaping(group), dict[str, Tensor]()
-    # These lists are a good part of a step of thousands of small tensors: each is made in one go, most of it by C functions.
+    # Making these lists takes a good part of a step of thousands of small tensors: C functions make most of them in one go.
     params: list[Tensor] = list(group["params"])
     tensors, grads = params, [param.grad for param in params]
     if given is not None:
@@ -89,8 +89,8 @@ def with_grad(optimizer: SOAP, group: dict[str, Any], given: Given | None = None
 
 @contextmanager
 def explained(works: Sequence[Work], describe: Callable[[Tensor], str]) -> Iterator[None]:
-    """Where a step fails because a gradient or state does not fit its parameter, raise with the parameter's name, the cause and
-    what to do."""
+    """Where a step inside fails because a gradient or state does not fit its parameter, raise an error with the parameter's
+    name, the cause and the remedy."""
     try:
         yield
     except (RuntimeError, KeyError) as error:
@@ -103,7 +103,7 @@ def explained(works: Sequence[Work], describe: Callable[[Tensor], str]) -> Itera
 
 
 def batch_of(works: Sequence[Work], clipped: bool = False) -> Batch:
-    """The batch of parameters that are initialised. clipped: by the scale that their gradients will be divided by."""
+    """The batch of these parameters, all initialised. clipped: the scale of their gradients already contains the clipping."""
     states = [state for work in works for state in work.states]
     layouts = [layout for work in works for layout in work.layouts]
     batch = Batch(
@@ -122,8 +122,8 @@ def batch_of(works: Sequence[Work], clipped: bool = False) -> Batch:
 
 
 def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], Tensor | None]]:
-    """Groups, each with its scale, put together where one call can step them: the number of launches, or of calls (of which a
-    group for each parameter would make thousands), is then that of one group."""
+    """Join groups, each with its scale, that one call can step. They then take as many launches or calls as one group; a model
+    with a group for each parameter would take thousands."""
     if len(work) < 2:
         return [([w], scale) for w, scale in work]
     calls: dict[Any, tuple[list[Work], Tensor | None]] = {}
@@ -142,12 +142,12 @@ def together(work: list[tuple[Work, Tensor | None]]) -> list[tuple[list[Work], T
 
 
 def looks_at_found_inf(work: Work) -> bool:
-    """Whether the kernels that step these parameters do."""
+    """Whether the kernels that step these parameters read found_inf on the device."""
     return all(path_of(param, work.options, layout) is Path.CUDA for param, layout in zip(work.params, work.layouts))
 
 
 def check_capture(work: Sequence[Work], not_initialized: Sequence[Tensor], describe: Callable[[Tensor], str]) -> None:
-    """Raise unless the step can be recorded into a CUDA graph. not_initialized: parameters whose first gradient this is."""
+    """Raise unless the step can be recorded into a CUDA graph. not_initialized: parameters that are at their first gradient."""
     for why in _reasons_against_capture(work, not_initialized, describe):
         raise RuntimeError(f"a step of SOAP cannot be recorded into a CUDA graph: {why}")
 
@@ -169,7 +169,7 @@ def _reasons_against_capture(
                 yield f"{describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
             elif is_too_large(layout):
                 yield f"{describe(param)} or a matrix of it is beyond the kernels' int32 offsets"
-            elif state["step"].device != param.device:  # fused or capturable were set when there was a state
+            elif state["step"].device != param.device:  # fused or capturable was set after the state was made
                 yield f"the step of {describe(param)} is on {state['step'].device}: load a state_dict"
             elif param.device != device:
                 yield f"{describe(param)} is on {param.device}, and the graph on {device}"

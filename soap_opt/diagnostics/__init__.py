@@ -1,13 +1,13 @@
-"""Reads only: what an optimizer holds, where its losses pull against each other, what becomes of a model's activations.
+"""Read-only diagnostics: an optimizer's memory, conflicts between losses, outliers of activations, quality of the bases.
 
 ============================  ==========================================================================================
 :func:`memory_report`         bytes of SOAP's state, before training or during it
 :class:`ConflictMeter`        alignment of several losses' updates within a step, and of updates between steps; any optimizer
-:class:`OutlierMeter`         kurtosis, max / median and what is beyond 6 sigma of a module's outputs, layer by layer
-:func:`basis_health`          SOAP's bases: orthogonality, what is off the diagonal, spectrum; by parameter and mode
+:class:`OutlierMeter`         kurtosis, max / median and the share beyond 6 sigma of modules' outputs, layer by layer
+:func:`basis_health`          orthogonality, off-diagonal share and spectrum of SOAP's bases, by parameter and mode
 ============================  ==========================================================================================
 
-All but the first give a :class:`Table`: a list of rows, printable, ``to_csv(path)``.
+All but :func:`memory_report` give a :class:`Table`: a list of rows, printable, ``to_csv(path)``.
 """
 
 from .bases import basis_health

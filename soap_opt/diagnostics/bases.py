@@ -1,4 +1,4 @@
-"""How good SOAP's bases are: orthogonal, near the eigenvectors of their Grams, and what spectrum they see."""
+"""The quality of SOAP's bases: their orthogonality, their distance from the Grams' eigenvectors, and the spectra."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ class BasisHealth(Table):
 
 
 def basis_health(optimizer: Optimizer, model: nn.Module | None = None) -> BasisHealth:
-    """Orthogonality, what is off the diagonal, and spectrum of every basis of a SOAP optimizer; reads only.
+    """Orthogonality, off-diagonal share and spectrum of every basis of a SOAP optimizer; reads only.
 
-    Columns, by parameter and mode i of the merged view, Q its basis and G its Gram, B = Q^T G Q:
+    There is one row for each parameter and mode i of its merged view. With the mode's basis Q, its Gram G and B = Q^T G Q, the
+    columns are:
 
     - ``parameter``, ``shape``, ``mode``, ``size`` (d), ``step`` (t);
     - ``basis``: "yes"; "no" for a mode that is not preconditioned; "later" where the parameter has had no usable gradient yet.
-      The other columns are NaN for these two;
-    - ``orthogonality``: ||Q^T Q - I||_F, a few eps sqrt(d) behind LAPACK's QR;
+      For "no" and "later" the columns below are NaN;
+    - ``orthogonality``: ||Q^T Q - I||_F, a few eps sqrt(d) after LAPACK's QR;
     - ``off_diagonal``: ||B - diag(B)||_F / ||B||_F: 0 for eigenvectors; refresh="adaptive" passes over bases below 0.01;
-    - ``largest``, ``smallest``: of the estimated eigenvalues e = diag(B);
+    - ``largest``, ``smallest``: the extremes of the estimated eigenvalues e = diag(B);
     - ``condition``: largest / smallest, inf where the smallest is not above 0;
     - ``effective_rank``: exp of the entropy of e / sum(e), between 1 and d (Roy and Vetterli, EUSIPCO 2007).
 
-    A Gram of zeros has off_diagonal 0, and NaN for condition and effective rank. Computed in float64, one mode after the other:
-    6 d^3 flops, and 40 d^2 bytes while it lasts.
+    A Gram of zeros has off_diagonal 0, and NaN for condition and effective rank. The call computes in float64, one mode after
+    the other; a mode takes 6 d^3 flops, and 40 d^2 bytes for the time.
 
     Args:
         optimizer: a :class:`soap_opt.SOAP`.
-        model: parameters are called as they are in it; None: as the optimizer knows them, or by number.
+        model: gives the parameters their names; None: the optimizer's names for them, or their numbers.
 
     Returns:
         A :class:`Table`: ``print`` it, ``to_csv(path)``; ``.spectra`` holds all eigenvalues.
 
     Raises:
-        TypeError: another optimizer.
+        TypeError: the optimizer is not a SOAP.
     """
     if not isinstance(optimizer, SOAP):
         raise TypeError(f"basis_health looks at soap_opt.SOAP, got {type(optimizer).__name__}")
@@ -83,8 +84,8 @@ COLUMNS = ("orthogonality", "off_diagonal", "largest", "smallest", "condition", 
 
 @torch.no_grad()
 def _health(gram: Tensor, basis: Tensor) -> tuple[dict[str, float], Tensor]:
-    """COLUMNS of one mode, and its e [d]. Arguments [d, d]."""
-    if basis.device.type == "mps":  # has no float64
+    """The values of COLUMNS for one mode, and its e [d]. gram, basis: [d, d]."""
+    if basis.device.type == "mps":  # MPS has no float64
         gram, basis = gram.cpu(), basis.cpu()
     q = basis.double()
     turned = q.T @ (gram.double() @ q)

@@ -1,11 +1,11 @@
-"""Where updates pull against each other: several losses within a step, one step and the next. For any torch optimizer.
+"""Conflicts between updates: of several losses within a step, and of consecutive steps. For any torch optimizer.
 
-Measured is the alignment of n vectors (arXiv 2502.00604), the cosine of their angle for n = 2,
+The measure is the alignment of n vectors (arXiv 2502.00604), which for n = 2 is the cosine of their angle,
 
-    A(v_1, .., v_n) = 2 ||(1/n) sum_i v_i / ||v_i|| ||^2 - 1  =  (2 / n^2) sum_ij cos(v_i, v_j) - 1,
+    A(v_1, .., v_n) = 2 ||(1/n) sum_i v_i / ||v_i|| ||^2 - 1  =  (2 / n^2) sum_ij cos(v_i, v_j) - 1.
 
-1 where all point one way, -1 where they add up to nothing. arXiv 2601.20769 looks at it within a step, for what the optimizer's
-preconditioner makes of the gradients of rate and distortion, and between the updates of consecutive steps.
+It is 1 where all vectors point one way, and -1 where their directions add up to zero. arXiv 2601.20769 measures it within a
+step, for the preconditioned gradients of rate and distortion, and between the updates of consecutive steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .table import Table, check_model, check_optimizer, named_parameters
 Gradients = Sequence["Tensor | None"]  # one for each parameter
 Preconditioner = Callable[[Gradients], Gradients]
 
-CHUNK = 1 << 22  # elements that are float64 at a time
+CHUNK = 1 << 22  # elements that are converted to float64 at a time
 
 
 def alignment(vectors: Iterable[Tensor | Gradients]) -> float:
@@ -34,10 +34,10 @@ def alignment(vectors: Iterable[Tensor | Gradients]) -> float:
 
     Args:
         vectors: each a tensor, or a sequence of tensors (None for zeros) that together are one vector, such as a model's
-            gradients. All in the same pieces, of any scale and dtype.
+            gradients. All vectors have the same pieces, of any scale and dtype.
 
     Returns:
-        NaN where a vector is zero or not finite, or where there is none: it has no direction.
+        The alignment; NaN where a vector is zero or not finite (it has no direction), or where there are no vectors.
 
     Raises:
         ValueError: vectors of different shapes, or of different numbers of pieces.
@@ -57,17 +57,17 @@ def alignment(vectors: Iterable[Tensor | Gradients]) -> float:
 
 
 def preconditioner_of(optimizer: Optimizer) -> Preconditioner:
-    """What the present state of an optimizer makes of gradients, without momentum and learning rate: a function of a list of
-    gradients (None where there is none), one for each parameter in the order of ``param_groups``.
+    """The preconditioner of an optimizer in its present state, without momentum and learning rate: a function from a list of
+    gradients (None where there is none), one for each parameter in the order of ``param_groups``, to the list of updates.
 
     - an optimizer with a method ``precondition``, as SOAP: that method;
-    - Adam, AdamW: ``g / (sqrt(v / (1 - b2^t)) + eps)``, with amsgrad of the largest v so far; None where there is no v yet;
+    - Adam, AdamW: ``g / (sqrt(v / (1 - b2^t)) + eps)``, with amsgrad the largest v so far; None where there is no v yet;
     - SGD: g itself.
 
-    Coupled weight decay is no part of it. With ``maximize`` it is that of -g.
+    Coupled weight decay is left out. With ``maximize`` the function takes -g for g.
 
     Raises:
-        TypeError: another optimizer.
+        TypeError: the optimizer is none of these.
     """
     check_optimizer(optimizer)
     own: Preconditioner | None = getattr(optimizer, "precondition", None)
@@ -113,52 +113,52 @@ class ConflictMeter:
             optimizer.step()
         meter.records.to_csv("conflict.csv")
 
-    Training goes on to the bit as without it: gradients come from ``torch.autograd.grad``, which leaves ``p.grad`` and the
-    generators alone; parameters and state are read. (Hooks on tensors and modules are called by every backward pass, these too.
-    DistributedDataParallel is not: each process measures the gradients of its own batch.)
+    Training is the same, to the bit, as without the meter: gradients come from ``torch.autograd.grad``, which leaves ``p.grad``
+    and the generators alone; parameters and state are only read. (The meter's backward passes call hooks on tensors and modules
+    like any other, but not DistributedDataParallel: each process measures the gradients of its own batch.)
 
     *What it costs.* At every ``every``-th step, for n losses: n backward passes through the retained graph, n applications of
     the preconditioner (for SOAP 2 U flops each, U = 2 numel sum(d_i), where a step takes 2.5 to 3 U), and n + 1 copies of the
-    gradients while it lasts; and in that step and the one before it a copy of the parameters each. The column "seconds" says
-    what it came to. Between measurements it costs and holds nothing.
+    gradients while the measurement lasts; and a copy of the parameters in that step, and in the step before it. The column
+    "seconds" gives the time. Between measurements the meter costs nothing and holds nothing.
 
     A model under ``torch.compile`` gives its graph's memory away in the first backward pass: to keep graphs there, set
     ``torch._functorch.config.donated_buffer = False`` before it is compiled.
 
-    *Scales cancel*: it makes no difference what a loss is multiplied by, so rate and distortion need no lambda, and with
-    GradScaler pass ``scaler.scale(rate)`` and so on, that float16's backward pass does not lose them. (A gradient may not be
-    linear in its loss: CompressAI's LowerBound lets it through by its sign, so that parts need not add up to the whole there.)
+    *Scales cancel*: a factor of a loss makes no difference, so rate and distortion need no lambda. With GradScaler pass
+    ``scaler.scale(rate)`` and so on, so that gradients do not vanish in float16's backward pass. (A gradient need not be linear
+    in its loss: CompressAI's LowerBound passes it on by its sign, and there the parts need not add up to the whole.)
 
     Args:
-        optimizer: SOAP, Adam, AdamW, SGD, or any with a ``preconditioner``.
+        optimizer: SOAP, Adam, AdamW, SGD, or any optimizer together with a ``preconditioner``.
         every: measure at the steps ``every``, ``2 every``, .. (default: 50).
-        model: parameters are called as they are in it; None: as the optimizer knows them, or by number.
+        model: gives the parameters their names; None: the optimizer's names for them, or their numbers.
         preconditioner: a function from a list of gradients (None where there is none), one for each parameter of
-            ``param_groups``, to the list of updates without the learning rate; None for a parameter that cannot be told yet.
+            ``param_groups``, to the list of updates without the learning rate; None for a parameter that has no update yet.
             Default: :func:`preconditioner_of`.
         step: steps made before, for a run that is resumed (default: 0).
 
     Attributes:
         records: a :class:`Table` with a row for each measurement: ``step``, counted from 1; ``raw``, the alignment of the
-            losses' gradients, and ``preconditioned``, of their updates, over all parameters; ``raw_shared`` and
-            ``preconditioned_shared``, over the parameters that every loss reaches (not a decoder, which the rate does not
-            know); ``between_steps``, A(u_{k-1}, u_k); ``seconds``.
+            losses' gradients over all parameters; ``preconditioned``, the alignment of the losses' updates over all parameters;
+            ``raw_shared`` and ``preconditioned_shared``, the same over the parameters that every loss reaches (not a decoder's,
+            which the rate does not reach); ``between_steps``, A(u_{k-1}, u_k); ``seconds``.
         by_parameter: a :class:`Table` with a row for each measurement and parameter: ``step``, ``parameter``, ``raw``,
             ``preconditioned``, ``between_steps``.
         step: steps made.
 
-    An update u_k is what a step has really moved the parameters by: with momentum, learning rate, decoupled weight decay,
-    clipping, and the rounding of their dtype. (Weight decay of 0.01 is about a thousandth of an update of weights around 0.05.)
-    Momentum alone brings two consecutive ones near 1: compare optimizers of equal ``betas[0]``.
-    Over the whole model preconditioned gradients are weighted by their groups' learning rates, as in a step. In
-    ``preconditioned`` the parameters are left out that the preconditioner returns None for: before a second moment exists.
+    An update u_k is the change that a step has really made to the parameters: with momentum, learning rate, decoupled weight
+    decay, clipping, and the rounding of their dtype. (Weight decay of 0.01 is about a thousandth of an update of weights around
+    0.05.) Momentum alone brings the alignment of consecutive updates near 1: compare optimizers of equal ``betas[0]``.
+    Over the whole model, preconditioned gradients are weighted by their groups' learning rates, as in a step.
+    ``preconditioned`` leaves out parameters for which the preconditioner returns None, because they have no second moment yet.
 
-    NaN, never an error, where a vector has no direction: a loss that does not reach a parameter, a step that moved nothing
-    (SOAP's first, a skipped one), gradients that are not finite; ``between_steps`` where there was no step before; ``raw`` and
-    ``preconditioned`` where ``measure`` was not called.
+    A value is NaN, and never an error, where a vector has no direction: a loss that does not reach a parameter, a step that
+    moved nothing (SOAP's first step, a skipped step), gradients that are not finite; ``between_steps`` where there was no step
+    before; ``raw`` and ``preconditioned`` where ``measure`` was not called.
 
     Raises:
-        TypeError: not an optimizer, or one whose preconditioner is not known.
+        TypeError: ``optimizer`` is not an optimizer, or its preconditioner is not known.
         ValueError: ``every`` below 1, ``step`` below 0.
     """
 
@@ -179,9 +179,9 @@ class ConflictMeter:
         self.optimizer, self.every, self.model, self.step = optimizer, every, model, step
         self.preconditioner = preconditioner_of(optimizer) if preconditioner is None else preconditioner
         self.records, self.by_parameter = Table(), Table()
-        self._within: dict[str, dict[str, float]] | None = None  # of each column its values by parameter, and of the model
-        self._before: dict[Tensor, Tensor] | None = None  # parameters before the step that is being made
-        self._last: dict[Tensor, Tensor] | None = None  # what the last step moved them by
+        self._within: dict[str, dict[str, float]] | None = None  # for each column its values by parameter, and the model's
+        self._before: dict[Tensor, Tensor] | None = None  # copies of the parameters before the present step
+        self._last: dict[Tensor, Tensor] | None = None  # the last step's update of each parameter
         self._seconds = 0.0
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
@@ -197,7 +197,7 @@ class ConflictMeter:
         """Measure the conflict of these losses in the coming step; to be called before their graph is freed.
 
         Args:
-            losses: two or more scalars, all from the graph of which ``backward()`` comes next; one without a graph has zero
+            losses: two or more scalars, all from the graph that ``backward()`` takes next; a loss without a graph has zero
                 gradients.
 
         Raises:
@@ -217,7 +217,7 @@ class ConflictMeter:
         raw = _grams(grads)
         supported = [True] * len(owners)
         with torch.no_grad():
-            for i in range(len(losses)):  # each loss's updates take its gradients' place
+            for i in range(len(losses)):  # the updates of a loss replace its gradients
                 updates = list(self.preconditioner(grads[i]))
                 if len(updates) != len(owners):
                     raise ValueError(f"preconditioner returned {len(updates)} updates for {len(owners)} parameters")
@@ -229,7 +229,7 @@ class ConflictMeter:
             ("raw", raw, torch.ones(len(owners), dtype=torch.float64)),
             ("preconditioned", preconditioned, _weights([group for _, group, _ in owners]) * torch.tensor(supported)),
         ):
-            shared = (grams.diagonal(dim1=1, dim2=2) != 0).all(1)  # [P]; what is not finite is to be seen
+            shared = (grams.diagonal(dim1=1, dim2=2) != 0).all(1)  # [P]; NaN counts as reached, so that the result shows it
             weighted = grams * weights.square()[:, None, None]
             self._within[name] = {
                 "": _of_gram(weighted[weights > 0].sum(0)),
@@ -239,7 +239,7 @@ class ConflictMeter:
         self._seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Take the meter off the optimizer; the tables stay."""
+        """Remove the meter's hooks from the optimizer; the tables stay."""
         for handle in self._handles:
             handle.remove()
         self._before = self._last = self._within = None
@@ -257,7 +257,7 @@ class ConflictMeter:
         return step % self.every == 0
 
     def _now(self) -> float:
-        """The time when the devices have done what they were asked before."""
+        """The time when the devices have finished all work that is queued."""
         for device in {p.device for group in self.optimizer.param_groups for p in group["params"]}:
             if device.type not in ("cpu", "meta"):
                 torch.accelerator.synchronize(device)
@@ -311,7 +311,7 @@ class ConflictMeter:
 
 
 def _gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Of each parameter, dense; None where the loss does not reach it. The graph stays."""
+    """The gradient of each parameter, dense; None where the loss does not reach it. The graph is retained."""
     places = [i for i, param in enumerate(params) if param.requires_grad and not is_lazy(param)]
     result: list[Tensor | None] = [None] * len(params)
     if loss.requires_grad and places:
@@ -322,7 +322,7 @@ def _gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _weights(groups: Sequence[dict[str, Any]]) -> Tensor:
-    """Of each parameter's update, [P]: its learning rate in parts of the largest; 1 where all are 0 (a warm-up's start)."""
+    """The weight of each parameter's update, [P]: its learning rate over the largest; 1 where all are 0 (a warm-up's start)."""
     rates = torch.tensor([float(group["lr"]) for group in groups], dtype=torch.float64)
     largest = rates.max() if len(rates) else 0
     return rates / largest if largest > 0 else torch.ones_like(rates)
@@ -336,8 +336,8 @@ def _as_real(x: Tensor) -> Tensor:
 def _grams(vectors: Sequence[Gradients]) -> Tensor:
     """Inner products of n vectors, each of P pieces, piece by piece: [P, n, n], float64 on the CPU.
 
-    Each vector is first divided by its largest entry: neither a gradient of 1e-30 nor one of 1e200 leaves the numbers when it
-    is squared.
+    Each vector is first divided by its largest entry: neither a gradient of 1e-30 nor one of 1e200 underflows or overflows
+    when it is squared.
     """
     scales = [_largest(vector) for vector in vectors]
     result = torch.zeros(len(vectors[0]) if vectors else 0, len(vectors), len(vectors), dtype=torch.float64)
@@ -356,14 +356,14 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _largest(vector: Gradients) -> float:
-    """The largest magnitude in a vector; 1 for one of zeros, and for one that is not finite."""
+    """The largest magnitude in a vector; 1 for a vector of zeros or one that is not finite."""
     pieces = [_as_real(piece) for piece in vector if piece is not None and piece.numel()]
     largest = max((float(piece.abs().amax()) for piece in pieces), default=0.0)
     return largest if 0 < largest < math.inf else 1.0
 
 
 def _of_gram(gram: Tensor) -> float:
-    """A of the vectors whose inner products [n, n] these are; NaN where one has no direction."""
+    """The alignment A of n vectors from their inner products [n, n]; NaN where a vector has no direction."""
     norms = gram.diagonal().sqrt()  # [n]
     if not len(norms) or not ((norms > 0) & norms.isfinite()).all():
         return math.nan

@@ -1,4 +1,4 @@
-"""What an optimizer holds and what it will hold."""
+"""The memory that an optimizer holds, or will hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..soap import SOAP
 from ..state import refresh_offsets
 from .table import named_parameters
 
-# Up to this size bases are refreshed one a core (csrc/cpu/refresh_basis.h, kThreadedSize)
+# One core refreshes a basis of up to this size (csrc/cpu/refresh_basis.h, kThreadedSize)
 THREADED_SIZE = 512
 
 KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
@@ -36,17 +36,18 @@ class MemoryReport:
     Attributes:
         by_parameter: for each parameter (its name, or its index over all groups) the bytes of each kind in ``KINDS``.
         shapes: the parameters' shapes.
-        scratch: bytes that the compiled CPU step works in besides, kept between steps and shared by all optimizers of a
-            thread: for each core three times the largest parameter that one core steps, and packed matrices and tiles for its
-            modes: 2 D^2 elements for each of up to 512, and for the widest 784 D and 0.8 MiB, or 2 D^2 + 640 D where that is
-            more and D at most 512 (``scratch`` of (10000, 2) is 30 MiB a core). Or that of the fused CUDA step: 8 bytes for
-            each element, but no more than scratch_limit; for the refreshes of each group's largest phase 4 d^2 + 8 d bytes for
-            each basis, and with overlap_refresh 8 for each element of its parameters; with capturable, for each graph, as much
-            again with all bases. 0 where another implementation runs.
+        scratch: bytes of scratch besides the state; 0 for the implementations in PyTorch. The compiled CPU step keeps its
+            scratch between steps, and all optimizers of a thread share it. It has for each core three times the largest
+            parameter that one core steps, and packed matrices and tiles for the parameter's modes: 2 D^2 elements for each mode
+            of up to 512, and for the widest 784 D and 0.8 MiB, or 2 D^2 + 640 D where that is more and D at most 512
+            (``scratch`` of (10000, 2) is 30 MiB a core). The fused CUDA step has 8 bytes for each element, but no more than
+            scratch_limit; for the refreshes of each group's largest phase 4 d^2 + 8 d bytes for each basis, and with
+            overlap_refresh 8 for each element of the phase's parameters; with capturable, for each graph, as much again with
+            all bases.
         skipped_steps, skipped_refreshes: of an optimizer, how often a gradient was not usable, and how often a basis could not
             be refreshed.
-        refresh: bytes that refreshing the largest basis takes while it lasts, at most: 8 d^2 elements, on the CPU for each core
-            where d <= 512.
+        refresh: bytes that the refresh of the largest basis takes for its time, at most: 8 d^2 elements, on the CPU for each
+            core where d <= 512.
     """
 
     by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -102,9 +103,9 @@ def memory_report(
     """Bytes of SOAP's state, by kind and by parameter, before training or during it.
 
     Args:
-        model_or_optimizer: a module or parameters (then the state that ``SOAP(model.parameters(), **options)`` will hold), or
-            a SOAP optimizer (its state as it is; for parameters that have none yet, what it will be).
-        options: SOAP's keyword arguments, for a module; those that shape the state matter.
+        model_or_optimizer: a module or parameters (the report is on the state that ``SOAP(model.parameters(), **options)`` will
+            hold), or a SOAP optimizer (the report is on its state, or on the future state of parameters that have none yet).
+        options: SOAP's keyword arguments, for a module or parameters; the options that shape the state matter.
 
     Raises:
         TypeError: options together with an optimizer, which has its own, or an option that SOAP does not have.
@@ -121,7 +122,7 @@ def memory_report(
         return report
     signature = inspect.signature(SOAP).parameters
     defaults = {n: p.default for n, p in signature.items() if p.default is not inspect.Parameter.empty}
-    options = {name: value for name, value in options.items() if name not in REFUSED or value}  # as SOAP: amsgrad=False
+    options = {name: value for name, value in options.items() if name not in REFUSED or value}  # like SOAP, takes amsgrad=False
     unknown = [name for name in options if name not in defaults]
     if unknown:
         raise TypeError(f"SOAP has no option {', '.join(unknown)}")
@@ -136,14 +137,14 @@ def memory_report(
 
 
 def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, list[int]] | None) -> MemoryReport:
-    """offsets: of each parameter's modes; None balances them over the one group."""
+    """The report. offsets: the refresh offsets of each parameter's modes; None balances them over the one group."""
     report = MemoryReport()
     names = (name for name, _, _ in named_parameters(groups))
     scratch: dict[torch.dtype, int] = {}
     on_cuda: list[tuple[dict[str, Any], list[Layout]]] = []
     for group in groups:
         layouts: dict[torch.dtype, list[Layout]] = {}
-        for param, name in zip(group["params"], names):  # (in this order: the shorter one ends it)
+        for param, name in zip(group["params"], names):  # (in this order: params end the loop before zip takes another name)
             report.shapes[name] = tuple(param.shape)
             report.by_parameter[name] = row = dict.fromkeys(KINDS, 0)
             layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in SHAPING})
@@ -175,7 +176,7 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
 
 def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets: dict[Tensor, list[int]] | None) -> int:
     """Bytes that the fused CUDA step keeps besides the state. groups: with the layouts of their float32 parameters."""
-    together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # by what groups that one step serves agree in
+    together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # by the values that groups must share for one call
     kept = 0
     for group, layouts in groups:
         options = Options.of(group)
@@ -191,7 +192,7 @@ def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets:
             mode_offsets = [[next(balanced) for _ in layout.modes] for layout in layouts]
         kept += kept_bytes(layouts, mode_offsets, frequency, group["overlap_refresh"] and not group["capturable"])
         if group["capturable"]:
-            kept += kept_bytes(layouts, none, 1, True)  # a graph's scratch is its own
+            kept += kept_bytes(layouts, none, 1, True)  # a graph has scratch of its own
     steps = [0]
     for (limit, _), layouts_by_group in together.items():
         whole = [layout for layouts in layouts_by_group for layout in layouts]

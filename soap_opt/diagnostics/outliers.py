@@ -1,12 +1,12 @@
 """Outliers of activations and latents: what makes a model hard to quantise, layer by layer.
 
-A layer's outputs s_1, .., s_d are as even as can be where all are of one size, kurtosis 1, and have outliers where few carry
-most of the energy, kurtosis up to d:
+Outliers show in the kurtosis of a layer's outputs s_1, .., s_d:
 
-    kurtosis = ((1/d) sum s^4) / ((1/d) sum s^2)^2,
+    kurtosis = ((1/d) sum s^4) / ((1/d) sum s^2)^2.
 
-of all values (3 for normally distributed ones), or of the root mean squares of the channels (arXiv 2405.19279; arXiv 2601.20769
-for learned image compression). Values are not centred: a quantiser's range has to hold the mean too.
+It is 1 where all outputs have the same magnitude, 3 for normally distributed ones, and up to d where few outputs carry most of
+the energy. It is taken of all values, or of the channels' root mean squares (arXiv 2405.19279; arXiv 2601.20769 for learned
+image compression). Values are not centred: a quantiser's range has to hold the mean too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .table import Table
 
-BIN_BITS = 16  # of float32's 31 behind the sign are left for the bin: 8 of the exponent, 7 of the mantissa
+BIN_BITS = 16  # bits of a float32 inside a bin; 8 of the exponent and 7 of the mantissa number it
 BINS = 1 << (31 - BIN_BITS)
 SIGMAS = 6.0
 
@@ -29,14 +29,14 @@ COLUMNS = ("kurtosis_channels", "kurtosis", "max_over_median", "beyond_6_sigma")
 
 
 def is_layer(module: nn.Module) -> bool:
-    """The layers that :class:`OutlierMeter` takes by default: convolutions and transposed ones of any dimension, Linear, and
-    CompressAI's divisive normalisations (known by their class's name, GDN or GDN1)."""
+    """Whether :class:`OutlierMeter` measures a module by default: convolutions and transposed convolutions of any dimension,
+    Linear, and CompressAI's divisive normalisations (known by the name of their class, GDN or GDN1)."""
     return isinstance(module, (_ConvNd, nn.Linear)) or any(kind.__name__ in ("GDN", "GDN1") for kind in type(module).__mro__)
 
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:
-    """The dimension of x, an output or input of module, that runs over channels: behind the batch for convolutions (dim -3 of a
-    two-dimensional one) and for whatever else has 4-D or 5-D outputs; the last for Linear, LayerNorm, attention, and others."""
+    """The channel dimension of x, an output or input of a module: the one after the batch for convolutions (dim -3 for a 2-D
+    convolution) and for other modules with 4-D or 5-D tensors; the last one for Linear, LayerNorm, attention, and others."""
     if isinstance(module, _ConvNd):
         return x.dim() - len(module.kernel_size) - 1
     if isinstance(module, (nn.Linear, nn.LayerNorm)) or x.dim() not in (4, 5):
@@ -47,8 +47,8 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
 class Moments:
     """Streaming statistics of tensors that come one by one, for :class:`OutlierMeter`.
 
-    Sums of s^2 and s^4, of s^2 by channel, the largest |s| and how often each |s| came, in bins of 1/128 to 1/256 of the value
-    (float32 without its last 16 bits, 256 KiB).
+    They are the sums of s^2 and of s^4, the sums of s^2 by channel, the largest |s|, and a histogram of |s| with bins that are
+    1/256 to 1/128 of the value wide (float32 without its last 16 bits, 256 KiB).
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class Moments:
 
     @torch.no_grad()
     def add(self, x: Tensor, dim: int) -> None:
-        """x: any shape, floating point; dim: that of its channels."""
+        """Add the values of x (any shape, floating point). dim: its channel dimension."""
         self.calls += 1
         if not x.numel():
             return
-        if x.device.type == "mps":  # has no float64
+        if x.device.type == "mps":  # MPS has no float64
             x = x.cpu()
-        squared = x.detach().double().square()  # (of a float64 x, double() is x itself)
+        squared = x.detach().double().square()  # (not in place: double() of a float64 x is x itself)
         if not bool(squared.sum().isfinite()):
             finite = x.isfinite()
             self.not_finite += int((~finite).sum())
@@ -96,7 +96,7 @@ class Moments:
         rms = math.sqrt(self.squares / self.count)
         median = self._quantile(0.5)
         channel_kurtosis = math.nan
-        if self.channel_squares is not None and not self.channels_differ:  # every channel has as many values as any other
+        if self.channel_squares is not None and not self.channels_differ:  # all channels have as many values
             channel_kurtosis = float(self.channel_squares.square().mean() / self.channel_squares.mean().square())
         return {
             "kurtosis_channels": channel_kurtosis,
@@ -106,7 +106,7 @@ class Moments:
         }
 
     def _quantile(self, q: float) -> float:
-        """Of |s|, evenly between the edges of its bin."""
+        """A quantile of |s|, interpolated between the edges of its bin."""
         cumulative = self.bins.cumsum(0)
         wanted = q * self.count
         place = int(torch.searchsorted(cumulative, wanted))
@@ -124,13 +124,13 @@ class Moments:
 
 
 def _edges(place: int) -> tuple[float, float]:
-    """The bin's smallest value and that of the next."""
+    """The smallest values of a bin and of the next bin."""
     edges = (torch.tensor([place, place + 1], dtype=torch.int32) << BIN_BITS).view(torch.float32)
     return float(edges[0]), float(edges[1])
 
 
 class OutlierMeter:
-    """Outlier statistics of a model's layers and latents, over all that passes through it inside of the ``with``.
+    """Outlier statistics of a model's layers and latents, over all tensors that pass through it inside the ``with``.
 
     .. code-block:: python
 
@@ -142,31 +142,31 @@ class OutlierMeter:
         print(meter)
         meter.table().to_csv("outliers.csv")
 
-    The columns of :meth:`table`: ``layer``, ``type``, ``calls``, ``values`` (how many, finite ones only), ``not_finite``,
+    The columns of :meth:`table`: ``layer``, ``type``, ``calls``, ``values`` (the number of finite values), ``not_finite``,
 
-    - ``kurtosis_channels``: kurtosis of the channels' root mean squares, each over all images and places;
+    - ``kurtosis_channels``: kurtosis of the channels' root mean squares, which run over all images and positions;
     - ``kurtosis``: of all values;
-    - ``max_over_median``: the largest ``|s|`` over the median ``|s|``; inf where the median is 0 (behind a ReLU);
+    - ``max_over_median``: the largest ``|s|`` over the median ``|s|``; inf where the median is 0 (after a ReLU);
     - ``beyond_6_sigma``: share of ``|s|`` > 6 sqrt(mean s^2).
 
     Values of several images, and of several calls of one module, count as one sample, in any order. The sums are float64 and
-    so exact; the median, and how many lie beyond 6 sigma, come from a histogram whose bins are 1/256 to 1/128 of the value wide
-    (of float64 values as float32): the median is off by less than 0.8 %, the share by less than the share of ``|s|`` within
-    0.8 % of 6 sigma. NaN where a layer saw nothing, or zeros alone; an image of another number of channels leaves
-    ``kurtosis_channels`` NaN.
+    so exact. The median, and the share beyond 6 sigma, come from a histogram whose bins are 1/256 to 1/128 of the value wide
+    (float64 values are rounded to float32): the median is off by less than 0.8 %, the share by less than the share of ``|s|``
+    within 0.8 % of 6 sigma. A statistic is NaN where a layer saw no values, or zeros alone; ``kurtosis_channels`` is NaN where
+    the number of channels changed.
 
-    A measured forward pass takes longer, by about half on a CPU, and some 20 bytes for each value of one output at a time;
-    256 KiB are held for each layer. The model is not changed, nor put into eval mode. A model that torch.compile compiled
-    before does not call the hooks: measure the module that was compiled.
+    A measured forward pass takes about half as long again on a CPU, and some 20 bytes for each value of one output at a time;
+    the meter holds 256 KiB for each layer. The model is not changed, nor put into eval mode. A model that torch.compile
+    compiled before does not call the hooks: measure the module that was compiled.
 
     Args:
         model: any module.
         layers: which outputs to measure: None for :func:`is_layer`'s; names as in ``named_modules()``; or a function of
-            (name, module) that says so.
-        outputs, inputs: from a label of your own to the name of a module whose output, or first input, goes under it: latents.
+            (name, module) that returns whether to measure the module.
+        outputs, inputs: labels of your own -> names of modules whose output (or first input) is measured as well, as latents.
         channels: a function (module, tensor) -> dim of the channels (default: :func:`channel_dim`).
 
-    Of a module that returns or takes several tensors (a tuple, a list, a dict) the first that is floating point counts.
+    Where a module returns or takes several tensors (a tuple, a list, a dict), the first floating-point tensor is measured.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -1,4 +1,4 @@
-"""Rows of plain values: printed as a table, written as CSV. And the names that parameters go by in them."""
+"""A table of plain values, to be printed or written as CSV; and the names of parameters in such tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Table(list[dict[str, Any]]):
 
     @property
     def columns(self) -> list[str]:
-        """Every row's columns, in the order in which they first come."""
+        """The columns of all rows, in the order of their first appearance."""
         return list(dict.fromkeys(name for row in self for name in row))
 
     def column(self, name: str) -> list[Any]:
@@ -24,7 +24,7 @@ class Table(list[dict[str, Any]]):
         return [row.get(name) for row in self]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write header and rows. What is not a number is written as nan, the infinite as inf."""
+        """Write header and rows. NaN is written as nan, infinity as inf."""
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -51,7 +51,7 @@ def named_parameters(
 ) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
     """(name, group, parameter) over all param groups of an optimizer, in order; no name comes twice.
 
-    A parameter's name is the model's, else that of named parameters given to the optimizer, else its number over all groups.
+    A parameter's name is its name in the model, else its name in the optimizer's param groups, else its number over all groups.
     """
     model_names = {id(param): name for name, param in model.named_parameters()} if model is not None else {}
     seen: set[str] = set()
@@ -68,13 +68,13 @@ def named_parameters(
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError unless it is a module or None."""
+    """Raise TypeError unless ``model`` is a module or None."""
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raise TypeError unless it is a torch optimizer."""
+    """Raise TypeError unless ``optimizer`` is a torch optimizer."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; of a trainer's wrapper give the "

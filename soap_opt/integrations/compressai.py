@@ -7,7 +7,7 @@
 
 ``net_aux_optimizer`` keeps the entropy bottlenecks' ``.quantiles`` apart; they stay with the auxiliary Adam.
 
-:func:`latents` says to :class:`soap_opt.diagnostics.OutlierMeter` where a model's y and z are.
+:func:`latents` tells :class:`soap_opt.diagnostics.OutlierMeter` where to find a model's y and z.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ register_optimizer("SOAP")(SOAP)
 
 
 def latents(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Where the latents are, as :class:`~soap_opt.diagnostics.OutlierMeter` takes it: ``OutlierMeter(net, **latents(net))``.
+    """Where the latents are, for :class:`~soap_opt.diagnostics.OutlierMeter`: ``OutlierMeter(net, **latents(net))``.
 
     y is the output of ``g_a`` where the model has one, as all of CompressAI's image models do, else the input of its only
-    Gaussian conditional (a model that codes y in slices has it seen slice by slice there). z is the input of the entropy
-    bottleneck, if y has a Gaussian conditional: in a factorized prior the bottleneck's input is y itself. Several are called
-    after their modules, "z (name)".
+    Gaussian conditional (for a model that codes y in slices, the meter then sees y slice by slice). z is the input of the
+    entropy bottleneck, if y has a Gaussian conditional: in a factorized prior the bottleneck's input is y itself. Where a
+    model has several of a kind, each is called after its module, "z (name)".
     """
     matching = [
         [name for name, module in model.named_modules() if isinstance(module, kind)]
