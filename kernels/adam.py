@@ -1,5 +1,5 @@
-"""Adam in the eigenbasis, and the application of its update: epilogues of the mode products, and tiles of their own for
-parameters that nothing multiplies."""
+"""Adam in the eigenbasis, and the application of its update: as epilogues of the mode products, and in tiles of their own for
+parameters without products."""
 
 import triton
 import triton.language as tl
@@ -47,17 +47,17 @@ LARGEST_SQUARED_NORM = tl.constexpr((2.0 - 2.0**-23) * 2.0**125)  # a quarter of
 
 @triton.jit
 def without_subnormals(x):
-    """``x.masked_fill_(x.abs() < finfo.tiny, 0)``. A GPU is as quick with them, but a checkpoint may go on on a CPU."""
+    """``x.masked_fill_(x.abs() < finfo.tiny, 0)``. Subnormals do not slow down a GPU, but a CPU may continue the run."""
     return tl.where(tl.abs(x) < SMALLEST_NORMAL, 0.0, x)
 
 
 @triton.jit
 def finish_norm(row, c, squares, sums, first):
-    """``usable = (grad / grad_scale).norm().square().isfinite();  step += usable`` and what later launches need of both.
+    """``usable = (grad / grad_scale).norm().square().isfinite();  step += usable``; and the scalars that later launches read.
 
-    Every program of the first launch that has seen elements of G for the first time calls it with their squares; the last
-    one to arrive adds up and writes the parameter's row of scalars. It is the only writer, and it comes before any launch
-    that writes state.
+    Every program of the first launch calls this with the squares of the elements of G that no other program counts. The last
+    program to arrive adds up the squares and writes the parameter's row of scalars. No other program writes this row, and
+    every launch that writes state comes later.
 
     Args:
         squares: [*, *] squares of this tile's raw gradients, float32.
@@ -65,8 +65,8 @@ def finish_norm(row, c, squares, sums, first):
         first: (grad_scale, found_inf, group_options).
         grad_scale: [1] float32 that the gradients are divided by.
         found_inf: [1] float32; where it is not 0 nothing is stepped, and no gradient counts as unusable.
-        group_options: of the param groups. (1 - beta^t of a small t would lose its digits in float32; float64 of one program
-            for each parameter costs nothing.)
+        group_options: [G, OPTIONS] options of the param groups. (For a small t, 1 - beta^t would lose its digits in float32;
+            float64 in one program for each parameter costs nothing.)
     """
     scalars, partials, counters = sums
     grad_scale, found_inf, group_options = first
@@ -111,10 +111,10 @@ def finish_norm(row, c, squares, sums, first):
 def clip(scalars, parameters, max_grad_norm):
     """``factors *= (max_grad_norm / (total_norm + 1e-6)).clamp(max=1)``: clip_grad_norm_ without touching a gradient.
 
-    Run by the one program that finds all norms of a param group there; Grams and Adam multiply by the factor anyway.
+    Only the program that finds all norms of a param group complete runs this. Grams and Adam multiply by the factor anyway.
 
     Args:
-        scalars: from the group's first parameter on.
+        scalars: the rows of the group, from its first parameter on.
     """
     lanes = tl.arange(0, CHUNK)
     squares = tl.zeros([CHUNK], tl.float32)
@@ -130,7 +130,7 @@ def clip(scalars, parameters, max_grad_norm):
 
 @triton.jit
 def adam_numbers(row, scalars, group_options):
-    """What :func:`adam_update` multiplies by. Fetched before the product that it ends: three loads that wait for each other."""
+    """The numbers of :func:`adam_update`, fetched before the product: they take three loads that wait for each other."""
     out = scalars + tl.load(row + INDEX) * SCALARS
     return (
         tl.load(out + USABLE),
@@ -144,16 +144,16 @@ def adam_numbers(row, scalars, group_options):
 
 @triton.jit
 def adam_update(projected, offset, inside, row, numbers, ALIGNED: tl.constexpr):
-    """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G; 0
-    where that divides by 0.
+    """``m.lerp_(g, 1 - beta1);  v.mul_(beta2).addcmul_(g, g, value=1 - beta2);  m / (v.sqrt() + eps)``, g the projected G. The
+    result is 0 where the denominator is 0.
 
-    Pays because g is in registers: m and v are read and written once, g not at all. Nothing is written of a parameter whose
-    gradient is not usable (the result is then meaningless and never applied).
+    Pays because g is in registers: m and v are read and written once, g not at all. Where the gradient is not usable, m and v
+    are not written, and the result is meaningless and never applied.
 
     Args:
-        projected: [*, *] tile of the raw gradient in the eigenbasis; the scale and the sign are multiplied in here.
-        numbers: :func:`adam_numbers`.
-        offset, inside: [*, *] element of the parameter's memory, and whether there is one.
+        projected: [*, *] tile of the raw gradient in the eigenbasis; the function multiplies by its scale and sign.
+        numbers: the result of :func:`adam_numbers`.
+        offset, inside: [*, *] offset of each element in the parameter's memory, and whether the element exists.
     """
     usable, factor, rest1, beta2, rest2, eps = numbers
     writable = only_if(inside, usable)
@@ -172,10 +172,10 @@ def adam_update(projected, offset, inside, row, numbers, ALIGNED: tl.constexpr):
 
 @triton.jit
 def finish_rms(row, slot_index, update, inside, sums):
-    """``1 / (1e-30 + update.square().mean().sqrt())``, the factor of normalize_grads; a parameter's last program writes it.
+    """``1 / (1e-30 + update.square().mean().sqrt())``, the factor of normalize_grads, from a parameter's last program.
 
-    Taken from U' in the eigenbasis: orthogonal bases keep the norm. The back-projection cannot run before every program of
-    this launch is done, so the factor is there when it is needed.
+    The rms is taken from U' in the eigenbasis: orthogonal bases keep the norm. The factor is there in time, because the
+    back-projection begins after every program of this launch is done.
     """
     scalars, partials, counters = sums
     slot = partials + tl.load(row + SLOT)
@@ -194,7 +194,7 @@ def is_finite(x):
 
 @triton.jit
 def apply_numbers(row, scalars):
-    """What :func:`apply_update` multiplies by, fetched before the product that it ends, and the parameter's dtype."""
+    """The numbers of :func:`apply_update`, fetched before the product, and the parameter's dtype."""
     out = scalars + tl.load(row + INDEX) * SCALARS
     scale = tl.load(out + STEP_SIZE) * tl.load(out + RESCALE)
     return tl.load(out + USABLE), scale, tl.load(out + DECAY), tl.load(row + PARAM_DTYPE)
@@ -202,10 +202,10 @@ def apply_numbers(row, scalars):
 
 @triton.jit
 def apply_update(update, offset, inside, row, numbers, ALIGNED: tl.constexpr):
-    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype; an entry that it could not
-    hold stays as it is.
+    """``p.sub_(u, alpha=lr * c).mul_(1 - lr * weight_decay)`` in float32, rounded once to p's dtype. An entry stays as it
+    is where p's dtype cannot hold the new one.
 
-    One branch for each dtype (0 float32, 1 bfloat16, 2 float16), so that parameters of different dtypes share the launch.
+    Each dtype has a branch (0 float32, 1 bfloat16, 2 float16), so that parameters of different dtypes share the launch.
     """
     usable, scale, decay, dtype = numbers
     inside = only_if(inside, usable)

@@ -1,5 +1,5 @@
-"""Every number of soap_opt/cuda/columns.py by its name there (X, DEPTH, EPS ..), as a constant, which is all that a kernel may
-read of a module."""
+"""Every number of soap_opt/cuda/columns.py under its name there (X, DEPTH, EPS ..), as a constant: a Triton kernel may read
+no other globals."""
 
 import triton.language as tl
 

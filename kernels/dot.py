@@ -9,7 +9,7 @@ KEPT = tl.constexpr(~((1 << 13) - 1))  # sign, exponent and 10 bits of mantissa
 
 @triton.jit
 def high_part(x):
-    """x rounded to TF32: what is left of it, x - high_part(x), is exact and at most 2^-11 of x."""
+    """x rounded to TF32. The rest x - high_part(x) is exact, and at most 2^-11 of x."""
     bits = x.to(tl.int32, bitcast=True) + ROUND
     return (bits & KEPT).to(tl.float32, bitcast=True)
 
@@ -18,12 +18,12 @@ def high_part(x):
 def dot(a, b, sums, PRECISION: tl.constexpr, A_FITS: tl.constexpr, B_FITS: tl.constexpr):
     """``sums + a @ b``, [M, K] and [K, N] in float32.
 
-    "tf32x3" is done here and not by tl.dot, which keeps a second accumulator and makes zeros of NaN in it after each product:
-    a third of all instructions, for numbers that the guard throws away (a gradient that is not finite is never applied).
+    "tf32x3" is done here and not by tl.dot. tl.dot keeps a second accumulator and sets NaN in it to 0 after each product: a
+    third of all instructions, for numbers that the guard throws away (a gradient that is not finite is never applied).
 
     Args:
-        A_FITS, B_FITS: the operand was bfloat16 or float16 and fits into TF32 (of float16 all but its subnormal numbers need no
-            more than 10 bits; those have fewer): one product less for each.
+        A_FITS, B_FITS: whether the operand was bfloat16 or float16 and so fits into TF32 (float16 numbers have at most 10 bits
+            of mantissa, subnormal ones fewer). Each operand that fits saves one product.
     """
     if PRECISION == "tf32x3":
         a_high = a if A_FITS else high_part(a)

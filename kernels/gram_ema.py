@@ -1,4 +1,4 @@
-"""Gram matrices of all modes of all parameters and their moving average in one launch; elementwise Adam rides along."""
+"""Gram matrices of all modes of all parameters and their moving averages in one launch, some elementwise Adam beside them."""
 
 import triton
 import triton.language as tl
@@ -51,8 +51,8 @@ def ema(gram, place, mirrored, outer, inside, row, scalars, rest):
 def partial_traces(row, slot, scalars, rest, SIZE: tl.constexpr):
     """``gram_f.lerp_(outer.diagonal(other factors).sum(-1), rest)`` for each factor f of a Kronecker group.
 
-    outer [SIZE, SIZE] (upper left [D, D] of it) stands in ``slot``. Only its lower triangle is read, so that the Grams are
-    symmetric to the bit.
+    ``slot`` holds outer [SIZE, SIZE], of which the upper left [D, D] counts. Only the lower triangle is read, so that the
+    Grams are symmetric to the bit.
     """
     depth, factors = size(row, DEPTH, False), size(row, FACTOR_COUNT, False)
     u = tl.arange(0, KRONECKER_FACTOR)[:, None]
@@ -64,7 +64,7 @@ def partial_traces(row, slot, scalars, rest, SIZE: tl.constexpr):
         gram = tl.load(row + FACTORS + 2 * factor).to(tl.pointer_type(tl.float32))  # [width, width]
         after = after // width
         inside = (u < width) & (w <= u)
-        # the other factors' indices: those before f and those behind it, all at once
+        # the indices of the other factors, before and after f, all at once
         fixed = other // after * (after * width) + other % after
         place = (fixed + (u * after)[None, :, :]) * SIZE + fixed + (w * after)[None, :, :]
         there = (other < depth // width) & inside[None, :, :]
@@ -81,12 +81,12 @@ def gram_tile(
     """One tile of ``gram.lerp_(torch.einsum("aib,ajb->ij", x, x), rest)`` in the lower triangle, and its mirror image.
 
     Pays because half of the products and the pass of lerp_ over the Gram are saved, and because a long contraction (a 25 x 25
-    Gram over 16,384 columns) is cut into programs (gram_splits of cuda/problems.py), whose partial sums the last one to
-    arrive adds in order. The products are full float32.
+    Gram over 16,384 columns) is cut into several programs (gram_splits of cuda/problems.py). The last of these programs to
+    arrive adds their partial sums in order. The products are full float32.
 
     Args:
         r: the tile's place in the triangle, tile_i * PACK + tile_j.
-        c: which part of the columns.
+        c: the number of the part of the columns, 0 .. splits - 1.
     """
     scalars, partials, counters = sums
     depth, inner, columns = (
@@ -94,7 +94,7 @@ def gram_tile(
         size(row, INNER, ALIGNED and not ROWS),
         size(row, COLUMNS, ALIGNED and not ROWS),
     )
-    # bfloat16 and float16 fit into TF32: one product of them is as exact as the three that float32 takes
+    # bfloat16 and float16 fit into TF32: one product is then as exact as the three that float32 takes
     FITS: tl.constexpr = GRAD != tl.float32
     splits = size(row, COUNT, False)
     x = pointer(row, X, GRAD, ALIGNED)  # [A, D, B], columns numbered as in product_tile
@@ -114,14 +114,14 @@ def gram_tile(
             column, left_row, right_row = (n // inner) * (depth * inner) + n % inner, i * inner, j * inner
             if ALIGNED:
                 column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
-        # As the product takes them: through tl.trans, Triton 3.6 loads 4 bytes at a time
+        # Both operands are loaded in the shape that dot takes: with tl.trans, Triton 3.6 loads 4 bytes at a time
         left = tl.load(x + left_row[:, None] + column[None, :], mask=(i < depth)[:, None] & (n < columns)[None, :], other=0.0)
         right = tl.load(x + column[:, None] + right_row[None, :], mask=(n < columns)[:, None] & (j < depth)[None, :], other=0.0)
         outer = dot(left.to(tl.float32), right.to(tl.float32), outer, PRECISION, FITS, FITS)
 
     factors = size(row, FACTOR_COUNT, False)
     done = True
-    slot = partials + tl.load(row + SLOT) + number.to(tl.int64) * splits * (SIZE * SIZE)  # 2^31 of a (8192, 65536) and more
+    slot = partials + tl.load(row + SLOT) + number.to(tl.int64) * splits * (SIZE * SIZE)  # 2^31 for (8192, 65536), and more
     inside_slot = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     if splits > 1 or factors > 1:
         tl.store(slot + c * (SIZE * SIZE) + inside_slot, outer)
@@ -153,8 +153,8 @@ def gram_ema_kernel(
 ):  # fmt: skip
     """``gram.lerp_(torch.einsum("aib,ajb->ij", grad, grad), 1 - shampoo_beta)`` for every mode; one launch for each dtype.
 
-    Adam of parameters that no product of a later launch reaches runs here, in blocks: those without modes (straight from
-    the gradient), and, where no parameter has two products, those whose only one is done already (from scratch).
+    Adam runs here, in blocks, for parameters that have no product in a later launch: parameters without modes (from the
+    gradient), and, where no parameter has two products, parameters whose only product is done already (from scratch).
     """
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
@@ -186,7 +186,7 @@ def adam_block(
     row, r, c, sums, group_options,
     X_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`adam_elements` in vectors where r says that they may be read so."""
+    """:func:`adam_elements`; r = 1 says that its elements may be read in vectors."""
     if r == 1:
         adam_elements(row, c, sums, group_options, X_DTYPE, WHOLE, True)
     else:
@@ -198,7 +198,7 @@ def adam_elements(
     row, c, sums, group_options,
     X_DTYPE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One block of ``adam_update(x)``; with WHOLE ``apply_update`` of it too, where there is no rms to wait for."""
+    """One block of ``adam_update(x)``. With WHOLE the block is applied as well, unless the update has to wait for its rms."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, ALIGNED)
     x = tl.load(pointer(row, X, X_DTYPE, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Mode products of all parameters in one launch: into the eigenbasis and back, the elementwise stages as epilogues."""
+"""Mode products of all parameters in one launch: into the eigenbasis and back, with the elementwise stages as epilogues."""
 
 import triton
 import triton.language as tl
@@ -28,11 +28,11 @@ from .table import ARGUMENTS, option, pointer, read_tile, size
 
 (WIDE_0, LONG_0), (WIDE_1, LONG_1), (WIDE_2, LONG_2) = (map(tl.constexpr, tile) for tile in columns.TILES)
 
-# What happens to a tile of the product
-STORE = tl.constexpr(0)  # into scratch, for the next product
-FIRST = tl.constexpr(1)  # as STORE; x is the gradient, whose squares are summed on the way
-ADAM = tl.constexpr(2)
-UPDATE = tl.constexpr(3)
+# STAGE: what the epilogue does with a tile of the product
+STORE = tl.constexpr(0)  # stores it in scratch, for the next product
+FIRST = tl.constexpr(1)  # stores it too; x is the gradient, and its squares are summed on the way
+ADAM = tl.constexpr(2)  # adam_update
+UPDATE = tl.constexpr(3)  # apply_update
 
 
 @triton.jit
@@ -43,19 +43,21 @@ def product_tile(
 ):  # fmt: skip
     """One tile of ``torch.einsum("aib,ij->ajb", x, Q)``, or of ``"aib,ji->ajb"`` with BACK.
 
-    x [A, D, B] lies in memory as it is; its A * B columns are numbered n = a B + b and may be cut anywhere, so that a
-    5 x 5 kernel's B = 25 fills tiles as well as B = 3,200. With B = 1 the columns are rows of memory and the tile is kept
-    transposed (ROWS), so that neighbouring threads touch neighbouring addresses either way.
+    x [A, D, B] is not moved in memory. Its A * B columns are numbered n = a B + b, and tiles may cut them anywhere, so that a
+    5 x 5 kernel's B = 25 fills tiles as well as B = 3,200. With B = 1 the columns are rows of memory, and the tile is
+    transposed (ROWS), so that neighbouring threads touch neighbouring addresses in both cases.
 
     Pays for the mix of shapes of a whole model, where one cuBLAS call for each tensor is bound by launches. Does not pay for
     a single large matrix: cuBLAS has larger tiles and wgmma pipelines that are tuned for it.
 
     Args:
-        r: the tile makes results j from r * WIDE on; c: of the columns from c * LONG on. DEEP: values of i in one iteration.
+        r: the tile makes the results j from r * WIDE on.
+        c: the tile takes the columns from c * LONG on.
+        DEEP: values of i in one iteration.
 
     Returns:
-        The tile ([LONG, WIDE] with ROWS, else [WIDE, LONG]) in float32, its elements' offsets, which of them exist, and the
-        squares of the x that were read (a number when not SQUARES).
+        The tile ([LONG, WIDE] with ROWS, else [WIDE, LONG]) in float32; the offset of each of its elements; whether the element
+        exists; and the sums of squares of the x that were read (zeros without SQUARES).
     """
     depth, inner, columns = (
         size(row, DEPTH, ALIGNED),
@@ -132,7 +134,7 @@ def finished_tile(
     if STAGE == STORE or STAGE == FIRST:
         tl.store(pointer(row, Y, tl.float32, ALIGNED) + offset, product, mask=inside)
     if STAGE == FIRST:
-        if r == 0:  # every r reads all of the same columns
+        if r == 0:  # all r read the same x: one of them counts its squares
             finish_norm(row, c, squares, sums, first)
     if STAGE == ADAM:
         update = adam_update(product, offset, inside, row, numbers, ALIGNED)
@@ -150,11 +152,11 @@ def ragged_products(
     GRAD: tl.constexpr, STAGE: tl.constexpr, BACK: tl.constexpr,
     PRECISION: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """The tile's class chooses among the sizes of columns.TILES (64, 32, 16), ROWS, and ALIGNED for the largest.
+    """:func:`finished_tile` in the tile's class: a size of columns.TILES (64, 32, 16), ROWS, and ALIGNED for the largest size.
 
     A class is a branch, not a kernel of its own, because a launch costs more than the branch.
     """
-    NARROW: tl.constexpr = 16 if DEEP > 16 else DEEP  # a group of at most 16 has no more
+    NARROW: tl.constexpr = 16 if DEEP > 16 else DEEP  # a group of width 16 at most has no more values of i
     if kind == 0:
         finished_tile(row, r, c, sums, first, group_options, GRAD, STAGE, BACK, PRECISION,
                       WIDE_0, LONG_0, DEEP, False, False)  # fmt: skip
@@ -185,14 +187,14 @@ def ragged_products(
 def kronecker_tile(row):
     """``torch.kron(Q_1, torch.kron(Q_2, ...))`` -> [D, D], D <= 64, for the products of later launches.
 
-    Made anew in every step: whoever changed a basis, it is up to date, and 50 of 25 x 25 are 125 KB.
+    Every step makes the product anew, so that it is up to date whoever changed a basis; 50 products of 25 x 25 are 125 KB.
     """
     depth, factors = size(row, DEPTH, False), size(row, FACTOR_COUNT, False)
     i = tl.arange(0, KRONECKER_WIDTH)[:, None]
     j = tl.arange(0, KRONECKER_WIDTH)[None, :]
     inside = (i < depth) & (j < depth)
     product = tl.full([KRONECKER_WIDTH, KRONECKER_WIDTH], 1.0, tl.float32)
-    stride = depth  # of the factor's index in i and j, once divided by its size
+    stride = depth  # after the division by its size: the stride of the factor's index in i and j
     for factor in range(0, factors):
         width = tl.load(row + FACTORS + 2 * factor + 1).to(tl.int32)
         basis = tl.load(row + FACTORS + 2 * factor).to(tl.pointer_type(tl.float32))  # [width, width]
@@ -209,8 +211,8 @@ def project_first_kernel(
 ):  # fmt: skip
     """``torch.einsum("aib,ij->ajb", grad, Q)`` for every parameter's first mode, and ``grad.norm()`` of every parameter.
 
-    One launch for each dtype of gradients. Parameters whose products begin in a later launch only get their norm here, in
-    blocks; one read of G more is cheaper than a launch. COPY writes the gradient to scratch as float32 on the way.
+    There is one launch for each dtype of gradients. Parameters whose products begin in a later launch get only their norm here,
+    in blocks; one more read of G is cheaper than a launch. COPY also writes the gradient to scratch as float32.
     """
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
@@ -228,7 +230,7 @@ def project_first_kernel(
 
 @triton.jit
 def norm_block(row, kind, c, sums, first, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
-    """A block of a gradient for its norm, and with COPY in float32 in scratch."""
+    """A block of a gradient: its part of the norm, and with COPY its copy in scratch as float32."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, ALIGNED)
     grad = tl.load(pointer(row, X, GRAD, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float32)
@@ -239,7 +241,7 @@ def norm_block(row, kind, c, sums, first, GRAD: tl.constexpr, ALIGNED: tl.conste
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr, DEEP: tl.constexpr):
-    """``torch.einsum("aib,ij->ajb", x, Q)``, with BACK ``"aib,ji->ajb"``: a product between two others, scratch to scratch."""
+    """``torch.einsum("aib,ij->ajb", x, Q)``, with BACK ``"aib,ji->ajb"``: a product from scratch to scratch."""
     row, kind, r, c = read_tile(tiles, problems)
     ragged_products(row, kind, r, c, None, None, None, tl.float32, STORE, BACK, PRECISION, DEEP)
 
@@ -248,7 +250,7 @@ def project_kernel(tiles, problems, BACK: tl.constexpr, PRECISION: tl.constexpr,
 def project_adam_kernel(
     tiles, problems, scalars, partials, counters, group_options, PRECISION: tl.constexpr, DEEP: tl.constexpr
 ):  # fmt: skip
-    """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, the product never in memory."""
+    """``adam_update(torch.einsum("aib,ij->ajb", x, Q))``: every parameter's last projection, which never goes to memory."""
     row, kind, r, c = read_tile(tiles, problems)
     sums = (scalars, partials, counters)
     ragged_products(row, kind, r, c, sums, None, group_options, tl.float32, ADAM, False, PRECISION, DEEP)
@@ -258,7 +260,7 @@ def project_adam_kernel(
 def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr, DEEP: tl.constexpr):
     """``p.sub_(lr * c * torch.einsum("aib,ji->ajb", u, Q)).mul_(1 - lr * weight_decay)``: the last back-projection.
 
-    APPLY tiles do the same without a product: parameters without modes whose update had to wait for its rms.
+    APPLY tiles do the same without a product, for parameters without modes whose update had to wait for its rms.
     """
     row, kind, r, c = read_tile(tiles, problems)
     if kind == APPLY:
@@ -273,7 +275,7 @@ def project_apply_kernel(tiles, problems, scalars, PRECISION: tl.constexpr, DEEP
 
 @triton.jit
 def apply_block(row, c, scalars, ALIGNED: tl.constexpr):
-    """A block of an update that waited in scratch."""
+    """Apply a block of an update that waited in scratch."""
     offset = c * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size(row, NUMEL, ALIGNED)
     update = tl.load(pointer(row, X, tl.float32, ALIGNED) + offset, mask=inside, other=0.0)

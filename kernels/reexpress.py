@@ -22,7 +22,7 @@ from .table import ARGUMENTS, pointer, read_tile, size
 
 @triton.jit
 def is_refreshed(row):
-    """Whether the refresh changed any basis of the row's parameter: its units' outcomes stand side by side."""
+    """Whether the refresh changed any basis of the row's parameter. The outcomes of the parameter's units are neighbours."""
     outcomes = pointer(row, OUTCOMES, tl.int32, False)
     changed = 0
     for unit in range(0, size(row, UNITS, False)):
@@ -34,14 +34,14 @@ def is_refreshed(row):
 def permuted_block(row, c):
     """``y = x.index_select(mode, order)`` for all modes of one parameter at once, a block of its elements.
 
-    Element n has index n // stride % size in a mode, so that it comes from n + (order[index] - index) * stride.
+    Element n has index n // stride % size in a mode, so that its value comes from n + (order[index] - index) * stride.
     """
     n = c * BLOCK + tl.arange(0, BLOCK)
     inside = n < size(row, NUMEL, False)
     source = n
     for mode in range(0, size(row, FACTOR_COUNT, False)):
         order = tl.load(row + FACTORS + 2 * mode).to(tl.pointer_type(tl.int64))  # [size]
-        packed = tl.load(row + FACTORS + 2 * mode + 1)  # size, and from bit 32 on stride
+        packed = tl.load(row + FACTORS + 2 * mode + 1)  # size, and from bit 32 on the stride
         length, stride = (packed & 0xFFFFFFFF).to(tl.int32), (packed >> 32).to(tl.int32)
         index = n // stride % length
         source += (tl.load(order + index, mask=inside, other=0).to(tl.int32) - index) * stride
@@ -51,7 +51,7 @@ def permuted_block(row, c):
 
 @triton.jit
 def copied_block(row, c, ALIGNED: tl.constexpr):
-    """``y = x``, a block of it."""
+    """A block of ``y = x``."""
     n = c * BLOCK + tl.arange(0, BLOCK)
     inside = n < size(row, NUMEL, ALIGNED)
     x = tl.load(pointer(row, X, tl.float32, ALIGNED) + n, mask=inside, other=0.0)
@@ -62,10 +62,11 @@ def copied_block(row, c, ALIGNED: tl.constexpr):
 def due_kernel(units, scalars, due, count):
     """``due = usable[parameter] & ((step[parameter] + offset) % frequency == 0)`` for every unit.
 
-    Only inside a CUDA graph: elsewhere the host knows t, and launches nothing for what is not due.
+    Only CUDA graphs use this kernel: elsewhere the host knows t, and launches nothing for units that are not due.
 
     Args:
-        units: [count, 4] int64: pointer to t, offset, number of the parameter, frequency. due: [count] uint8, out.
+        units: [count, 4] int64: pointer to t, offset, number of the parameter, frequency.
+        due: [count] uint8, out.
     """
     unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < count
@@ -80,9 +81,9 @@ def due_kernel(units, scalars, due, count):
 
 @triton.jit(do_not_specialize=ARGUMENTS)
 def reexpress_kernel(tiles, problems, PRECISION: tl.constexpr, DEEP: tl.constexpr):
-    """``m = torch.einsum("aib,ij->ajb", m, rotation)`` and ``v = v.index_select(mode, order)``: one stage, scratch between.
+    """``m = torch.einsum("aib,ij->ajb", m, rotation)`` and ``v = v.index_select(mode, order)``: one stage of both.
 
-    A program whose parameter kept all of its bases returns at once: which did is known on the device only.
+    A program returns at once where its parameter kept all of its bases, which only the device knows.
     """
     row, kind, r, c = read_tile(tiles, problems)
     if is_refreshed(row):

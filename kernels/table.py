@@ -1,12 +1,12 @@
-"""What every kernel does with the launch plan's tables: read a row, arrive, add partial sums in a fixed order.
+"""What all kernels do with the tables of a step: read a row, arrive, add partial sums in a fixed order.
 
-Shapes, in the words of soap_opt/cuda/tables.py, which makes all of these:
-    tiles     [T, 4] int32    for each program: row of problems, kind, two indices of the tile
-    problems  [R, WIDTH] int64  pointers and sizes of one product, Gram or elementwise pass
-    scalars   [P, SCALARS] float32  of each parameter in this step, written by the first launch
-    group_options   [G, OPTIONS] float32  of each param group, written by the host
-    partials  [*] float32     partial sums of programs that work on one result
-    counters  [*] int32       how many of those programs are done; 0 between launches
+The tables, which soap_opt/cuda/tables.py and plan.py make:
+    tiles          [T, 4] int32           for each program: row of problems, kind, two indices of the tile
+    problems       [R, WIDTH] int64       for each product, Gram or elementwise pass: its pointers and sizes
+    scalars        [P, SCALARS] float32   for each parameter: numbers of this step, written by the first launch
+    group_options  [G, OPTIONS] float32   for each param group: its options, written by the host
+    partials       [*] float32            partial sums of programs that share a result
+    counters       [*] int32              how many of those programs are done; 0 between launches
 """
 
 import triton
@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .constants import GROUP, OPTIONS, WIDTH
 
-# No kernel is compiled anew because an argument happens to be 1, or a pointer a multiple of 16: what bench/compile_kernels.py
-# compiles is what runs, and the first steps compile nothing that the second does not use.
+# No kernel is compiled anew because one of these arguments is 1, or a pointer a multiple of 16: the kernels that run are those
+# that bench/compile_kernels.py compiles, and the first step compiles nothing that later steps do not use.
 ARGUMENTS = "tiles problems scalars group_options partials counters grad_scale found_inf units due count".split()
 
 # Terms of a partial sum that one pass of `total` reads
@@ -24,7 +24,7 @@ CHUNK = tl.constexpr(512)
 
 @triton.jit
 def read_tile(tiles, problems):
-    """``row, kind, r, c = tiles[program]``, the row as a pointer to its WIDTH int64."""
+    """``row, kind, r, c = tiles[program]``; row is a pointer to the WIDTH int64 of a row of problems."""
     tile = tiles + tl.program_id(0) * 4
     row = problems + tl.load(tile).to(tl.int64) * WIDTH
     return row, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -38,7 +38,7 @@ def option(row, group_options, COLUMN: tl.constexpr):
 
 @triton.jit
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of a row. An int64 says nothing about alignment: the tile's class does (ALIGNED: 16 bytes)."""
+    """The pointer in a column of a row. An int64 says nothing about alignment; the tile's class does (ALIGNED: 16 bytes)."""
     address = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
@@ -47,9 +47,9 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def size(row, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
-    """A size as int32 (plans refuse tensors of 2^31 elements); a multiple of 4 in aligned classes.
+    """The size in a column of a row, as int32 (plans refuse tensors of 2^31 elements); a multiple of 4 in aligned classes.
 
-    Said here, of the load itself: on the result of a call tl.multiple_of is lost when the call is inlined.
+    tl.multiple_of stands here, on the load itself: on the result of a call it is lost when the call is inlined.
     """
     value = tl.load(row + COLUMN).to(tl.int32)
     if ALIGNED:
@@ -59,11 +59,11 @@ def size(row, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def arrive(counter, count):
-    """Whether this program is the last of ``count`` to come here; it then sees what all the others stored before.
+    """Whether this program is the last of ``count`` to arrive. The last program sees all that the others stored before.
 
-    The barrier puts every thread's stores before the one thread's atomic; its release and the last program's acquire do the
-    rest. The last one sets the counter back to 0 for the next step. Who is last varies from run to run, what it computes
-    does not: it adds in the order of the slots.
+    The barrier puts the stores of every thread before the atomic of the one thread; the release of that atomic and the acquire
+    of the last program's do the rest. The last program sets the counter back to 0 for the next step. Which program is last
+    varies from run to run; its sums do not, because it adds in the order of the slots.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
@@ -78,7 +78,7 @@ def total(partials, count):
     lanes = tl.arange(0, CHUNK)
     sums = tl.zeros([CHUNK], tl.float32)
     for first in range(0, count, CHUNK):
-        # .cg: not from this multiprocessor's L1, which may hold what stood there before
+        # .cg: not from this multiprocessor's L1, which may hold an old value
         sums += tl.load(partials + first + lanes, mask=first + lanes < count, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, 0)
 
