@@ -1,1 +1,1 @@
-"""The step on CUDA: tables, launches, refreshes, and what is kept of them between steps."""
+"""The step on CUDA: its tables, launches and refreshes, and the memory that these keep between steps."""

@@ -1,6 +1,6 @@
-"""How each Triton kernel is compiled, and for what: warps, pipeline stages, depth of an iteration, how products are multiplied.
+"""How each Triton kernel is compiled for each architecture: warps, pipeline stages, depth of an iteration, precision.
 
-Needs neither Triton nor a GPU. ``SOAP_OPT_KERNELS`` in the environment overrides the choices, for sweeps on a GPU.
+This module needs neither Triton nor a GPU. ``SOAP_OPT_KERNELS`` in the environment overrides the choices, for sweeps on a GPU.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ KERNELS = ("project_first", "gram_ema", "project", "project_adam", "project_appl
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled."""
+    """The compile-time parameters of a kernel."""
 
     warps: int
     stages: int
-    deep: int = 0  # i of one iteration of a product, columns of one of a Gram's widest tile; 0: the kernel has no such loop
+    deep: int = 0  # values of i in an iteration of a product, columns in one of a Gram's widest tile; 0: no such loop
 
 
 def _configs(architecture: str) -> dict[str, Config]:
-    """Of every kernel, for "sm_80" (and up to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
-    # From the compilers' figures (bench/compile_kernels.py; of Triton 3.6 and 3.8), not from measurements on a GPU. With four
-    # warps two programs share a multiprocessor's registers, each hides the other's barriers, and a 64-row tile is that of one
-    # warpgroup on sm_90: 6 wgmma and 3 barriers for 16 i against 10 and 11, with as many instructions for each of half the
-    # warps. Nothing may spill, so that Adam's epilogue takes eight, and so does what else would. 32 i at a time would halve
-    # the barriers; one of the two Tritons spills then, or both.
+    """The configuration of every kernel, for "sm_80" (to sm_89), "sm_90", "sm_100" (and later) or "hip"."""
+    # These choices come from the compilers' figures (bench/compile_kernels.py; Triton 3.6 and 3.8), not from measurements on a
+    # GPU. With four warps, two programs share a multiprocessor's registers and hide each other's barriers. On sm_90 a 64-row
+    # tile is then the tile of one warpgroup: 6 wgmma and 3 barriers for 16 i, against 10 and 11, and as many instructions for
+    # each of half the warps. No kernel may spill: Adam's epilogue, and every other kernel that would spill, takes more warps.
+    # 32 i in an iteration would halve the barriers, but then one of the two Tritons spills, or both.
     # AMD's wavefronts are 64 wide: four of them are as many threads as eight warps.
     configs = {**dict.fromkeys(KERNELS, Config(4, 3, 16)), "due": Config(4, 1)}
     if architecture != "hip":
@@ -41,9 +41,9 @@ def _configs(architecture: str) -> dict[str, Config]:
 
 
 def overridden(configs: dict[str, Config], text: str) -> dict[str, Config]:
-    """The configurations with what ``text`` (SOAP_OPT_KERNELS) sets: "deep=32 gram_ema.warps=4", kernel by kernel or for all.
+    """The configurations, changed as ``text`` (SOAP_OPT_KERNELS) says: "deep=32 gram_ema.warps=4", for all kernels or for one.
 
-    Every choice computes the same, if not to the last bit. (precision_of reads "precision=ieee".)
+    Every choice computes the same up to rounding. (precision_of reads "precision=ieee".)
     """
     configs = dict(configs)
     for setting in text.split():
@@ -71,7 +71,7 @@ def _is_valid(kernel: str, field: str, value: str) -> bool:
 
 
 def precision_of(default: str, text: str) -> str:
-    """How "highest" multiplies: ``default`` unless ``text`` (SOAP_OPT_KERNELS) says "precision=ieee" or "precision=tf32x3"."""
+    """The precision of "highest": ``default`` unless ``text`` (SOAP_OPT_KERNELS) has "precision=ieee" or "..=tf32x3"."""
     chosen = default
     for setting in text.split():
         name, _, value = setting.partition("=")
@@ -87,19 +87,19 @@ CONFIGS = {architecture: overridden(_configs(architecture), OVERRIDES) for archi
 
 
 def config_of(architecture: str, kernel: str) -> Config:
-    """The configuration of a kernel, by its function's name."""
+    """The configuration of a kernel. kernel: the name of its function."""
     return CONFIGS[architecture][kernel.removesuffix("_kernel")]
 
 
 def architecture_of(backend: str, arch: int | str) -> str:
-    """The key of CONFIGS, from what Triton says of its target."""
+    """The key of CONFIGS for Triton's target."""
     if backend == "hip":
         return "hip"
     return "sm_100" if int(arch) >= 100 else "sm_90" if int(arch) >= 90 else "sm_80"
 
 
-# How products are multiplied, by the accelerator's kind. Plain TF32 is known to ruin the basis.
+# The precision of products, by the accelerator's kind. Plain TF32 is known to ruin the basis.
 # tf32x3 (three TF32 products, 21 bits of mantissa) does not compile for AMD.
 PRECISION = {"cuda": precision_of("tf32x3", OVERRIDES), "hip": "ieee"}
-# With precision="high" the projections may be less exact; never the Grams.
+# The precision of projections with precision="high". The Grams keep the one above.
 HIGH_PRECISION = {"cuda": "tf32", "hip": "ieee"}

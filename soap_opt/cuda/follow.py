@@ -1,7 +1,7 @@
-"""What the host keeps of parameters between fused steps on CUDA, so that a step of fifty tensors costs it microseconds.
+"""The host's records of parameters between fused steps on CUDA, by which a step of fifty tensors costs the host microseconds.
 
-On a GPU a fused step is a handful of launches and the original's more than a thousand; Python that looks at every tensor
-several times would take longer than either. Nothing here keeps a state alive: everything hangs on a parameter's ``exp_avg``.
+On a GPU a fused step is a handful of launches, where the original's is more than a thousand; Python that looks at every tensor
+several times would take longer than either. The records keep no state alive: each one hangs on a parameter's ``exp_avg``.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ..layout import Layout
 from ..schedule import due_units
 from .columns import USABLE
 
-# Lists kept for one first parameter: lists differ while some parameters have no gradient.
+# Number of lists kept for one first parameter. There are several where some parameters have no gradient in some steps.
 MAX_LISTS = 8
 
 
 class Followed:
-    """One parameter: what was counted of it on the device, and t as the host knows it."""
+    """The record of one parameter: the counts on the device, and t as the host knows it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)  # unusable gradients
-        self.failed: list[Tensor] = []  # [units] refreshes that failed, of each table of units; 0-d views of them
-        self.identity: int | None = None  # of the step tensor when t was read; None: it was not
-        self.version = 0  # of the step tensor after the last step
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)  # number of unusable gradients
+        self.failed: list[Tensor] = []  # 0-d counts of failed refreshes, one for each unit of each table
+        self.identity: int | None = None  # address of the step tensor when t was read; None: t was not read
+        self.version = 0  # _version of the step tensor after the last step
         self.t = 0
-        self.last: tuple[Flags, int] | None = None  # where to look whether the last gradient counted
+        self.last: tuple[Flags, int] | None = None  # the flag that says whether the last gradient was usable
         self.plans_of_graphs: list[object] = []  # kept until the state or the optimizer goes
 
     def catch_up(self) -> int:
-        """t, after every step but the one under way."""
+        """t after all steps but the one under way."""
         if self.last is not None:
             flags, place = self.last
             self.t += flags.values()[place]
@@ -47,8 +47,8 @@ class Followed:
 
 
 class Flags:
-    """Which parameters were stepped, on its way to the host: a step's scalars [P, SCALARS], whole, since a column would first
-    be gathered by a kernel."""
+    """Which parameters a step has stepped, on the way to the host. All scalars [P, SCALARS] of the step travel: a single column
+    would first have to be gathered by a kernel."""
 
     def __init__(self, scalars: Tensor) -> None:
         on_cuda = scalars.device.type == "cuda"
@@ -61,7 +61,7 @@ class Flags:
         self._values: list[int] | None = None
 
     def values(self) -> list[int]:
-        """1 or 0 for each parameter. Waits for the step that made them; the step after it is the first to ask."""
+        """1 (stepped) or 0 for each parameter. Waits for the step that made the flags; the next step is the first to ask."""
         if self._values is None:
             if self._event is not None:
                 self._event.synchronize()
@@ -73,11 +73,11 @@ class ParameterList:
     """A list of parameters that are stepped together, identified by their ``exp_avg``s and layouts.
 
     Attributes:
-        layouts: of each parameter.
-        followed: of each parameter.
+        layouts: the layout of each parameter.
+        followed: the record of each parameter.
         skipped: [P] pointers to the counts of unusable gradients.
-        units: (parameter, place in its layout.modes) of every mode.
-        owners: [units] their parameters.
+        units: (parameter, place in its layout.modes) for every mode.
+        owners: [units] the parameter of each unit.
     """
 
     def __init__(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout], followed: list[Followed]) -> None:
@@ -88,7 +88,7 @@ class ParameterList:
         self._strides = [layout.memory_strides for layout in layouts]
         self.units = [(i, k) for i, layout in enumerate(layouts) for k in range(len(layout.modes))]
         self.owners = np.asarray([i for i, _ in self.units], dtype=np.int64)
-        self._offset_tensors: list[Tensor] = []  # and their versions, when they were read
+        self._offset_tensors: list[Tensor] = []  # the tensors that were read, and their versions then
         self._versions: list[int] | None = None
         self._offsets = np.empty(0, dtype=np.int64)
 
@@ -99,7 +99,7 @@ class ParameterList:
         return all(map(operator.is_, alive, exp_avgs)) and all(map(operator.is_, self.layouts, layouts))
 
     def arranged(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The list itself where every tensor lies in memory as its layout's [D_1, ..., D_k], else one with arranged copies."""
+        """The list itself where every tensor lies in memory as its layout's [D_1, ..., D_k], else arranged copies."""
         if [tensor.stride() for tensor in tensors] == self._strides and not any(map(Tensor.is_neg, tensors)):
             return tensors
         return [_in_memory_order(tensor, layout) for tensor, layout in zip(tensors, self.layouts)]
@@ -110,8 +110,9 @@ class ParameterList:
         """[units, 2] int64: offset and frequency of every unit.
 
         Args:
-            refresh_offsets: of every unit, 0-d int64 on the CPU. Read once, and again when they are others.
-            frequencies, together: of every parameter; together: its units have no offsets.
+            refresh_offsets: for every unit, 0-d int64 on the CPU. They are read once, and again after a change.
+            frequencies: precondition_frequency of every parameter.
+            together: for every parameter, whether its units have no offsets.
         """
         versions = [offset._version for offset in refresh_offsets]
         if versions != self._versions or not all(map(operator.is_, refresh_offsets, self._offset_tensors)):
@@ -123,23 +124,23 @@ class ParameterList:
         return result
 
     def due(self, t: list[int], phases: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Units that are due at t (of each parameter)."""
+        """The units that are due. t: for each parameter; phases: the result of :meth:`phases`."""
         due = due_units(np.asarray(t, dtype=np.int64)[self.owners], phases[:, 0], phases[:, 1], "staggered")
         return [self.units[unit] for unit in np.flatnonzero(due)]
 
     def steps_before(self, state_steps: list[Tensor], scalars: Tensor) -> list[int]:
         """t of every parameter before the step that was just launched, without waiting for that step.
 
-        Which refresh is due follows from t, and whether t moved is decided on the device. The host reads t once and then
-        follows: every step's flags come back in pinned memory while the next forward pass runs, and are looked at by the next
-        step, which so may not run ahead of the device by more than one step. A step tensor that somebody else wrote to (it
-        has another version, or is another tensor), or that a CUDA graph's replays may have moved, is read again, less the step
-        that was just launched.
+        The units that are due follow from t, and the device decides whether t moves. The host reads t once and then follows it:
+        the flags of every step come back in pinned memory while the next forward pass runs, and the next step reads them. So
+        the host cannot run ahead of the device by more than one step. Where somebody else wrote to a step tensor (it has
+        another version, or is another tensor), or a CUDA graph's replays may have moved t, the host reads t again, less the
+        step that was just launched.
         """
         flags = Flags(scalars)
         result = []
         versions = [step._version for step in state_steps]
-        increment_version(state_steps)  # the kernel wrote them, below autograd
+        increment_version(state_steps)  # a kernel wrote the tensors, below autograd
         identities = [step.data_ptr() for step in state_steps]
         unknown = [
             place
@@ -157,7 +158,7 @@ class ParameterList:
 
 
 def _values(steps: list[Tensor]) -> list[int]:
-    """Of 0-d tensors, in one transfer where they are on one device (a loaded state may have some of them on the CPU)."""
+    """Values of 0-d tensors, in one transfer where all are on one device (in a loaded state some may be on the CPU)."""
     if len({step.device for step in steps}) != 1:
         return [int(step) for step in steps]
     return [int(t) for t in torch.stack([step.detach() for step in steps]).tolist()]
@@ -171,11 +172,11 @@ def _in_memory_order(tensor: Tensor, layout: Layout) -> Tensor:
 
 
 class Following:
-    """What one optimizer knows of the parameters that were stepped on CUDA."""
+    """The records of one optimizer's parameters that were stepped on CUDA."""
 
     def __init__(self) -> None:
-        self._followed: MutableMapping[Tensor, Followed] = WeakIdKeyDictionary()  # by exp_avg
-        # by the exp_avg of a list's first parameter, the latest first
+        self._followed: MutableMapping[Tensor, Followed] = WeakIdKeyDictionary()  # by the exp_avg of a parameter
+        # by the exp_avg of the list's first parameter, the latest list first
         self._lists: MutableMapping[Tensor, list[ParameterList]] = WeakIdKeyDictionary()
 
     def of(self, exp_avg: Tensor) -> Followed:
@@ -186,12 +187,12 @@ class Following:
         return record
 
     def counts(self, exp_avg: Tensor | None) -> tuple[int, int]:
-        """Unusable gradients and failed refreshes of a parameter. Reads the device."""
+        """The numbers of unusable gradients and of failed refreshes of a parameter. Waits for the device."""
         record = None if exp_avg is None else self._followed.get(exp_avg)
         return (0, 0) if record is None else (int(record.skipped), sum(map(int, record.failed)))
 
     def list_of(self, exp_avgs: Sequence[Tensor], layouts: Sequence[Layout]) -> ParameterList:
-        """The kept one, or a new one."""
+        """The list of these parameters: the kept one, or a new one."""
         lists = self._lists.get(exp_avgs[0])
         if lists is None:
             lists = self._lists[exp_avgs[0]] = []
@@ -206,7 +207,7 @@ class Following:
         return kept
 
     def release_graphs(self) -> None:
-        """Forget the plans of recorded graphs, and that replays may have moved t."""
+        """Forget the plans of recorded graphs, and t, which replays may have moved."""
         for record in self._followed.values():
             record.plans_of_graphs.clear()
             record.identity = None

@@ -21,7 +21,7 @@ from .refresh import GroupedRefresh, Refreshes
 
 
 def has_conditional_nodes() -> bool:
-    """Whether what a CUDA graph's replays do only on a condition can be recorded: from CUDA 12.4 on, where PyTorch has it."""
+    """Whether a CUDA graph can record work that its replays do on a condition: from CUDA 12.4 on, where PyTorch supports it."""
     if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
         return False
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def has_conditional_nodes() -> bool:
 
 @contextmanager
 def if_set(condition: Tensor) -> Iterator[None]:
-    """What is recorded inside runs in those replays that find ``condition`` set (0-d bool on the device)."""
+    """The work that is recorded inside runs in the replays that find ``condition`` set (0-d bool on the device)."""
     graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
     graph.begin_capture_to_if_node(condition)
     try:
@@ -43,7 +43,7 @@ def if_set(condition: Tensor) -> Iterator[None]:
 
 
 def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have."""
+    """Bytes of shared memory that a block may have on this device."""
     if device.type != "cuda":
         return sys.maxsize
     properties = torch.cuda.get_device_properties(device)
@@ -54,12 +54,12 @@ def shared_memory_limit(device: torch.device) -> int:
 class GraphRefresh:
     """The refresh inside a CUDA graph: every unit is in every replay, and the device decides which of them are due.
 
-    Bases that fit in a block's shared memory are refreshed by kernels whose blocks return at once where nothing is due. Larger
-    ones take ATen's calls, which are recorded into conditional nodes, one for each phase of the period; where CUDA has none,
-    they are made in every replay, and their results kept when due.
+    Kernels refresh the bases that fit in a block's shared memory; their blocks return at once where nothing is due. Larger
+    bases take ATen's calls, which are recorded into conditional nodes, one for each phase of the period. Where CUDA has no such
+    nodes, every replay makes the calls, and their results are kept when due.
 
-    Made before the capture, which can neither allocate pinned memory nor wait; used for one. Arguments as of
-    :class:`GroupedRefresh`.
+    The object is made before the capture, which can neither allocate pinned memory nor wait. It serves one capture. Arguments
+    as of :class:`GroupedRefresh`.
     """
 
     def __init__(self, plan: Refreshes, grouped: list[int]) -> None:
@@ -72,18 +72,18 @@ class GraphRefresh:
         self.units = DeviceTable((len(units), 4), device)
         self.units.reserve()
         self.due = torch.zeros(len(units), dtype=torch.uint8, device=device)
-        self.limit = sys.maxsize  # sizes above it go into conditional nodes
+        self.limit = sys.maxsize  # larger bases go into conditional nodes
         if has_conditional_nodes():
             self.limit = refresh_operator.largest_in_shared_memory(shared_memory_limit(device))
         large = [n for n, d in enumerate(self.refresh.sizes) if d > self.limit]
         self._rest(large)
-        # None where every unit is small
+        # _small_places is None where every unit is small
         self.small = [n for n, d in enumerate(self.refresh.sizes) if d <= self.limit]
         self._small_places = to_device(np.asarray(self.small, dtype=np.int64), device) if large else None
         self._load_kernels()
 
     def _rest(self, places: list[int]) -> None:
-        """Reset units that are not refreshed: identity as order and rotation, outcome KEPT."""
+        """Set units to "not refreshed": identities as order and rotation, outcome KEPT."""
         orders, rotations = self.refresh.matrices()
         for n in places:
             torch.arange(self.refresh.sizes[n], out=orders[n], device=orders[n].device)
@@ -91,7 +91,7 @@ class GraphRefresh:
             self.refresh.outcomes[n].fill_(KEPT)
 
     def _load_kernels(self) -> None:
-        """Compile and load what the capture will launch: a capture may do neither. Nothing is due, and nothing happens."""
+        """Compile and load the kernels that the capture will launch: a capture may do neither. Nothing is due here."""
         from ..kernels.reexpress import due_kernel, reexpress_kernel  # late: importing soap_opt does not wait for Triton
 
         device = self.due.device
@@ -102,7 +102,7 @@ class GraphRefresh:
             launch(due_kernel, 1, self.units.tensor, scalars, self.due, 0)
             launch(reexpress_kernel, 1, tiles, problems, PRECISION=PRECISION[ACCELERATOR])
         sizes = sorted(set(self.refresh.sizes))
-        # Once more with so many that fit in shared memory as have kernels of their own
+        # Once more with so many matrices in shared memory that the kernels of large tables run
         in_shared = refresh_operator.largest_in_shared_memory(shared_memory_limit(device))
         kinds = (
             [d for d in sizes if d <= refresh_operator.WARP_LIMIT],
@@ -113,18 +113,18 @@ class GraphRefresh:
             none = torch.zeros(len(chosen), dtype=torch.bool, device=device)
             matrices = [torch.eye(d, dtype=torch.float32, device=device) for d in chosen]
             refresh_operator.refresh_bases_(matrices, [matrix.clone() for matrix in matrices], due=none)
-        if self._small_places is not None:  # torch's own, too
+        if self._small_places is not None:  # torch's kernels, too
             first = torch.zeros_like(self._small_places[:1])
             outcomes = self.refresh.outcomes.index_select(0, first)
             self.refresh.outcomes.index_copy_(0, first, outcomes)
             torch.stack([self.due.view(torch.bool)[0]]).index_select(0, first).any()
 
     def run(self, batch: Batch, phases: npt.NDArray[np.int64], steps: list[Tensor], scalars: Tensor, tolerance: float) -> None:
-        """Refresh the units that are due when this runs, or is replayed, and re-express m and v.
+        """Refresh the units that are due when this runs or is replayed, and re-express m and v.
 
         Args:
             phases: [units, 2] offset and frequency of every unit.
-            steps, scalars: on the device.
+            steps, scalars: t of every parameter, and the scalars [P, SCALARS] of the step, on the device.
         """
         refresh = self.refresh
         if not refresh.due:
@@ -156,7 +156,7 @@ class GraphRefresh:
                 own = outcomes.index_select(0, self._small_places)
                 refresh_units(self.small, wanted.index_select(0, self._small_places), own)
                 outcomes.index_copy_(0, self._small_places, own)
-            # (views and one kernel each: a capture cannot send lists of indices to the device)
+            # (a stack of views is one kernel; indexing would send a list of indices to the device, which a capture cannot)
             due_by_phase = [torch.stack([wanted[n] for n in places]) for places in by_phase.values()]
             conditions = [due.any() for due in due_by_phase]
             for condition, due, places in zip(conditions, due_by_phase, by_phase.values()):

@@ -1,4 +1,4 @@
-"""How a kernel is launched."""
+"""Launches of Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 from .configs import architecture_of, config_of
 
-# (kernel, device, its constants) -> (what Triton compiled, the constants in the signature's order). Triton's own launch
-# compares every global constant of the kernel each time: 60 us, and a step of 10 launches would be longer on the host than on
-# the GPU.
+# (kernel, device, the kernel's constants) -> (the compiled kernel, the constants in the signature's order). Triton's own launch
+# compares every global constant of the kernel each time, which takes 60 us: a step of 10 launches would take longer on the host
+# than on the GPU.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """What Triton makes of a kernel, and ``values``, its constants: ``made[programs, 1, 1](*arguments, *values)`` launches it.
+    """A compiled kernel, and ``values``, its constants: ``made[programs, 1, 1](*arguments, *values)`` launches it.
 
     Args:
         arguments: tensors, the first of them on the device, and int32; their dtypes are the same in every launch of a kernel.
-        constants: the kernel's constexprs but DEEP, which its :class:`soap_opt.cuda.configs.Config` says.
+        constants: the kernel's constexprs but DEEP, which comes from its :class:`soap_opt.cuda.configs.Config`.
     """
     name = kernel.__name__
     key = (name, arguments[0].device, *constants.values())
@@ -41,13 +41,13 @@ def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """One launch. Arguments as of :func:`compiled`."""
+    """Launch a kernel once, with this many programs. Arguments as of :func:`compiled`."""
     made, values = compiled(kernel, arguments, constants)
     made[programs, 1, 1](*arguments, *values)
 
 
 def _architecture() -> str:
-    """What Triton compiles for."""
+    """The architecture that Triton compiles for, as a key of CONFIGS."""
     from triton.runtime.driver import driver  # late: importing soap_opt does not wait for Triton
 
     target = driver.active.get_current_target()
@@ -55,5 +55,5 @@ def _architecture() -> str:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes ``device`` current: Triton launches on the current device, which need not be the one of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""Memory on the device that steps and refreshes keep: tables that the host fills, scratch, buffers of refreshes."""
+"""Device memory that steps and refreshes keep: tables that the host fills, scratch, buffers of refreshes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """A copy on the device; the host does not wait for it."""
+    """A copy of the array on the device; the host does not wait for the transfer."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.clone()
-    # A pinned copy of its own for every transfer: the caching host allocator keeps it until the transfer is done.
+    # Every transfer has a pinned copy of its own, which the caching host allocator keeps until the transfer is done.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class DeviceTable:
-    """A table on the device that the host fills, and what it was last filled from."""
+    """A table on the device that the host fills, and the source of its present content."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> None:
         self.tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -32,7 +32,7 @@ class DeviceTable:
         self._staging: Tensor | None = None
 
     def reserve(self) -> None:
-        """Pinned memory for one filling inside a CUDA graph's capture, where none can be had. Replays read it again."""
+        """Allocate pinned memory for one filling inside a CUDA graph's capture, which cannot. Replays read it again."""
         on_cuda = self.tensor.device.type == "cuda"
         self._staging = torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device="cpu", pin_memory=on_cuda)
 
@@ -41,10 +41,10 @@ class DeviceTable:
         source: npt.NDArray[Number],
         make: Callable[[npt.NDArray[Number]], npt.NDArray[Number]] = lambda source: source,
     ) -> None:
-        """Fill it with make(source); skipped where the source equals the previous one."""
+        """Fill the table with make(source), unless the source equals the previous one."""
         if self.source is not None and np.array_equal(source, self.source):
             return
-        self.source = None  # until it is there: memory may run out on the way
+        self.source = None  # until the table is filled: memory may run out before
         if self._staging is None:
             self.tensor.copy_(to_device(make(source), self.tensor.device))
         else:
@@ -60,7 +60,7 @@ class Scratch:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def take(self, numel: int) -> tuple[Tensor, Tensor]:
-        """Both buffers, of at least ``numel`` elements each. (Replaced ones go back to the allocator of their stream.)"""
+        """Both buffers, of at least ``numel`` elements each. (Replaced buffers go back to the allocator of their stream.)"""
         if self._buffers is None or self._buffers[0].numel() < numel:
             first, second = (torch.empty(max(1, numel), dtype=torch.float32, device=self.device) for _ in range(2))
             self._buffers = first, second
@@ -68,7 +68,7 @@ class Scratch:
 
 
 class Buffers:
-    """Memory that the refreshes of one plan share, one after the other: as much as the largest of them needs."""
+    """Memory that the refreshes of one plan use one after the other: as much as the largest refresh needs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,8 +94,8 @@ class Buffers:
 
 
 class ScratchOfStreams:
-    """The scratch of one optimizer, on each stream on which it steps or refreshes: the next step may run while a refresh behind
-    the last one is still using its own. Kept as long as a plan, or a refresh, holds it: the one that used it last."""
+    """The scratch of one optimizer, for each stream on which it steps or refreshes: a step may run while a refresh of the step
+    before still uses scratch on another stream. The plan or the refresh that used a scratch last keeps it alive."""
 
     def __init__(self) -> None:
         self._kept: WeakValueDictionary[tuple[torch.device, int], Scratch] = WeakValueDictionary()
@@ -106,5 +106,5 @@ class ScratchOfStreams:
         return self._kept.setdefault((device, stream), Scratch(device))
 
     def tensors(self) -> list[Tensor]:
-        """All that is kept."""
+        """All buffers that are kept."""
         return [buffer for scratch in self._kept.values() for buffer in scratch.take(0)]

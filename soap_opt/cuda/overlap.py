@@ -1,14 +1,15 @@
-"""Refreshes hidden behind the next forward pass: on a stream of their own, after the step, waited for by whoever reads.
+"""Refreshes that overlap with the next forward pass: on a stream of their own, after the step; readers of the state wait.
 
-A refresh (QR, v permuted, m turned) touches gram, basis, exp_avg and exp_avg_sq, and nothing that a forward or backward pass
-reads. So a step may end with the refresh still running, if
+A refresh (QR, v permuted, m turned) touches gram, basis, exp_avg and exp_avg_sq, which no forward or backward pass reads. So a
+step may end while the refresh still runs, if
 
 - the refresh begins after everything that the step has enqueued;
-- the next step, and whatever else reads or writes the state, waits for it: on the device, by event, not on the host;
-- no memory that the refresh uses is handed out again before it is done (``Tensor.record_stream``).
+- the next step, and all other code that reads or writes the state, waits for the refresh: on the device, by event, not on the
+  host;
+- no memory that the refresh uses is handed out again before the refresh is done (``Tensor.record_stream``).
 
 :class:`Overlap` keeps these three promises for any number of devices and param groups. It knows nothing of SOAP. Inside a CUDA
-graph's capture it runs in place: a graph has its own order.
+graph's capture the work runs in place: a graph has its own order.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from torch import Tensor
 
 
 class Overlap:
-    """Runs what it is given behind the current stream, one side stream for each device.
+    """Runs work behind the current stream, on one side stream for each device.
 
     Args:
-        backend: what has ``Stream``, ``current_stream``, ``stream`` and ``is_current_stream_capturing`` as torch.cuda has
-            them; the tests' stand-in records.
+        backend: a module with ``Stream``, ``current_stream``, ``stream`` and ``is_current_stream_capturing`` as in torch.cuda;
+            the tests pass a stand-in that records the calls.
     """
 
     def __init__(self, backend: Any = torch.cuda) -> None:
         self._backend = backend
         self._streams: dict[torch.device, Any] = {}
-        self._pending: dict[torch.device, Any] = {}  # of each device the event after what was enqueued last
+        self._pending: dict[torch.device, Any] = {}  # for each device the event after the work that was enqueued last
 
     @contextmanager
     def behind(self, device: torch.device, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """What is enqueued on ``device`` inside runs after all that its current stream holds so far. Nothing inside may wait
-        for it, and what it writes may be read after :meth:`wait` only.
+        """Work that is enqueued on ``device`` inside runs after all work that the device's current stream holds so far. Nothing
+        inside may wait for this work, and its results may be read after :meth:`wait` only.
 
         Args:
-            tensors: everything that is read or written inside and was allocated on another stream, which is all that is not
+            tensors: all tensors that are read or written inside and were allocated on another stream: all but those that are
                 allocated inside.
         """
         backend = self._backend
         if device.type != "cuda" or backend.is_current_stream_capturing():
-            # in order with what is still running behind: it may hold the same tensors
+            # after the work that still runs behind: that work may use the same tensors
             self.wait(device)
             yield
             return
@@ -56,17 +57,17 @@ class Overlap:
         try:
             with backend.stream(side):
                 yield
-        finally:  # what was enqueued before an exception runs all the same
+        finally:  # work that was enqueued before an exception still runs
             for tensor in tensors:
                 tensor.record_stream(side)
             self._pending[device] = side.record_event()
 
     def wait(self, device: torch.device | None = None) -> None:
-        """Let the current stream (of ``device``; of every device) wait for what runs behind. The host does not wait.
+        """Let the current stream (of ``device``, or of every device) wait for work that runs behind. The host does not wait.
 
-        Call it before reading or writing any state, each time: the event stays, because the next reader may be on another
-        stream. While a graph is captured nothing is waited for (an event from outside must not enter it): capture begins with
-        a synchronised device, as ``torch.cuda.graph`` sees to.
+        Call this every time before reading or writing any state: the event stays, because the next reader may be on another
+        stream. While a graph is captured the stream waits for nothing (an event from outside must not enter the graph): a
+        capture begins with a synchronised device, as ``torch.cuda.graph`` ensures.
         """
         if not self._pending or self._backend.is_current_stream_capturing():
             return

@@ -29,13 +29,13 @@ def row_of(options: Options, first: int, count: int, lr: float) -> list[float]:
 
 
 class Plan:
-    """One step's tables on the device, and the pointers that they were last filled with.
+    """The tables of a step on the device, and the pointers that they were last filled with.
 
     Args:
-        kinds: what it depends on.
+        kinds: the properties of the parameters that the tables depend on.
         aligned: [P] whether all pointers of a parameter are multiples of 16 bytes.
-        device: of the parameters.
-        scratch, following: the stepper's.
+        device: the parameters' device.
+        scratch, following: those of the stepper.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class Plan:
         self.partials = torch.empty(max(1, self.tables.partials_numel), dtype=torch.float32, device=device)
         self.counters = torch.zeros(max(1, self.tables.counters), dtype=torch.int32, device=device)
         self.kronecker = torch.empty(max(1, self.tables.kronecker_numel), dtype=torch.float32, device=device)
-        # defaults where grad_scale or found_inf is None
+        # these stand for grad_scale and found_inf that are None
         self.one, self.zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
         self.scratch = scratch
-        self.own_scratch: Scratch | None = None  # of a graph
-        self.held_scratch: Scratch | None = None  # of the last step
+        self.own_scratch: Scratch | None = None  # in a graph
+        self.held_scratch: Scratch | None = None  # scratch of the last step, kept alive
         self.refreshes = Refreshes(kinds.layouts, aligned, device, scratch, following)
-        self.precision = ""  # of the step that made it ready for a capture
-        self.under_way = False  # a step has begun and not ended
-        self.for_graph: Plan | None = None  # reserved for the next capture
+        self.precision = ""  # precision of the step that made the plan ready for a capture
+        self.under_way = False  # whether a step has begun and not ended
+        self.for_graph: Plan | None = None  # the plan that is reserved for the next capture
         self.graph_refresh: GraphRefresh | None = None
 
     def calls(self, precision: str) -> list[Call]:
-        """The launches, made once. precision: "highest" or "high"."""
+        """The launches of a step, made once. precision: "highest" or "high"."""
         if precision not in self._calls:
             self._calls[precision] = calls_of(self, (HIGH_PRECISION if precision == "high" else PRECISION)[ACCELERATOR])
         return self._calls[precision]
@@ -79,14 +79,14 @@ class Plan:
         return [*(buffer.data_ptr() for buffer in self.held_scratch.take(self.tables.scratch_numel)), self.kronecker.data_ptr()]
 
     def send_options(self, groups: list[tuple[Options, list[int]]]) -> None:
-        """Send the groups' rows where they are others than the last time's. A learning rate on the device is copied into its
-        row by a kernel, which every replay of a graph repeats."""
+        """Send the groups' rows of options where they have changed since the last step. A kernel copies a learning rate on the
+        device into its row, and every replay of a graph repeats the copy."""
         device, rows, on_device = self.one.device, [], []
         for number, (options, own) in enumerate(groups):
             lr = options.lr
-            if isinstance(lr, Tensor) and lr.device == device:  # the host need not wait to hear it
+            if isinstance(lr, Tensor) and lr.device == device:  # (the host need not wait for it)
                 on_device.append((number, lr))
-                lr = -1.0  # no learning rate is negative: the next one on the host differs, and is sent
+                lr = -1.0  # no learning rate is negative: a later one on the host differs, and is sent
             rows.append(row_of(options, own[0], len(own), float(lr)))
         table = np.asarray(rows, dtype=np.float32)
         self.options.send(table)
@@ -94,7 +94,7 @@ class Plan:
             self.options.tensor[number, LR].copy_(lr.reshape(()))
 
     def reserve(self, grouped: list[int], precision: str) -> Plan:
-        """Get ready for a CUDA graph's capture, in which neither pinned memory can be had nor the device be waited for."""
+        """Get ready for a CUDA graph's capture, which can neither allocate pinned memory nor wait for the device."""
         self.precision = precision
         self.problems.reserve()
         self.options.reserve()
@@ -102,15 +102,15 @@ class Plan:
         return self
 
     def begin_capture(self) -> None:
-        """Scratch from the graph's own pool: replays run on any stream, beside anything."""
+        """Take scratch from the graph's own pool: replays may run on any stream, beside any other work."""
         assert self.graph_refresh is not None  # reserve made it
         self.own_scratch = self.graph_refresh.refresh.own_scratch = Scratch(self.one.device)
 
 
 @lru_cache(maxsize=64)
 def pieces_of(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
-    """Indices of the parameters that are stepped together, with at most ``limit`` bytes of scratch unless one alone needs
-    more; one that is too large for int32 offsets alone."""
+    """Indices of the parameters in pieces that are stepped together. A piece has at most ``limit`` bytes of scratch, unless a
+    single parameter needs more. A parameter that is too large for int32 offsets is a piece of its own."""
     pieces: list[list[int]] = [[]]
     numel = 0
     for i, layout in enumerate(layouts):
@@ -124,8 +124,8 @@ def pieces_of(layouts: tuple[Layout, ...], limit: int) -> list[list[int]]:
 
 
 def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
-    """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and of each piece
-    its tables, the partial sums of split Grams and Kronecker products."""
+    """Bytes that steps keep on the device besides the state: the two scratch buffers of the largest piece, and for each
+    piece its tables, the partial sums of split Grams and Kronecker products."""
     buffers, plans = 0, 0
     for piece in pieces_of(tuple(layouts), limit):
         if piece and not is_too_large(layouts[piece[0]]):
@@ -136,23 +136,23 @@ def scratch_bytes(layouts: list[Layout], limit: int = SCRATCH_LIMIT) -> int:
 
 
 class Call(NamedTuple):
-    """One launch of a plan, with all that does not change from step to step."""
+    """One launch of a plan: the parts of it that do not change from step to step."""
 
     kernel: Any
     programs: int
-    before: tuple[Tensor, ...]  # arguments
+    before: tuple[Tensor, ...]  # the first arguments
     with_scale: bool  # whether grad_scale and found_inf come next
-    after: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]  # the last arguments
     constants: dict[str, Any]
 
     def arguments(self, scale: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """All of them. scale: grad_scale and found_inf."""
+        """All arguments of the launch. scale: grad_scale and found_inf."""
         return (*self.before, *(scale if self.with_scale else ()), *self.after)
 
 
 def calls_of(plan: Plan, precision: str) -> list[Call]:
-    """The plan's launches. precision: of the products that do not feed Grams, in Triton's words."""
-    # Here and not above: importing soap_opt must work, and not wait, where there is no Triton
+    """The plan's launches. precision: of the projections, in Triton's words; Grams have their own."""
+    # Late: importing soap_opt must work without Triton, and must not wait for it
     import triton.language as tl
 
     from ..kernels.gram_ema import gram_ema_kernel

@@ -10,12 +10,13 @@ from ..layout import Layout
 from .columns import MAX_NUMEL, PACK, TILES
 from .configs import CONFIGS
 
-# What the tables count in; the same for every architecture, so that a table is made without asking for a device.
+# The tables count a Gram's columns in iterations of this depth. It is the same for every architecture, so that tables are made
+# without asking for a device.
 GRAM_DEEP = CONFIGS["sm_90"]["gram_ema"].deep
 
-# A Gram is cut along its columns where a launch would otherwise have too few programs, or one that outlasts all the others:
-# into pieces of at least so many iterations, and no more pieces than four times what an H100 runs at a time (132
-# multiprocessors, two programs each). The number is the same on every GPU.
+# A Gram is cut along its columns where a launch would otherwise have too few programs, or one program that outlasts all others.
+# A piece has at least GRAM_MIN_ITERATIONS iterations, and there are at most four times as many pieces as an H100 runs programs
+# at a time (132 multiprocessors, two programs each). The numbers are the same on every GPU.
 GRAM_MIN_ITERATIONS = 32
 GRAM_PROGRAMS = 4 * 2 * 132
 
@@ -23,11 +24,11 @@ GRAM_PROGRAMS = 4 * 2 * 132
 class Problem(NamedTuple):
     """One [A, D, B] view of a parameter that a matrix multiplies."""
 
-    group: int  # place in layout.groups
+    group: int  # index in layout.groups
     before: int  # A
     depth: int  # D
     inner: int  # B
-    factors: tuple[int, ...]  # places in layout.modes, several for a Kronecker product
+    factors: tuple[int, ...]  # indices in layout.modes; several for a Kronecker product
 
     @property
     def columns(self) -> int:
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def problems_of(layout: Layout) -> list[Problem]:
-    """A parameter's products in the order of their launches: Kronecker products last, since the first launch makes them."""
+    """A parameter's products in the order of their launches: Kronecker products last, because the first launch makes them."""
     problems, before = [], 1
     for place, group in enumerate(layout.groups):
         before *= group.width
@@ -49,13 +50,13 @@ def kind_of(problem: Problem, aligned: bool) -> int:
     """The tile's class, from the shape and whether every pointer is a multiple of 16 bytes."""
     place = next(i for i in reversed(range(len(TILES))) if problem.depth <= TILES[i].wide or i == 0)
     rows = problem.inner == 1
-    # Vectors of four along memory: of a row (B = 1) four i, else four columns, which must not straddle two rows. D too, for Q.
+    # A vector is four neighbours in memory: four i of a row (B = 1), else four columns of one row. Q needs D % 4 == 0 too.
     aligned = aligned and place == 0 and problem.depth % 4 == 0 and (rows or problem.inner % 4 == 0)
     return 4 * place + 2 * rows + aligned
 
 
 def gram_deep(place: int) -> int:
-    """Columns of one iteration of a Gram whose tile is TILES[place]: the narrower the tile, the more."""
+    """Columns of one iteration of a Gram whose tile is TILES[place]: narrower tiles take more columns."""
     return GRAM_DEEP << place
 
 
@@ -67,11 +68,11 @@ def gram_tiles(problem: Problem, kind: int) -> tuple[list[int], int]:
 
 
 def gram_splits(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Into how many programs each tile of the Grams of one launch is cut along its columns. sizes: each Gram's tiles and
-    iterations.
+    """The number of programs among which each tile of a Gram is cut along its columns, for the Grams of one launch. sizes: each
+    Gram's tiles and iterations.
 
-    All tiles have about the same share of the launch's iterations: with GRAM_PROGRAMS programs in all, nothing is cut that is
-    not longer than its share, so that partial sums (a tile each, written and read once) stay below 70 MB for any model.
+    GRAM_PROGRAMS programs would share the launch's iterations evenly, and only a tile that is longer than such a share is cut.
+    So the partial sums (a tile for each program, written and read once) stay below 70 MB for any model.
     """
     share = max(GRAM_MIN_ITERATIONS, math.ceil(sum(tiles * iterations for tiles, iterations in sizes) / GRAM_PROGRAMS))
     return [max(1, math.ceil(iterations / share)) for _, iterations in sizes]
@@ -83,5 +84,5 @@ def is_too_large(layout: Layout) -> bool:
 
 
 def padded(numel: int) -> int:
-    """Up to a multiple of 16 bytes, so that every piece of scratch is as aligned as its buffer."""
+    """numel, rounded up to a multiple of 16 bytes, so that every piece of scratch is as aligned as its buffer."""
     return -(-numel // 4) * 4

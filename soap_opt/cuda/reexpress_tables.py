@@ -16,24 +16,25 @@ from .tables import SHARED, Builder, Tables
 
 
 def can_reexpress(layout: Layout) -> bool:
-    """Whether :func:`make_reexpress_tables` takes a parameter: a row has room for the orders of MAX_FACTORS modes."""
+    """Whether :func:`make_reexpress_tables` can serve a parameter: a row has room for the orders of MAX_FACTORS modes."""
     return len(layout.modes) <= MAX_FACTORS and not is_too_large(layout)
 
 
 def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> Tables:
     """Lay out the launches that re-express m and v of refreshed parameters: products and v's permutation side by side.
 
-    m goes to scratch and back with every product, v to the other scratch buffer and back. Kronecker products are made by the
-    first launch and used from the second on.
+    m goes to scratch and back, one way with every product; v goes to the other scratch buffer and back. The first launch makes
+    the Kronecker products, and launches from the second on use them.
 
     Args:
-        layouts: of the parameters with due units.
-        due: for each the places in ``layout.modes`` that are due.
+        layouts: the layouts of the parameters with due units.
+        due: for each parameter the indices in ``layout.modes`` that are due.
         aligned: as in :func:`make_tables`.
 
     Returns:
-        Tables; where :meth:`Tables.fill` wants a basis it takes the mode's rotation (an identity for a mode that is not due
-        but shares a Kronecker product with one that is), for a Gram its order, and for "step" the parameter's outcomes.
+        Tables whose :meth:`Tables.fill` takes, instead of a mode's basis, the mode's rotation (an identity for a mode that is
+        not due but shares a Kronecker product with a due one); instead of its Gram, the mode's order; and as "step" the
+        parameter's outcomes.
     """
     build = ReexpressTables(layouts, due, aligned)
     for index in range(len(layouts)):
@@ -46,11 +47,11 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
 
 
 class ReexpressTables(Builder):
-    """The launches of :func:`make_reexpress_tables`, whose arguments these are.
+    """The launches of :func:`make_reexpress_tables`, with the same arguments.
 
     Attributes:
-        stages: what each launch does: functions that lay out a pass over one parameter.
-        starts: [P + 1] elements of scratch before each parameter's.
+        stages: for each launch the functions that lay out its passes, each over one parameter.
+        starts: [P + 1] elements of scratch before each parameter's part.
         kronecker_numel: elements of all Kronecker products so far.
     """
 
@@ -62,7 +63,7 @@ class ReexpressTables(Builder):
         self.kronecker_numel = 0
 
     def parameter(self, index: int) -> None:
-        """The passes over one parameter, at their stages."""
+        """Lay out the passes over one parameter, each in its stage."""
         layout, due = self.layouts[index], self.due[index]
         self.at(0, self.elementwise, index, PERMUTE, "exp_avg_sq", "scratch_1", due)
         self.at(1, self.elementwise, index, COPY, "scratch_1", "exp_avg_sq")
@@ -79,7 +80,7 @@ class ReexpressTables(Builder):
             self.at(stage + len(problems), self.elementwise, index, COPY, "scratch_0", "exp_avg")
 
     def at(self, stage: int, function: Callable[..., None], *arguments: Any) -> None:
-        """Lay that out in the launch of this number."""
+        """Let the launch of this stage lay out ``function(*arguments)``."""
         while len(self.stages) <= stage:
             self.stages.append([])
         self.stages[stage].append(partial(function, *arguments))
@@ -90,7 +91,7 @@ class ReexpressTables(Builder):
         return row
 
     def elementwise(self, index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
-        """From a state tensor or a scratch buffer to the other. modes: those whose orders permute it."""
+        """A pass from a state tensor to a scratch buffer, or back. modes: the modes whose orders permute the elements."""
         layout = self.layouts[index]
         row = self.row_of(index, NUMEL=layout.numel, FACTOR_COUNT=len(modes))
         for column, name in ((X, source), (Y, target)):
@@ -105,14 +106,14 @@ class ReexpressTables(Builder):
         self.blocks(row, kind, math.ceil(layout.numel / BLOCK), self.vectors(index))
 
     def kronecker(self, index: int, problem: Problem, offset: int) -> None:
-        """The Kronecker product of a problem's rotations, [D, D] at offset bytes."""
+        """A tile that makes the Kronecker product of a problem's rotations, [D, D] at ``offset`` bytes."""
         row = self.row_of(index, DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", offset)
         self.factors(row, index, problem, self.basis + self.first_mode[index])
         self.grid(row, KRONECKER, 1, 1)
 
     def product(self, index: int, problem: Problem, forth: bool, offset: int | None) -> None:
-        """m turned, to scratch (forth) or back. offset: of the Kronecker product, None for a rotation itself."""
+        """A product that turns m, to scratch (forth) or back. offset: of the Kronecker product; None for a single rotation."""
         row = self.row_of(index, DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns)
         state, buffer = (X, Y) if forth else (Y, X)
         self.of_parameter(row, state, index, "exp_avg")
@@ -125,7 +126,7 @@ class ReexpressTables(Builder):
 
 
 def mode_strides(layout: Layout) -> list[int]:
-    """For each of layout.modes how far apart its neighbours lie in [D_1, ..., D_k] memory."""
+    """The stride of each of layout.modes in [D_1, ..., D_k] memory."""
     strides = [0] * len(layout.modes)
     behind = layout.numel
     for group in layout.groups:

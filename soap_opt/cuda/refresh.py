@@ -24,17 +24,17 @@ from .problems import padded
 from .reexpress_tables import can_reexpress, make_reexpress_tables
 from .tables import Tables
 
-Units = list[tuple[int, int]]  # (parameter, place in its layout.modes), in order
+Units = list[tuple[int, int]]  # (parameter, index in its layout.modes), in order
 
 
 def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], frequency: int, behind: bool) -> int:
-    """Bytes that the refreshes of a group keep between steps, tables apart: what the largest phase of the period needs.
+    """Bytes that the refreshes of a group keep between steps, without tables: the need of the largest phase of the period.
 
     Args:
-        layouts: of the group's parameters.
-        offsets: of each parameter's modes; the same everywhere for "together".
+        layouts: the layouts of the group's parameters.
+        offsets: the refresh offsets of each parameter's modes; all equal for "together".
         frequency: number of phases.
-        behind: refreshes run on a stream of their own, whose scratch is not that of the step.
+        behind: whether refreshes run on a stream of their own, with scratch of its own.
     """
     phases: dict[int, Units] = {}
     for i, parameter_offsets in enumerate(offsets):
@@ -50,22 +50,22 @@ def kept_bytes(layouts: Sequence[Layout], offsets: Sequence[Sequence[int]], freq
 
 
 class GroupedRefresh:
-    """Tables for the refresh of one set of due units; kept, because the same units are due again a period later.
+    """The refresh of one set of due units, with its tables. It is kept, because the same units are due again a period later.
 
     Args:
-        plan: the plan's refreshes, of which this is one: what they share.
-        due: all of the units.
-        grouped: parameters that the launches re-express. The others, whose state does not lie in their layout's order or has
-            too many modes, are re-expressed one by one.
+        plan: the refreshes of the plan, whose memory this one shares.
+        due: all due units.
+        grouped: the parameters that the launches re-express. Other parameters, whose state does not lie in their layout's
+            order or has too many modes, are re-expressed one by one.
     """
 
     def __init__(self, plan: Refreshes, due: Units, grouped: list[int]) -> None:
         layouts, aligned, device = plan.layouts, plan.aligned, plan.buffers.device
-        self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # how often a unit's refresh failed
-        self._counting: list[weakref.ref[Tensor]] = []  # the exp_avgs that know of it
+        self.failed = torch.zeros(len(due), dtype=torch.int32, device=device)  # number of failed refreshes of each unit
+        self._counting: list[weakref.ref[Tensor]] = []  # the exp_avgs whose records have these counts
         self.due, self.grouped, self.layouts, self.buffers = due, grouped, layouts, plan.buffers
         self.first_modes = plan.first_modes
-        self.matrix_places = [self.first_modes[i] + k for i, k in due]  # in the lists of all Grams and bases
+        self.matrix_places = [self.first_modes[i] + k for i, k in due]  # indices in the lists of all Grams and bases
         self.sizes = [layouts[i].sizes[k] for i, k in due]
         self.places = {unit: n for n, unit in enumerate(due)}
         self.modes = [(i, k) for i in grouped for k in range(len(layouts[i].modes))]
@@ -76,8 +76,8 @@ class GroupedRefresh:
                 due_modes[i].append(k)
         self.first_unit = [self.places[i, due_modes[i][0]] for i in grouped]
         self.outcomes = torch.full((len(due),), -1, dtype=torch.int32, device=device)
-        self.own_scratch: Scratch | None = None  # of a graph, as orders and rotations are then
-        self.held_scratch: Scratch | None = None  # of the last run
+        self.own_scratch: Scratch | None = None  # in a graph, which has orders and rotations of its own too
+        self.held_scratch: Scratch | None = None  # scratch of the last run, kept alive
         self._scratch, self._following = plan.scratch, plan.following
         self._matrices: tuple[list[Tensor], list[Tensor]] | None = None
         self.tables: Tables | None = None
@@ -97,13 +97,13 @@ class GroupedRefresh:
         return orders, self.buffers.take(torch.float32, [(d, d) for d in self.sizes])
 
     def keep_for_graph(self) -> None:
-        """Memory that keeps what a replay leaves in it until the next one: outside of a graph's pool, which promises that to
-        nothing that was allocated inside the capture."""
+        """Allocate orders and rotations that keep their values from one replay to the next. They lie outside of the graph's
+        pool, because memory that is allocated inside the capture need not keep its values."""
         self._matrices = self.matrices()
 
     def send(self, batch: Batch, orders: list[Tensor], rotations: list[Tensor]) -> None:
-        """Fill the table of problems; nothing is sent to the device when the pointers are those of the last time."""
-        assert self.tables is not None  # prepare asks
+        """Fill the table of problems; nothing is sent to the device where the pointers have not changed."""
+        assert self.tables is not None  # prepare checks this
         own = []
         for i, first in zip(self.grouped, self.first_unit):
             state = batch.exp_avgs[i].data_ptr(), batch.exp_avg_sqs[i].data_ptr()
@@ -114,7 +114,7 @@ class GroupedRefresh:
             if place is not None:
                 turns.append(rotations[place].data_ptr())
                 permutations.append(orders[place].data_ptr())
-            else:  # read only in a Kronecker product with a mode that is due
+            else:  # read only in a Kronecker product with a due mode
                 turns.append(self.buffers.identity(size).data_ptr() if size <= KRONECKER_MAX_FACTOR else 0)
                 permutations.append(0)
         self.held_scratch = scratch = self.own_scratch or self._scratch.current(self.buffers.device)
@@ -123,30 +123,30 @@ class GroupedRefresh:
         self.problems.send(pointers, self.tables.fill)
 
     def prepare(self, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
-        """What soap_opt::refresh_basis_ is called with for the due units: Grams, bases, orders, rotations and outcomes; and the
-        table that points to these. All that allocates comes here, before any basis is written."""
+        """The arguments of soap_opt::refresh_basis_ for the due units: Grams, bases, orders, rotations and outcomes. Fills the
+        table that points to them, too. All allocation happens here, before any basis is written."""
         orders, rotations = self.matrices()
         if self.tables is not None:
             self.send(batch, orders, rotations)
         self.count_for(batch.exp_avgs)
         if self._matrices is None:
-            self.outcomes.fill_(-1)  # the memory of orders and rotations is shared
+            self.outcomes.fill_(-1)  # orders and rotations lie in shared memory: no promise that they are identities
         grams, bases = ([matrices[place] for place in self.matrix_places] for matrices in (batch.grams, batch.bases))
         return grams, bases, orders, rotations, self.outcomes
 
     def count_for(self, exp_avgs: list[Tensor]) -> None:
-        """Attach the counters of failed refreshes to the parameters' records."""
+        """Attach the counts of failed refreshes to the records of these parameters."""
         owners = [exp_avgs[i] for i, _ in self.due]
         if len(self._counting) == len(owners) and all(reference() is x for reference, x in zip(self._counting, owners)):
             return
-        if self._counting:  # those were others
+        if self._counting:  # the counts so far belong to other parameters
             self.failed = torch.zeros_like(self.failed)
         self._counting = [weakref.ref(x) for x in owners]
         for exp_avg, count in zip(owners, self.failed.unbind()):
             self._following.of(exp_avg).failed.append(count)
 
     def reexpress(self, batch: Batch) -> None:
-        """m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
+        """Re-express m and v in the refreshed bases. (Orders and rotations are identities where nothing was refreshed.)"""
         self.failed.add_(self.outcomes == FAILED)
         if self.tables is not None:
             from ..kernels.reexpress import reexpress_kernel  # late: importing soap_opt does not wait for Triton
@@ -159,20 +159,20 @@ class GroupedRefresh:
             if i not in self.grouped:
                 ungrouped.setdefault(i, {})[k] = Refresh(order, batch.bases[place], rotation)
         for i, results in ungrouped.items():
-            own = batch.bases[self.first_modes[i] : self.first_modes[i + 1]]  # refreshed already: each is copied onto itself
+            own = batch.bases[self.first_modes[i] : self.first_modes[i + 1]]  # refreshed already, and copied onto themselves
             reexpress_(batch.exp_avgs[i], batch.exp_avg_sqs[i], own, self.layouts[i], results)
 
 
 class Refreshes:
-    """The refreshes of one plan: the tables for each set of units that was due, and the memory that these share.
+    """The refreshes of one plan: one for each set of units that was due, and the memory that they share.
 
     Args:
-        layouts, aligned: of every parameter of the plan, as for :func:`soap_opt.cuda.tables.make_tables`.
-        device: of the parameters.
-        scratch, following: the stepper's; following counts failed refreshes.
+        layouts, aligned: for every parameter of the plan, as in :func:`soap_opt.cuda.tables.make_tables`.
+        device: the parameters' device.
+        scratch, following: those of the stepper; following counts failed refreshes.
     """
 
-    # Sets of due units whose tables are kept: the phases of a period, and what a changed frequency makes of them.
+    # Number of sets of due units whose tables are kept: the phases of a period, and those of a frequency before a change.
     MAX_KEPT = 256
 
     def __init__(
@@ -186,16 +186,16 @@ class Refreshes:
         self.layouts, self.aligned, self.scratch, self.following = layouts, aligned, scratch, following
         self.first_modes = list(itertools.accumulate((len(layout.modes) for layout in layouts), initial=0))
         self.buffers = Buffers(device)
-        self.behind = False  # whether what is kept was allocated on the stream behind the step
+        self.behind = False  # whether the kept memory was allocated on the stream behind the step
         self._kept: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], GroupedRefresh] = {}  # by (due, grouped)
 
     def run_behind(self, behind: bool) -> None:
-        """Say on which stream they run from now on. Their memory belongs to the stream that it was allocated on."""
+        """Set on which stream the refreshes run from now on. Their memory belongs to the stream that it was allocated on."""
         if behind != self.behind:
             self.behind, self.buffers, self._kept = behind, Buffers(self.buffers.device), {}
 
     def of(self, due: Units, batch: Batch) -> GroupedRefresh:
-        """The tables for the refresh of the due units. due: parameter after parameter; batch: every parameter of the plan."""
+        """The refresh of the due units, with its tables. due: parameter after parameter; batch: every parameter of the plan."""
         grouped = groupable(due, batch)
         key = (tuple(due), tuple(grouped))
         kept = self._kept.get(key)
@@ -206,18 +206,18 @@ class Refreshes:
         return kept
 
     def run_through_torch(self, due: Units, batch: Batch, usable: Tensor, tolerance: float) -> None:
-        """The refresh where the operator is not built: torch's QR, one size after the other, and the host waits to hear which
-        units "adaptive" wants.
+        """The refresh where the operator is not built: torch's QR, one size after the other. With "adaptive" the host waits to
+        learn which units need a refresh.
 
         Args:
             due, batch: as of :meth:`of`.
-            usable: [P], not 0 where the parameter was stepped; nothing of the others changes.
-            tolerance: with the policy "adaptive", else negative.
+            usable: [P], not 0 where the parameter was stepped; other parameters do not change.
+            tolerance: of the policy "adaptive", else negative.
         """
         grams, bases = batch.by_parameter(batch.grams), batch.by_parameter(batch.bases)
         done, failed = refresh_units(due, grams, bases, tolerance)
         for i in failed:
-            # (only of parameters that were stepped: where a step was skipped no refresh was due)
+            # (counted for stepped parameters only: where the step was skipped, no refresh was due)
             failures = self.following.of(batch.exp_avgs[i]).failed
             failures[:] = [sum(failures, (usable[i] != 0).to(torch.int32))]
         for i, refreshed in done.items():

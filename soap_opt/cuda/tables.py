@@ -1,9 +1,9 @@
-"""The tables that one launch for all parameters reads: ragged problems, tiles, pointers, scratch.
+"""The tables that a launch for all parameters reads: ragged problems, tiles, pointers, scratch.
 
 A *problem* is one product, one Gram or one elementwise pass of one parameter: a row of int64 (pointers, sizes). A *tile* is
-what one program of a launch does: (row of problems, kind, r, c) as int32. kernels/README.md works three parameters through.
+the work of one program of a launch: (row of problems, kind, r, c) as int32. kernels/README.md works three parameters through.
 
-Everything here is derived from layouts, dtypes and pointers, and disposable. Needs neither Triton nor a GPU.
+Everything here is derived from layouts, dtypes and pointers, and disposable. The module needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Launch:
     """One launch: tiles [first, first + count) of the table of tiles."""
 
     kernel: str  # "project_first", "gram_ema", "project", "project_adam", "back", "project_apply" or "reexpress"
-    grad_dtype: str  # of DTYPES; "float32" in launches that read scratch
+    grad_dtype: str  # one of DTYPES; "float32" in launches that read scratch
     first: int
     count: int
 
@@ -62,9 +62,9 @@ class Tables:
     """The tables of one step, or of one refresh, on one device.
 
     Attributes:
-        launches: in their order.
+        launches: the launches, in their order.
         tiles: [T, 4] int32.
-        problems: [R, WIDTH] int64, pointers filled in by :meth:`fill`.
+        problems: [R, WIDTH] int64; :meth:`fill` fills the pointers in.
         scratch_numel: elements of each of the two scratch buffers (float32).
         partials_numel, counters: elements of partial sums (float32), arrival counters (int32).
         kronecker_numel: elements of all Kronecker products (float32).
@@ -77,23 +77,23 @@ class Tables:
     partials_numel: int
     counters: int
     kronecker_numel: int
-    _places: npt.NDArray[np.int64] = field(repr=False)  # [n] flat places in problems that hold pointers
-    _sources: npt.NDArray[np.int64] = field(repr=False)  # [n] which of fill's pointers
-    _offsets: npt.NDArray[np.int64] = field(repr=False)  # [n] bytes behind it
+    _places: npt.NDArray[np.int64] = field(repr=False)  # [n] flat indices of the pointers in problems
+    _sources: npt.NDArray[np.int64] = field(repr=False)  # [n] index of each pointer among the arguments of fill
+    _offsets: npt.NDArray[np.int64] = field(repr=False)  # [n] bytes to add to it
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the plan keeps on the device, without the scratch buffers, which everything on a stream shares."""
+        """Bytes that the plan keeps on the device, without the scratch buffers, which all plans on a stream share."""
         tables = self.tiles.nbytes + self.problems.nbytes
         return tables + 4 * (self.partials_numel + self.counters + self.kronecker_numel)
 
     def fill(self, pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """problems with these pointers, [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
+        """problems with these pointers: [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
         self.problems.reshape(-1)[self._places] = pointers[self._sources] + self._offsets
         return self.problems
 
 
-# The order of the pointers that Tables.fill takes: for each parameter these, then every basis, every Gram, the shared ones.
+# The order of the pointers for Tables.fill: PER_PARAMETER for each parameter, then every basis, every Gram, then SHARED.
 PER_PARAMETER = ("grad", "param", "exp_avg", "exp_avg_sq", "step", "skipped")
 SHARED = ("scratch_0", "scratch_1", "kronecker")
 
@@ -102,13 +102,13 @@ class Builder:
     """Collects rows, pointers and tiles while the launches are laid out one after the other."""
 
     def __init__(self, layouts: Sequence[Layout], groups: Sequence[int], aligned: Sequence[bool]) -> None:
-        self.layouts, self.groups, self.aligned = layouts, groups, aligned  # of each parameter
+        self.layouts, self.groups, self.aligned = layouts, groups, aligned  # for each parameter
         self.rows: list[list[int]] = []
-        self.places: list[tuple[int, int, int]] = []  # (flat place, source, offset)
+        self.places: list[tuple[int, int, int]] = []  # (flat index in problems, source, offset in bytes)
         self.tiles: list[npt.NDArray[np.int32]] = []
         self.launches: list[Launch] = []
         self.pending: list[npt.NDArray[np.int32]] = []
-        # the first counters, one for each group: parameters whose norm is known
+        # the first counters, one for each group, count the parameters whose norm is known
         self.partials, self.counters = 0, 1 + max(groups, default=0)
         parameters = len(layouts)
         self.first_mode = np.concatenate([[0], np.cumsum([len(layout.modes) for layout in layouts])]).tolist()
@@ -146,7 +146,7 @@ class Builder:
         self.counters += counters
 
     def grid(self, row: int, kind: int, across: Sequence[int] | int, down: int) -> None:
-        """Tiles (r, c) for r in across and c < down; r fastest, so that tiles that read the same columns run together."""
+        """Tiles (r, c) for r in across and c < down. r runs fastest, so that tiles that read the same columns run together."""
         r = np.asarray(range(across) if isinstance(across, int) else across, dtype=np.int32)
         tiles = np.empty((down * len(r), 4), dtype=np.int32)
         tiles[:, 0], tiles[:, 1] = row, kind
@@ -155,11 +155,11 @@ class Builder:
         self.pending.append(tiles)
 
     def blocks(self, row: int, kind: int, count: int, vectors: bool) -> None:
-        """Tiles of an elementwise pass. vectors: its elements may be read four at a time, which r says."""
+        """Tiles of an elementwise pass. vectors: whether its elements may be read four at a time, which r tells the kernel."""
         self.grid(row, kind, [int(vectors)], count)
 
     def factors(self, row: int, index: int, problem: Problem, first: int) -> None:
-        """Pointers and sizes of a problem's factors. first: the source of the parameter's first basis, or Gram."""
+        """Pointers and sizes of a problem's factors. first: the source of the parameter's first basis or Gram."""
         for place, factor in enumerate(problem.factors):
             self.point(row, FACTORS + 2 * place, first + factor)
             self.rows[row][FACTORS + 2 * place + 1] = self.layouts[index].sizes[factor]
@@ -199,17 +199,17 @@ class Builder:
 
 
 class Kinds(NamedTuple):
-    """What the tables of a step depend on, of each parameter; pointers apart, and how they are aligned."""
+    """The properties of each parameter that the tables of a step depend on, but for pointers and their alignment."""
 
     layouts: tuple[Layout, ...]
     grad_dtypes: tuple[torch.dtype, ...]
     param_dtypes: tuple[torch.dtype, ...]
-    normalize_grads: tuple[bool, ...]  # its update waits for its rms
-    groups: tuple[int, ...]  # the number of its param group, from 0 on; a group's parameters are neighbours
+    normalize_grads: tuple[bool, ...]  # whether the update waits for its rms
+    groups: tuple[int, ...]  # number of the param group, from 0 on; a group's parameters are neighbours
 
     @classmethod
     def of(cls, layouts: Sequence[Layout], dtype: torch.dtype = torch.float32, normalize_grads: bool = False) -> Kinds:
-        """Of one group's parameters, and gradients of their dtype."""
+        """The kinds of one group's parameters, all of one dtype, as are their gradients."""
         count = len(layouts)
         return cls(tuple(layouts), (dtype,) * count, (dtype,) * count, (normalize_grads,) * count, (0,) * count)
 
@@ -218,11 +218,12 @@ def make_tables(kinds: Kinds, aligned: Sequence[bool]) -> Tables:
     """Lay out the launches of a step: project 1 (with norms and Kronecker products), the Grams, project 2 .. k (the last with
     Adam), back 1 .. k (the last with apply).
 
-    A parameter with fewer products than others starts its projections, and its back-projections, later, so that Adam is the
-    epilogue of one launch for all and the application that of the last; the first launch then only takes its norm.
+    A parameter with fewer products than others starts its projections, and its back-projections, later. So for all parameters
+    Adam is the epilogue of the same launch, and the application is the epilogue of the last launch. The first launch only takes
+    the norm of a parameter that starts later.
 
     Args:
-        aligned: whether all pointers of a parameter are multiples of 16 bytes.
+        aligned: for each parameter, whether all its pointers are multiples of 16 bytes.
     """
     step = StepTables(kinds, aligned)
     for dtype in DTYPES:
@@ -238,17 +239,17 @@ def make_tables(kinds: Kinds, aligned: Sequence[bool]) -> Tables:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in DTYPES."""
+    """The name of the dtype in DTYPES."""
     return str(dtype).removeprefix("torch.")
 
 
 class StepTables(Builder):
-    """The launches of a step, one method a launch; to be called in the order of :func:`make_tables`. Arguments as there.
+    """The launches of a step, one method for each, called in the order of :func:`make_tables`. The same arguments.
 
     Attributes:
         stages: the number of projection launches.
         backs: the number of back-projection launches.
-        starts: [P + 1] elements of scratch before each parameter's.
+        starts: [P + 1] elements of scratch before each parameter's part.
         kronecker_numel: elements of all Kronecker products so far.
     """
 
@@ -259,24 +260,24 @@ class StepTables(Builder):
         self.products = [problems_of(layout) for layout in self.layouts]
         self.numels = [layout.numel for layout in self.layouts]
         self.starts: list[int] = np.concatenate([[0], np.cumsum([padded(numel) for numel in self.numels])]).tolist()
-        # The first projection launch makes the Kronecker products, so that it cannot use them yet.
+        # The first projection launch makes the Kronecker products, and so cannot use them yet.
         orders = [len(p) + (1 if p and len(p[0].factors) > 1 else 0) for p in self.products]
         self.stages = max(orders, default=0)
         self.backs = max((len(p) for p in self.products), default=0)
         self.first_stage = [self.stages - len(p) for p in self.products]  # 0-based launch of the first projection
-        self.in_scratch = [0] * len(self.layouts)  # which buffer holds a parameter's latest result
+        self.in_scratch = [0] * len(self.layouts)  # number of the buffer with the latest result of each parameter
         self.kronecker_at: dict[tuple[int, int], int] = {}  # (parameter, group of modes) -> bytes before its product
         self.kronecker_numel = 0
         self.copied: set[int] = set()  # parameters whose gradient was copied to scratch, as float32
-        self.waiting: list[int] = []  # parameters without products that are applied by the last launch
+        self.waiting: list[int] = []  # parameters without products that the last launch applies
 
-    # ---- what the launches are made of ----
+    # ---- the rows of the launches ----
 
     def scratch(self, row: int, column: int, index: int, buffer: int) -> None:
         self.of_shared(row, column, f"scratch_{buffer}", 4 * self.starts[index])
 
     def product(self, index: int, problem: Problem, read: Callable[[int], None], written: int | None) -> int:
-        """The row of one mode product. written: the scratch buffer, None for an epilogue that writes p."""
+        """The row of one mode product. written: the scratch buffer of the result; None where the epilogue writes p."""
         row = self.row(
             DEPTH=problem.depth, INNER=problem.inner, COLUMNS=problem.columns, INDEX=index, NUMEL=self.numels[index],
             PARAM_DTYPE=DTYPES.index(self.param_dtypes[index]),
@@ -303,7 +304,7 @@ class StepTables(Builder):
     # ---- the launches ----
 
     def project_first(self, dtype: str) -> None:
-        """Norms, Kronecker products, and the first projection of those that have as many as any, of gradients of this dtype."""
+        """Norms, Kronecker products, and the projections of the first stage, for gradients of this dtype."""
         for index in self.of_dtype(dtype):
             for problem in self.products[index]:
                 if len(problem.factors) > 1:
@@ -316,7 +317,7 @@ class StepTables(Builder):
                 row = self.elementwise(index)
                 self.of_parameter(row, X, index, "grad")
                 count = math.ceil(self.numels[index] / BLOCK)
-                if self.products[index] and dtype != "float32":  # what later launches read is float32
+                if self.products[index] and dtype != "float32":  # later launches read float32
                     self.copied.add(index)
                     self.scratch(row, Y, index, 0)
                 self.blocks(row, COPY if index in self.copied else NORM, count, self.vectors(index))
@@ -334,7 +335,7 @@ class StepTables(Builder):
         self.grid(row, KRONECKER, 1, 1)
 
     def grams(self, dtype: str) -> None:
-        """Grams of gradients of this dtype; Adam of parameters without products, and of all where no parameter has two."""
+        """Grams of gradients of this dtype; Adam of parameters without products, or of all where no parameter has two."""
         indices = self.of_dtype(dtype)
         problems = [(index, problem) for index in indices for problem in self.products[index]]
         kinds = [kind_of(problem, self.aligned[index]) for index, problem in problems]
@@ -349,7 +350,7 @@ class StepTables(Builder):
         self.launch("gram_ema", dtype)
 
     def adam(self, index: int) -> None:
-        """Adam beside the Grams, from the gradient or from what the one projection left."""
+        """Adam beside the Grams, from the gradient or from the result of the only projection."""
         row = self.elementwise(index, PARAM_DTYPE=DTYPES.index(self.param_dtypes[index]))
         count = math.ceil(self.numels[index] / BLOCK)
         if self.products[index]:
@@ -380,7 +381,7 @@ class StepTables(Builder):
         self.grid(row, kind, triangle, splits)
 
     def project(self, stage: int) -> None:
-        """Projections but the first launch's; the last with Adam."""
+        """The projections of a stage after the first launch; the last stage has Adam as its epilogue."""
         last = stage == self.stages - 1
         for index in range(len(self.layouts)):
             place = stage - self.first_stage[index]
@@ -397,7 +398,7 @@ class StepTables(Builder):
         self.launch("project_adam" if last else "project")
 
     def back(self, stage: int) -> None:
-        """Back-projections; the order of modes does not matter. The last applies, by the launch of :meth:`apply`."""
+        """The back-projections of a stage; the order of modes does not matter. :meth:`apply` launches the last stage."""
         last = stage == self.backs - 1
         for index in range(len(self.layouts)):
             place = stage - (self.backs - len(self.products[index]))
@@ -412,7 +413,7 @@ class StepTables(Builder):
             self.launch("back")
 
     def apply(self) -> None:
-        """The last launch, with the parameters that no back-projection applies."""
+        """The last launch, with the parameters that wait for it and have no back-projection."""
         for index in self.waiting:
             row = self.elementwise(index, PARAM_DTYPE=DTYPES.index(self.param_dtypes[index]))
             self.scratch(row, X, index, 0)
@@ -421,5 +422,5 @@ class StepTables(Builder):
         self.launch("project_apply")
 
     def of_dtype(self, dtype: str) -> list[int]:
-        """The parameters whose gradient has it."""
+        """The parameters whose gradient has this dtype."""
         return [index for index, grad_dtype in enumerate(self.grad_dtypes) if grad_dtype == dtype]
