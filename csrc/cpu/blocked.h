@@ -14,25 +14,25 @@
 
 namespace soap_opt {
 
-// Elements of the chunks in which the inner groups are handled: 64 KiB of floats, so that a chunk, its result and the packed
-// pieces of both are in L2 together.
+// Elements of a chunk; the inner groups are multiplied chunk by chunk. 64 KiB of floats, so that a chunk, its result and the
+// packed pieces of both fit in L2 together.
 constexpr int64_t kChunk = int64_t(1) << 14;
 
 // Columns of a product that are packed at once
 constexpr int64_t kColumns = 128;
 
-// Rows that a Gram adds up in registers before the sum goes to memory; also what keeps its rounding small.
+// Rows that a Gram adds up in registers before the sum goes to memory. The limit also keeps the rounding small.
 constexpr int64_t kGramRows = 256;
 
-// Products of so few multiplications are plain loops: packing would cost more.
+// Products of at most so many multiplications are plain loops: packing would cost more.
 constexpr int64_t kLoopProduct = 16 * 16 * 16;
 
-// How a parameter is cut: groups before `outer` are multiplied over the whole tensor, the others in chunks of `count` slabs,
-// a slab being what lies behind one index of the outer groups.
+// How a parameter is cut. Groups before `outer` are multiplied over the whole tensor, the inner groups in chunks of `count`
+// slabs. A slab is the part of the tensor at one index of the outer groups.
 struct Cut {
   size_t outer = 0;
   int64_t slab = 1, count = 1;
-  bool outer_modes = false; // some outer group is preconditioned
+  bool outer_modes = false; // whether an outer group is preconditioned
 
   explicit Cut(const Layout& layout) {
     outer = layout.groups.size();
@@ -46,7 +46,7 @@ struct Cut {
     const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1),
                   most = std::min(slabs, std::max<int64_t>(1, kChunk / std::max<int64_t>(slab, 1)));
     count = most;
-    // The inner groups' columns (or rows) are multiplied sixteen at a time: the count that wastes least
+    // The inner groups' columns (or rows) are multiplied sixteen at a time: take the count that wastes least of them
     double best = 0;
     for (int64_t n = most; outer < layout.groups.size() && most > 1 && 2 * n > most; --n) {
       double useful = 0, padded = 0;
@@ -75,8 +75,8 @@ int64_t product_room(int64_t width) {
   return width > kTileWidth ? wide_room<T>(width) : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
 }
 
-// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, `to` with kPackedWidth elements to spare.
-// sink(offset, values, n), where given, gets the result in runs instead of `to`: for a packed M, and A = 1 < B.
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, and `to` has kPackedWidth elements to spare.
+// sink(offset, values, n), where given, takes the result in runs, and `to` is not used: for a packed M, and A = 1 < B.
 struct NoSink {
   template <typename T>
   void operator()(int64_t, const T*, int64_t) const {}
@@ -85,7 +85,7 @@ template <typename T, typename Sink = NoSink>
 void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, T* room, const Sink& sink = {}) {
   constexpr bool to_sink = !std::is_same_v<Sink, NoSink>;
   const int64_t width = m.width;
-  if (m.packed == nullptr) { // too small, or too wide, to be packed whole
+  if (m.packed == nullptr) { // too small to be packed, or too wide to be packed whole
     if (is_wide(width, before, after))
       product_wide<T>(from, to, before, after, m, /*threads=*/1, room, 0);
     else if (before * after * width * width > kLoopProduct)
@@ -115,7 +115,7 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
           for (int64_t j = 0; j < width; ++j) sink(place + j * after, result + j * kColumns, columns);
         }
       }
-  } else { // [A, D, B] with a short B: columns of several a side by side
+  } else { // [A, D, B] with a short B: the columns of several a are put side by side
     const int64_t most = std::max<int64_t>(1, kColumns / after);
     T* gathered = room + packed_numel<T>(width, kColumns);
     T* result = gathered + packed_numel<T>(width, kColumns); // [D, kColumns]
@@ -139,8 +139,8 @@ int64_t gram_room(int64_t width) {
   return 2 * padded * padded + padded * kGramRows;
 }
 
-// G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group; on one
-// core, but for a wide group in wide.h's way.
+// G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group. It runs
+// on one core; wide groups take gram_wide (wide.h).
 template <typename T>
 void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t after, T* const* grams, T* room, double beta) {
   const int64_t width = group.width;
@@ -194,7 +194,7 @@ void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t afte
   }
 }
 
-// The same for all groups of a parameter.
+// gram_ema_group for all groups of a parameter.
 template <typename T>
 void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* room, double beta) {
   int64_t before = 1;
@@ -204,7 +204,7 @@ void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* room
   }
 }
 
-// What one core works in: for a step, or (which needs less) for the Grams alone.
+// The scratch of one core, for a step, or for the Grams alone (which need less).
 template <typename T>
 struct Workspace {
   T *converted, *whole, *spare, *chunk, *other, *gram;
@@ -239,7 +239,7 @@ struct Workspace {
   }
 };
 
-// What a parameter that has all threads works in.
+// The scratch of a parameter that all threads step.
 template <typename T>
 struct ParallelWorkspace {
   T *converted, *whole, *spare, *kronecker, *packed, *gram, *rooms;
@@ -269,7 +269,7 @@ struct ParallelWorkspace {
   }
 };
 
-// gram_ema_blocked with all threads.
+// gram_ema_blocked on all threads.
 template <typename T>
 void gram_ema_parallel(const Layout& layout, const T* x, T* const* grams, const ParallelWorkspace<T>& work, double beta) {
   int64_t before = 1;

@@ -1,4 +1,4 @@
-// The matrix of one group of modes, and the panels that it is packed into.
+// The matrix of a group of modes, and the panels that it is packed into.
 #pragma once
 
 #include "products.h"
@@ -6,10 +6,10 @@
 
 namespace soap_opt {
 
-// Up to this width a matrix is packed once, for all the products it takes part in; wider ones panel by panel (wide.h).
+// A matrix up to this width is packed once, for all of its products; a wider matrix is packed panel by panel (wide.h).
 constexpr int64_t kTileWidth = 512;
 
-// A group's matrix M [D, D], by which x_g M multiplies, or M^T.
+// The matrix of the product x_g M: a group's M [D, D], or M^T.
 template <typename T>
 struct Factor {
   const T* data = nullptr;

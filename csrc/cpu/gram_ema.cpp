@@ -1,4 +1,4 @@
-// soap_opt::gram_ema_ on the CPU: the Grams of a list of gradients, in one call. (A steady step makes them itself.)
+// soap_opt::gram_ema_ on the CPU: the Grams of a list of gradients, in one call. (A steady step updates its Grams itself.)
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -16,7 +16,7 @@
 namespace soap_opt {
 namespace {
 
-// ||x||^2, 0 only for zeros: float64 where squares may vanish in float32, or overflow.
+// ||x||^2 of x [n], 0 only for zeros. It is added in float64 where squares may vanish or overflow in float32.
 template <typename T>
 double squared_norm(const T* x, int64_t n) {
   const double quick = sum_squares(x, n);
@@ -29,10 +29,10 @@ double squared_norm(const T* x, int64_t n) {
   const double norm = std::accumulate(sums, sums + 8, 0.0);
   if (norm != 0 || std::all_of(x, x + n, [](T each) { return !(std::abs(each) >= std::numeric_limits<T>::min()); }))
     return norm;
-  return std::numeric_limits<double>::min(); // squares of float64 vanish too
+  return std::numeric_limits<double>::min(); // (squares may vanish in float64 too)
 }
 
-// ||G||^2; where it is at most kLargestSquaredNorm, the Grams are averaged.
+// ||G||^2 of one gradient. The Grams are averaged where this is at most kLargestSquaredNorm.
 template <typename T>
 double gram_ema_one(const Task& task, T* scratch, double scale, double beta) {
   const Layout& layout = *task.layout;

@@ -1,4 +1,4 @@
-// Householder reflectors in panels, and Q made of them: the level-2 part of a panel, the products behind it by tiles.
+// Householder reflectors in panels, and Q made of them: loops make the reflectors of a panel, register tiles its products.
 #include "householder.h"
 
 #include <algorithm>
@@ -11,11 +11,11 @@
 namespace soap_opt {
 namespace {
 
-constexpr int64_t kReflectors = 32; // of a panel: its level-2 part grows with it, the depth of the products behind too
+constexpr int64_t kReflectors = 32; // of a panel; more of them make its loops longer, but its products deeper
 
 template <typename I, typename T>
 SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y, int64_t n) {
-  constexpr int64_t lanes = 128 / sizeof(T); // independent sums: the compiler may not reorder a single one
+  constexpr int64_t lanes = 128 / sizeof(T); // independent sums, because the compiler may not reorder a single sum
   T sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes)
@@ -26,8 +26,8 @@ SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y
   return total;
 }
 
-// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T: entries from `first` on, 0 up to
-// the diagonal, 1 on it. noise [d]: noise_of_column of each row.
+// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T. The entries of v_k are written from
+// `first` on: 0 up to the diagonal, 1 on it. noise [d]: noise_of_column of each row. taus [count].
 template <typename I, typename T>
 SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
@@ -35,7 +35,7 @@ SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t c
     T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k];
     bool left = alpha * alpha + below > noise[k] * noise[k];
     if (alpha * alpha + below < kTinySquare<T>) {
-      // A block of a Gram that is 1e-22 of the rest would cost Q its orthogonality. The norm again, scaled.
+      // A block of a Gram that is 1e-22 of the rest would cost Q its orthogonality: take the norm again, scaled.
       const T largest = largest_magnitude(v + k, d - k);
       left = largest > noise[k];
       if (left) scale_tiny(v + k, d - k, 1, largest);
@@ -78,7 +78,7 @@ SOAP_OPT_FOR(double)
 
 namespace {
 
-// A panel of reflectors as one: H_1 .. H_w = I - V T V^T, V's columns the rows of the panel.
+// A panel of w reflectors as one matrix: H_1 .. H_w = I - V T V^T. The columns of V are the rows of the panel.
 template <typename T>
 struct Reflection {
   int64_t first, count, length;          // length = d - first
@@ -109,7 +109,7 @@ class Reflections {
     small_packed_ = take(2 * kReflectors * kReflectors);
   }
 
-  // The panel of a's rows [first, first + count), and T.
+  // Makes reflectors of a's rows [first, first + count), and returns their panel with T.
   Reflection<T> factor(T* a, int64_t first, int64_t count, const T* noise) {
     Reflection<T> panel{first, count, d_ - first, std::unique_ptr<T[]>(new T[packed_numel<T>(d_ - first, count)]), {}};
     T taus[kReflectors];
@@ -128,11 +128,11 @@ class Reflections {
     return panel;
   }
 
-  // x <- H^T x (back: H x) for the columns x that are the rows of xs [count, d - first], row stride d; only their elements from
-  // `skip` on are written. a: where the panel's rows lie.
+  // x <- H^T x (back: H x) for columns x, which are the rows of xs [count, d - first] with row stride d. Only their elements
+  // from `skip` on are written. a: the matrix with the panel's rows.
   void apply(const Reflection<T>& panel, const T* a, T* xs, int64_t count, bool back, int64_t skip) {
     const int64_t w = panel.count, length = panel.length, n = length - skip;
-    // U = -T V (back: -T^T V), of which a row is what one unit of V x adds to x
+    // U [w, n] = -T V (back: -T^T V), where the rows of V are the reflectors
     for (int64_t i = 0; i < w; ++i)
       for (int64_t k = 0; k < w; ++k)
         small_[k * w + i] = -(back ? panel.triangle[k * kReflectors + i] : panel.triangle[i * kReflectors + k]);
@@ -167,7 +167,8 @@ void householder_q(T* columns, T* q, int64_t d) {
     panels.push_back(reflections.factor(columns, first, count, noise.data()));
     if (after < d) reflections.apply(panels.back(), columns, columns + after * d + first, d - after, /*back=*/false, count);
   }
-  // q <- Q^T = (H_1 .. H_d I)^T, from the last panel: what lies right of and below it is all that is not the identity yet
+  // q <- Q^T = (H_1 .. H_d I)^T, from the last panel to the first: only the entries to its right and below are not yet those of
+  // the identity
   std::fill_n(q, d * d + kPackedWidth<T>, T(0));
   for (int64_t i = 0; i < d; ++i) q[i * d + i] = 1;
   for (auto panel = panels.rbegin(); panel != panels.rend(); ++panel)

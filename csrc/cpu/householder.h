@@ -1,4 +1,4 @@
-// Q of a QR decomposition on one core: Householder reflections in panels, the products behind them by register tiles.
+// Q of a QR decomposition on one core: Householder reflectors in panels, and their products by register tiles.
 //
 // LAPACK's geqrf and orgqr run at 18 GF/s for 128 x 128 and at 30 for 192 x 192 on a core whose tiles run at 117.
 #pragma once
@@ -22,17 +22,17 @@ T largest_magnitude(const T* x, int64_t n, int64_t stride = 1) {
   return largest;
 }
 
-// What is left of a column [d] whose largest entry was `largest`, once the others' directions are taken out of it, is rounding
-// where it is not above this: its direction says nothing. Such a column is left as it is (H = I). The noise of columns that are
-// multiples of each other has a structure of its own, on which reflectors in panels lose their orthogonality: for equal rows
-// and d = 130 it was 55 times eps sqrt(d).
+// The norm up to which the rest of a column [d] is rounding and has no direction. The rest remains when the directions of the
+// columns before are taken out; `largest` was the column's largest entry. Such a column gets no reflector (H = I). The rounding
+// of columns that are multiples of each other has a structure, on which reflectors in panels lose their orthogonality: for
+// equal rows and d = 130 the error was 55 times eps sqrt(d).
 template <typename T>
 T noise_of_column(T largest, int64_t d) {
   return std::numeric_limits<T>::epsilon() * std::sqrt(T(d)) * largest;
 }
 
-// x [n], `stride` apart, times the power of two that brings its largest entry into [1, 2). Two factors: that of a subnormal
-// number is beyond the largest number.
+// x [n], `stride` apart, times the power of two that brings its largest entry into [1, 2). There are two factors, because the
+// power of two for a subnormal number is beyond the largest number.
 template <typename T>
 void scale_tiny(T* x, int64_t n, int64_t stride, T largest) {
   const int exponent = -std::ilogb(largest), half = exponent / 2;
@@ -40,7 +40,7 @@ void scale_tiny(T* x, int64_t n, int64_t stride, T largest) {
   for (int64_t i = 0; i < n; ++i) x[i * stride] = x[i * stride] * first * second;
 }
 
-// H = I - tau v v^T with v = (1, inverse x) takes (alpha, x) to (beta, 0). alpha^2 + below, below = |x|^2 > 0, is not tiny, so
+// H = I - tau v v^T with v = (1, inverse x) takes (alpha, x) to (beta, 0). below = |x|^2 > 0. alpha^2 + below is not tiny, so
 // that alpha - beta has a reciprocal.
 template <typename T>
 struct Reflector {
@@ -53,8 +53,8 @@ struct Reflector {
   }
 };
 
-// q [d, d] row-major <- Q of a = Q R. columns [d, d] holds a by columns (row j is column j) and is overwritten; its entries are
-// scaled so that squares of the largest do not overflow. columns and q have kPackedWidth elements to spare behind their end.
+// q [d, d] row-major <- Q of a = Q R. columns [d, d] holds a by columns (row j is column j), scaled so that squares of its
+// largest entry do not overflow, and is overwritten. columns and q have kPackedWidth elements to spare after their end.
 template <typename T>
 void householder_q(T* columns, T* q, int64_t d);
 

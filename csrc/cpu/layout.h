@@ -1,4 +1,4 @@
-// How a parameter's modes lie: soap_opt.layout.Layout, as the int64 table that cpu.layout_table writes.
+// The layouts of parameters: soap_opt.layout.Layout, decoded from the int64 table that soap_opt.cpu.layout_table writes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace soap_opt {
 
-// Widest Kronecker product of tiny modes (plan.KRONECKER_MAX_WIDTH)
+// Widest Kronecker product of tiny modes (soap_opt.layout.KRONECKER_MAX_WIDTH)
 constexpr int64_t kKroneckerWidth = 64;
 
 constexpr int64_t kMaxNumel = int64_t(1) << 48; // 2^50 bytes and more
@@ -19,7 +19,7 @@ constexpr int64_t kMaxNumel = int64_t(1) << 48; // 2^50 bytes and more
 // Neighbouring dimensions, in memory order, that one matrix multiplies.
 struct Group {
   int64_t width;                          // product of the sizes
-  c10::SmallVector<int64_t, 3> positions; // which of the parameter's preconditioned modes; empty: not preconditioned
+  c10::SmallVector<int64_t, 3> positions; // indices among the parameter's preconditioned modes; empty: not preconditioned
   c10::SmallVector<int64_t, 3> sizes;
 };
 
@@ -29,7 +29,7 @@ struct Layout {
   int64_t numel = 1;
   int64_t modes = 0;
 
-  // Flops of one pass over all modes, U = 2 numel sum(d_i), Kronecker factors counted as executed.
+  // Flops of one pass over all modes, U = 2 numel sum(d_i), where a Kronecker product counts as one mode of its width.
   double flops() const {
     double width = 0;
     for (const auto& group : groups) width += group.positions.empty() ? 0 : group.width;
@@ -37,21 +37,21 @@ struct Layout {
   }
 };
 
-// Layouts of a list of parameters. Many parameters share one.
+// The layouts of a list of parameters. Many parameters share a layout.
 struct Layouts {
   std::vector<Layout> distinct;
-  const int64_t* which; // [size], into distinct; the table's own memory
+  const int64_t* which; // [size] indices into distinct, in the table's own memory
   int64_t size;
 
   const Layout& operator[](int64_t i) const { return distinct[which[i]]; }
 
   // [distinct layouts, parameters, which.., then for each layout: ndim, order.., numel, groups, then for each group: width,
-  // modes, positions.., sizes..]. A table that does not hold together is refused: everything behind it trusts it.
+  // modes, positions.., sizes..]. An inconsistent table is refused, because all later code trusts it.
   explicit Layouts(const at::Tensor& table) {
     TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous(), "layouts must be a contiguous int64 tensor");
     const int64_t* next = table.const_data_ptr<int64_t>();
     const int64_t* const end = next + table.numel();
-    // The next number, of what cannot be more than `most`
+    // The next number of the table: a `what` that cannot be above `most`
     const auto take = [&](const char* what, int64_t most = std::numeric_limits<int64_t>::max()) {
       TORCH_CHECK(next < end, "layouts: the table of ", table.numel(), " numbers ends before ", what);
       TORCH_CHECK(*next >= 0 && *next <= most, "layouts: ", what, " is ", *next, ", not between 0 and ", most);
@@ -61,7 +61,7 @@ struct Layouts {
       TORCH_CHECK(b == 0 || a <= kMaxNumel / b, "layouts: a parameter of more than ", kMaxNumel, " elements");
       return a * b;
     };
-    const auto take_count = [&](const char* what) { return take(what, end - next); }; // of things that stand in the table
+    const auto take_count = [&](const char* what) { return take(what, end - next); }; // each stands in the table
     distinct.resize(take_count("the number of layouts"));
     size = take_count("the number of parameters");
     TORCH_CHECK(size <= end - next, "layouts: the table of ", table.numel(), " numbers ends before its ", size, " parameters");
@@ -107,7 +107,7 @@ struct Layouts {
   }
 };
 
-// Larger parameters are stepped one at a time, with all threads; smaller ones one a core, several at once.
+// All threads step one larger parameter at a time; smaller parameters are stepped side by side, each by one core.
 constexpr int64_t kParallelNumel = int64_t(1) << 21;
 
 } // namespace soap_opt

@@ -27,7 +27,7 @@ SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T
 
 template <typename I, typename T>
 SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
-  constexpr int64_t lanes = 64; // independent sums: the compiler may not reorder a single one
+  constexpr int64_t lanes = 64; // independent sums, because the compiler may not reorder a single sum
   T sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes)
@@ -48,8 +48,8 @@ SOAP_OPT_INLINE void apply_body(P* SOAP_OPT_RESTRICT p, const T* SOAP_OPT_RESTRI
   }
 }
 
-// Entry j of the vector that is_orthogonal tries: between 1 and 2, no two alike, so that no errors of an ordinary kind add up
-// to nothing.
+// Entry j of the vector x that is_orthogonal multiplies by. Magnitudes are between 1 and 2 and all different, so that errors of
+// an ordinary kind do not cancel.
 template <typename T>
 SOAP_OPT_INLINE T probe(int64_t j) {
   const double x = double(j) * 0.6180339887498949;
@@ -85,7 +85,7 @@ template <typename I, typename T>
 SOAP_OPT_INLINE void gram_from_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* SOAP_OPT_RESTRICT sum, int64_t ld, int64_t d,
                                              double beta_) {
   const T beta = T(beta_), weight = T(1 - beta_);
-  constexpr int64_t block = 16; // the mirrored store walks down columns: in blocks, so that their lines stay in cache
+  constexpr int64_t block = 16; // mirrored stores walk down columns; in blocks their cache lines stay in cache
   for (int64_t first = 0; first < d; first += block) {
     const int64_t end = std::min(d, first + block);
     for (int64_t left = 0; left < end; left += block)

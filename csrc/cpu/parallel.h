@@ -1,10 +1,10 @@
-// at::parallel_for for the step: on every thread that works for it, subnormal numbers are zeros.
+// at::parallel_for for the step: its threads take subnormal numbers for zeros.
 //
 // A Gram's block, or a moment, whose gradients stay 0 decays by a constant factor a step. After some 1,700 steps it reaches the
 // subnormal numbers, where rounding to nearest holds it for ever (0.95 of ten times the smallest number is ten times the
-// smallest number again), and every product that meets it takes ten times as long. What is flushed is below 1.2e-38 (float64:
-// 2.2e-308): sqrt(v) of that is 1e-19, which no eps of use notices, and a Gram's entry of that size is far below the rounding
-// of every Gram whose products do not vanish themselves.
+// smallest number again), and every product that meets it takes ten times as long. Flushed numbers are below 1.2e-38 (float64:
+// 2.2e-308): the square root of such a v is 1e-19, far below any useful eps, and an entry of that size is far below the
+// rounding of every Gram whose products do not vanish themselves.
 #pragma once
 
 #include <ATen/Context.h>
@@ -18,7 +18,7 @@
 
 namespace soap_opt {
 
-// While one lives its thread reads and writes zeros for subnormal numbers; the thread's own setting comes back with its end.
+// While such an object lives, its thread reads and writes zeros for subnormal numbers. Its end restores the thread's setting.
 class FlushSubnormals {
  public:
   FlushSubnormals(const FlushSubnormals&) = delete;
@@ -50,8 +50,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Function& fun
   });
 }
 
-// With torch.use_deterministic_algorithms(True): one thread for a call into BLAS or LAPACK, which share a sum in as many parts
-// as there are threads. Two ranks with other numbers of threads would go on with other bases otherwise.
+// With torch.use_deterministic_algorithms(True): one thread for calls into BLAS or LAPACK, which split a sum into as many parts
+// as there are threads. Ranks with different numbers of threads would otherwise get different bases.
 class SameForAllThreads {
  public:
   SameForAllThreads() {

@@ -1,4 +1,4 @@
-// Products by plain loops or BLAS, Kronecker products and their partial traces.
+// Products by plain loops or BLAS, Kronecker products, and partial traces of Grams of Kronecker groups.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -47,7 +47,7 @@ void gemm(Matrix<T> c, Matrix<const T> a, Matrix<const T> b) {
 template <typename T>
 const T* group_matrix(const Group& group, const T* const* factors, T* room) {
   if (group.positions.size() == 1) return factors[group.positions[0]];
-  // room <- kron of the first two, then of that and the third, .. (in place from the back of the buffer)
+  // kron of the first two factors, then of this product and the third factor, .. (`room` has two halves, used in turn)
   int64_t width = group.sizes[0];
   const T* left = factors[group.positions[0]];
   T* out = room;
@@ -67,7 +67,7 @@ const T* group_matrix(const Group& group, const T* const* factors, T* room) {
   return left;
 }
 
-// One product x_g M (or M^T) of [A, D, B], dimensions kept in place. `from` and `to` are different buffers.
+// to <- from x_g M, both [A, D, B] with the dimensions in place, M [D, D]. `from` and `to` are different buffers.
 template <typename T>
 void multiply(const T* from, T* to, int64_t before, int64_t width, int64_t after, Matrix<const T> m) {
   if (after == 1) {
@@ -78,7 +78,7 @@ void multiply(const T* from, T* to, int64_t before, int64_t width, int64_t after
   }
 }
 
-// out [d, d] <- the Kronecker Gram [D, D] (row stride ld) with every factor but `keep` traced out; lower triangles.
+// out [d, d] <- the Gram [D, D] of a Kronecker group (row stride ld), with every factor but `keep` traced out; lower triangles.
 template <typename T>
 void partial_trace(const T* whole, int64_t ld, const Group& group, size_t keep, T* out) {
   const int64_t d = group.sizes[keep];

@@ -1,4 +1,4 @@
-// soap_opt::refresh_basis_ and soap_opt::init_basis on the CPU: small matrices one a core, large ones by LAPACK and BLAS.
+// soap_opt::refresh_basis_ and soap_opt::init_basis on the CPU: one core for a small matrix, LAPACK and BLAS for a large one.
 #include "refresh_basis.h"
 
 #include "../refresh_arguments.h"
@@ -22,8 +22,8 @@
 namespace soap_opt {
 namespace {
 
-// Up to this size a QR is done in place by plain loops: calls into ATen and LAPACK cost 17 microseconds, of which a 4 x 4
-// matrix needs one. Above, by householder.h, or with all threads in LAPACK.
+// Up to this size plain loops do the QR in place: calls into ATen and LAPACK cost 17 microseconds, and the loops need one for a
+// 4 x 4 matrix. For larger matrices householder.h does it, or LAPACK on all threads.
 constexpr int64_t kLoopRefresh = 32;
 
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
@@ -42,7 +42,7 @@ void small_householder_q(T* a, int64_t d) {
     taus[k] = 0;
     if (alpha * alpha + below < kTinySquare<T>) {
       // Squares lose their small terms to underflow: a block of a Gram that is 1e-22 of the rest would cost Q 1e-2 of its
-      // orthogonality. The norm again, scaled.
+      // orthogonality. Take the norm again, scaled.
       const T largest = largest_magnitude(a + k * d + k, d - k, d);
       left = largest > noise[k];
       if (left) scale_tiny(a + k * d + k, d - k, d, largest);
@@ -61,7 +61,8 @@ void small_householder_q(T* a, int64_t d) {
     for (int64_t i = k + 1; i < d; ++i)
       for (int64_t j = k + 1; j < d; ++j) a[i * d + j] -= taus[k] * a[i * d + k] * line[j];
   }
-  // Q = H_1 ... H_d I, from the last: what lies right of and below a reflection is formed when it is applied
+  // Q = H_1 ... H_d I, from the last reflection to the first: entries right of and below a reflection are formed when it is
+  // applied
   for (int64_t k = d - 1; k >= 0; --k) {
     for (int64_t j = k + 1; j < d; ++j) line[j] = 0;
     for (int64_t i = k + 1; i < d; ++i)
@@ -75,11 +76,11 @@ void small_householder_q(T* a, int64_t d) {
   }
 }
 
-// The power of two that brings `largest` near 1: squares of what is scaled neither vanish nor overflow. 1 for 0.
+// The power of two that brings `largest` near 1, so that squares of scaled numbers neither vanish nor overflow; 1 for 0.
 template <typename T>
 T power_of_two_scale(T largest) {
   if (!(largest > 0)) return 1;
-  const int exponent = std::numeric_limits<T>::max_exponent - 8; // of what can be scaled and scaled back
+  const int exponent = std::numeric_limits<T>::max_exponent - 8; // of the numbers that can be scaled and scaled back
   return std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
 }
 
@@ -90,7 +91,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   Refresh<T> result;
   result.outcome = Outcome::failed;
   const bool tiles = d > kLoopRefresh && d <= kThreadedSize; // on one core, by register tiles
-  // Q' does not change with a power of two; the Gram's own products with Q would vanish or overflow near the ends of T's range
+  // A power of two does not change Q'. Without it the Gram's products with Q would vanish or overflow near the ends of T's
+  // range.
   const T largest_gram = largest_magnitude(gram, d * d);
   if (!(largest_gram <= std::numeric_limits<T>::max())) return result;
   std::unique_ptr<T[]> scaled;
@@ -114,7 +116,7 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   }
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) eigenvalues[j] += basis[i * d + j] * product[i * d + j];
-  // What is not finite in P or Q is not finite in e: 0 * inf is a NaN
+  // An entry of P or Q that is not finite makes e not finite: 0 * inf is NaN
   if (!std::all_of(eigenvalues.begin(), eigenvalues.end(), [](T e) { return std::isfinite(e); })) return result;
   if (tolerance >= 0) {
     double norm = 0, off = 0;
@@ -154,10 +156,10 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
       sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
     }
   }
-  // Whatever the Gram was: nothing but an orthogonal Q' leaves this function
+  // Whatever the Gram was, only an orthogonal Q' leaves this function
   eigenvalues.resize(3 * d);
   if (!is_orthogonal(q, d, eigenvalues.data())) return result;
-  result.rotation.resize(d * d + kPackedWidth<T>); // (not before: LAPACK's QR needs several d^2 of its own)
+  result.rotation.resize(d * d + kPackedWidth<T>); // (allocated late: LAPACK's QR needs several d^2 too)
   if (tiles) {
     pack_rows<T>(packed.get(), d, 0, q, d, d, d);
     multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);
@@ -172,16 +174,16 @@ template Refresh<double> refresh_basis(const double*, const double*, int64_t, do
 
 namespace {
 
-// function(indices) for all matrices: large ones alone, with all threads; the others one thread each call, those of up to
-// `together` rows in batches of one size.
+// function(indices) for all matrices. A large matrix has a call of its own, with all threads. Calls for other matrices have one
+// thread each; matrices of equal size, up to `together`, share a call.
 template <typename Function>
 void for_each_batch(at::TensorList matrices, int64_t together, const Function& function) {
-  // LAPACK's results depend on how many threads it might have, even where it takes one
+  // LAPACK's results depend on how many threads it may use, even where it uses one
   const SameForAllThreads same;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::map<std::pair<int64_t, at::ScalarType>, std::vector<int64_t>> by_size;
   for (size_t i = 0; i < matrices.size(); ++i) by_size[{matrices[i].size(0), matrices[i].scalar_type()}].push_back(i);
-  std::vector<std::vector<int64_t>> batches; // from the largest matrices to the smallest: the last to finish is a short one
+  std::vector<std::vector<int64_t>> batches; // the largest matrices first: the last call to finish is a short one
   for (auto kind = by_size.rbegin(); kind != by_size.rend(); ++kind) {
     const auto& [size, indices] = std::pair(kind->first.first, kind->second);
     if (size > kThreadedSize) {
@@ -207,9 +209,9 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
   for_each_batch(grams, 0, [&](const std::vector<int64_t>& batch) {
-    const int64_t i = batch[0]; // each alone
+    const int64_t i = batch[0]; // each batch is one matrix
     const int64_t d = grams[i].size(0);
-    if (when != nullptr && !when[i] && outcome[i] == 0) return; // the identities stand
+    if (when != nullptr && !when[i] && outcome[i] == 0) return; // order and rotation are identities already
     AT_DISPATCH_FLOATING_TYPES(grams[i].scalar_type(), "soap_opt::refresh_basis_", [&] {
       Refresh<scalar_t> refreshed;
       if (when == nullptr || when[i])
@@ -229,7 +231,7 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   });
 }
 
-// Of [*, d, d] contiguous.
+// Whether all of vectors [*, d, d], contiguous, are orthogonal.
 bool all_orthogonal(const at::Tensor& vectors) {
   const int64_t d = vectors.size(-1), count = vectors.numel() / std::max<int64_t>(1, d * d);
   bool good = true;
@@ -241,7 +243,7 @@ bool all_orthogonal(const at::Tensor& vectors) {
   return good;
 }
 
-// [*, d, d] -> eigenvectors, largest eigenvalue first; undefined where LAPACK gave up or was wrong.
+// Eigenvectors of gram [*, d, d], largest eigenvalue first; undefined where LAPACK gave up or its result is not orthogonal.
 at::Tensor eigenvectors(const at::Tensor& gram) {
   try {
     const at::Tensor damped = gram + 1e-30 * at::eye(gram.size(-1), gram.options());
@@ -267,7 +269,7 @@ std::vector<at::Tensor> init_basis(at::TensorList grams) {
     }
     for (int64_t i : batch) {
       bases[i] = eigenvectors(grams[i]);
-      // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
+      // eigh fails on near-degenerate float32 matrices; in float64 their clusters of eigenvalues are apart.
       if (!bases[i].defined()) bases[i] = eigenvectors(grams[i].to(at::kDouble));
       bases[i] = bases[i].defined() ? bases[i].to(grams[i].scalar_type()) : at::empty({0, 0}, grams[i].options());
     }

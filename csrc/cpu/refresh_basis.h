@@ -7,10 +7,10 @@
 
 namespace soap_opt {
 
-// Larger matrices are decomposed one at a time, with all threads in LAPACK; the others one a core.
+// Larger matrices are decomposed one at a time, by LAPACK on all threads; the others side by side, each by one core.
 constexpr int64_t kThreadedSize = 512;
 
-// What became of a matrix: the values of refresh_basis_'s outcomes.
+// The outcomes of refresh_basis_ for a matrix.
 enum class Outcome : int32_t {
   kept = 0,      // not due, or the basis still diagonalises its Gram
   refreshed = 1, //
@@ -19,16 +19,16 @@ enum class Outcome : int32_t {
 
 template <typename T>
 struct Refresh {
-  Outcome outcome = Outcome::kept; // everything else is of use where it is `refreshed`
+  Outcome outcome = Outcome::kept; // the other members have a meaning where this is `refreshed`
   std::vector<int64_t> order;      // [d] sorts the estimated eigenvalues, largest first
-  std::vector<T> basis;            // [d, d] the new Q', and some elements to spare
-  std::vector<T> rotation;         // [d, d] Q^T Q' with the unpermuted Q, likewise
+  std::vector<T> basis;            // [d, d] the new Q', with some elements to spare
+  std::vector<T> rotation;         // [d, d] Q^T Q' with the unpermuted Q, with some elements to spare
 
   bool done() const { return outcome == Outcome::refreshed; }
 };
 
-// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. Kept when tolerance >= 0 and
-// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis: [d, d] row-major; nothing is written.
+// P = G Q, e = diag(Q^T P), Q' = qr(P, columns by falling e).Q. The basis is kept when tolerance >= 0 and
+// ||P - Q diag(e)||_F <= tolerance ||P||_F. gram and basis: [d, d] row-major, never written.
 template <typename T>
 Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance);
 

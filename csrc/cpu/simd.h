@@ -1,8 +1,8 @@
-// Several instruction sets in one binary, picked at load: no -march=native.
+// Several instruction sets in one binary; the processor's is chosen at run time, so that no -march=native is needed.
 //
 // A kernel is an always-inline template over the width of a vector register. SOAP_OPT_VERSIONS compiles it once for each
-// instruction set and calls the one that this processor has. (GCC's target_clones would do for plain loops, but register
-// tiles have to know how many registers there are.)
+// instruction set and calls the one that this processor has. (GCC's target_clones would serve plain loops, but register
+// tiles depend on the number of registers.)
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@
 
 namespace soap_opt {
 
-// An instruction set: bytes of a vector register, and how many there are.
+// An instruction set: the bytes of a vector register, and the number of registers.
 template <int Bytes, int Registers>
 struct Isa {
   static constexpr int bytes = Bytes, registers = Registers;
@@ -39,12 +39,12 @@ using Baseline = Isa<16, 32>; // NEON
 using Baseline = Isa<16, 16>; // SSE2, or whatever the compiler makes of it
 #endif
 
-// The instruction sets by the names of ATEN_CPU_CAPABILITY, each at its level: avx512 is F, BW, DQ and VL, avx2 has FMA,
-// default is the compiler's baseline.
+// The instruction sets, with the names of ATEN_CPU_CAPABILITY, each at the index of its level: avx512 is F, BW, DQ and VL, avx2
+// includes FMA, default is the compiler's baseline.
 inline constexpr const char* isa_names[] = {"default", "avx2", "avx512"};
 
 // The level that the environment variable SOAP_OPT_CPU_CAPABILITY allows, read once: the highest where it is not set or empty,
-// -1 for a name that is none of these (soap_opt._C does not load then, library.cpp).
+// -1 for an unknown name (soap_opt._C does not load then, library.cpp).
 inline int allowed_isa_level() {
   static const int level = [] {
     const char* name = std::getenv("SOAP_OPT_CPU_CAPABILITY");
@@ -56,7 +56,7 @@ inline int allowed_isa_level() {
   return level;
 }
 
-// The level of isa_names that the engine runs with: the processor's, or less where the environment allows less.
+// The level that the engine runs with: the processor's, or the one that the environment allows where this is lower.
 inline int isa_level() {
 #if SOAP_OPT_X86
   static const int level = [] {
@@ -71,7 +71,7 @@ inline int isa_level() {
 #endif
 }
 
-// Lanes of T in a register of an instruction set: arithmetic element by element.
+// A register of an instruction set with its lanes of T: elementwise arithmetic.
 template <typename T, typename I>
 struct Vector {
   static constexpr int lanes = I::bytes / int(sizeof(T));

@@ -13,14 +13,14 @@
 namespace soap_opt {
 namespace {
 
-// lr c / rms(U)
+// lr c, over rms(U) with normalize_grads
 double update_size(double t, double mean_square, const Task& task, const Options& options) {
   double size = task.lr;
   if (options.correct_bias) size *= std::sqrt(1 - std::pow(options.beta2, t)) / (1 - std::pow(options.beta1, t));
   return options.normalize_grads ? size / (1e-30 + std::sqrt(mean_square)) : size;
 }
 
-// v [A, D, B] <- its D permuted, in place; buffer [D, B].
+// v [A, D, B] <- v with its dimension D permuted, in place. buffer [D, B].
 template <typename T>
 void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t after, T* buffer) {
   const int64_t width = order.size(), slab = width * after;
@@ -33,18 +33,18 @@ void permute(T* v, const std::vector<int64_t>& order, int64_t before, int64_t af
   }
 }
 
-// The change of basis of one group, [A, D, B] seen from it, by those of its modes that were refreshed.
+// The change of basis of one group of a parameter [A, D, B], from the refreshed modes of the group.
 template <typename T>
 struct Turn {
   size_t group;
   int64_t before, after;
-  std::vector<int64_t> order; // [D] v's
-  std::vector<T> rotation;    // [D, D] m's
+  std::vector<int64_t> order; // [D] permutes v
+  std::vector<T> rotation;    // [D, D] turns m
 };
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-// turn(Turn): m <- m x_g rotation. buffer [numel]. What may run out of memory comes before anything is written. Returns the
-// number of modes that failed and stay as they were.
+// turn(Turn): m <- m x_g rotation. buffer [numel]. Allocations, which may fail, come before the first write. Returns the number
+// of modes that failed and stay as they were.
 template <typename T, typename Function>
 int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options,
                       const Function& turn) {
@@ -66,7 +66,7 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
       whole.order = std::move(refreshed[group.positions[0]].order);
       whole.rotation = std::move(refreshed[group.positions[0]].rotation);
     } else {
-      // The Kronecker product of the modes' own, the identity for modes that are not due
+      // The Kronecker products of the modes' orders and rotations, with identities for modes that were not refreshed
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const Refresh<T>& mode = refreshed[group.positions[f]];
         const int64_t left = whole.order.size(), d = group.sizes[f], size = left * d;
@@ -96,16 +96,16 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   return failed;
 }
 
-// step_parallel, step_blocked: kUnusable where the gradient is not usable, and nothing has changed; else the number of
+// step_parallel and step_blocked return kUnusable where the gradient is not usable, and nothing has changed; else the number of
 // refreshes that failed.
 constexpr int32_t kUnusable = -1;
 
-// to <- from x_g M for a parameter that has all threads, both [A, D, B].
+// to <- from x_g M on all threads, both [A, D, B].
 template <typename T>
 void product_parallel(const T* from, T* to, int64_t before, int64_t after, Factor<T> m, const ParallelWorkspace<T>& work) {
   if (after == 1 || before == 1 || after >= kWideColumns / 4) {
     product_wide<T>(from, to, before, after, m, work.threads, work.rooms, work.room);
-  } else if (m.width <= kTileWidth) { // a short B: whole a for each thread
+  } else if (m.width <= kTileWidth) { // a short B: every thread takes whole slabs of a
     m.pack(work.packed);
     const int64_t slab = m.width * after;
     parallel_with_room(before, work.threads, work.rooms, work.room, [&](int64_t begin, int64_t end, T* room) {
@@ -116,7 +116,7 @@ void product_parallel(const T* from, T* to, int64_t before, int64_t after, Facto
   }
 }
 
-// A parameter that has all threads: stage after stage over the whole tensor.
+// Steps a parameter on all threads, stage after stage over the whole tensor.
 template <typename T, typename P>
 int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
@@ -169,10 +169,10 @@ int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& opt
   matrices.write_back(task);
   exp_avg.write_back();
   exp_avg_sq.write_back();
-  return 0; // 6 refresh: by refresh_parallel
+  return 0; // refresh_parallel does step 6
 }
 
-// Step 6 with all threads. buffer [numel]. Returns how many refreshes failed.
+// Step 6 on all threads. buffer [numel]. Returns the number of refreshes that failed.
 template <typename T>
 int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   const Layout& layout = *task.layout;
@@ -189,8 +189,9 @@ int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   return failed;
 }
 
-// A parameter that has one core: the outer groups over the whole tensor; then chunk after chunk the inner groups' products,
-// Adam and the inner groups' products back, all in L2; the outer groups back, the last one's columns applied as they come.
+// Steps a parameter on one core. The outer groups are projected over the whole tensor. Then, chunk after chunk, come the inner
+// groups' products, Adam and the inner groups' products back, all in L2. The outer groups are projected back last, and the
+// columns of the last product are applied as they are made.
 template <typename T, typename P>
 int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& options) {
   const Layout& layout = *task.layout;
@@ -207,7 +208,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
   const double t = *task.step->mutable_data_ptr<float>() += 1;
   const double keep = task.keep;
 
-  // The matrices of the groups, [A, D, B] seen from each
+  // The matrices of the groups, and for each group the A and B of [A, D, B]
   const int64_t groups = layout.groups.size();
   c10::SmallVector<Factor<T>, 4> forward(groups), back(groups);
   c10::SmallVector<int64_t, 4> before(groups), after(groups);
@@ -267,7 +268,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
     x = update;
     for (int64_t i = groups; i-- > int64_t(cut.outer);)
       if (back[i].data != nullptr) inner(i, back[i]);
-    // 4 apply, where nothing is left to be done
+    // 4 apply, where no product and no rms is left to wait for
     if (finish)
       apply(param + start, x, size, update_size(t, sum / n, task, options), keep);
     else
@@ -330,8 +331,8 @@ int32_t step_one(const Task& task, T* scratch, const Options& options) {
   return run(T());
 }
 
-// What torch's own in-place operators do: a graph that holds the tensor raises when it is asked for gradients. (The operator's
-// kernels write through pointers, below autograd.)
+// Marks the written tensors as changed, as torch's own in-place operators do: an autograd graph that holds such a tensor raises
+// in its backward pass. (The operator writes through pointers, below autograd.)
 void bump_versions(const Task& task) {
   const auto bump = [](const at::Tensor& x) {
     if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
@@ -386,7 +387,7 @@ TORCH_LIBRARY_IMPL(soap_opt, CPU, m) {
   m.impl("scratch_numel", &scratch_numel);
 }
 
-// Views whose memory holds the negatives of their elements: in_order sees them, and they are stepped in a copy.
+// For views whose memory holds the negatives of their elements: in_order sees such views, and they are stepped in a copy.
 TORCH_LIBRARY_IMPL(soap_opt, Negative, m) {
   m.impl("step_", torch::CppFunction::makeFallthrough());
   m.impl("gram_ema_", torch::CppFunction::makeFallthrough());

@@ -1,4 +1,4 @@
-// What soap_opt::step_ is called with: its lists and options, checked, and made into one task for each parameter.
+// The arguments of soap_opt::step_: checks of its lists and options, and their tasks, one for each parameter.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,8 +11,8 @@
 
 namespace soap_opt {
 
-// What all parameters of a call share, as Options.step_row (soap_opt/options.py) puts it into one list of numbers: a field for
-// each, in that order. What is on or off is 1 or 0.
+// The options that all parameters of a call share. Options.step_row (soap_opt/options.py) writes them as one list of numbers;
+// the fields are in its order. Flags are 1 or 0.
 struct StepOptions {
   double beta1;
   double beta2;
@@ -21,14 +21,14 @@ struct StepOptions {
   double precondition_frequency;
   double normalize_grads;
   double correct_bias;
-  double refresh; // of kTogether ..
+  double refresh; // kTogether, kStaggered or kAdaptive
   double refresh_tolerance;
   double maximize;
 };
 constexpr double kTogether = 0, kStaggered = 1, kAdaptive = 2; // soap_opt/schedule.py: POLICIES
 
 struct Options : StepOptions {
-  double scale; // the gradients are divided by it
+  double scale; // divides the gradients
 
   Options(at::ArrayRef<double> numbers, double scale) : StepOptions(read(numbers)), scale(scale) {
     TORCH_CHECK(refresh == kTogether || refresh == kStaggered || refresh == kAdaptive, "step_: no refresh policy ", refresh);
@@ -43,21 +43,21 @@ struct Options : StepOptions {
     return options;
   }
 
-  // Whether a unit is due at t. offset: of its mode; "together" has none. (What float64 cannot tell from 2^53 is never due.)
+  // Whether a mode is due at t. "together" ignores its offset. (A frequency is cut to 2^53, which no t reaches.)
   bool due(int64_t t, int64_t offset) const {
     const int64_t frequency = std::min(precondition_frequency, 0x1p53);
     return (t + (refresh == kTogether ? 0 : offset)) % frequency == 0;
   }
-  // The share off the diagonal up to which a due basis is passed over; below 0: none is.
+  // The off-diagonal share up to which a due basis is not refreshed; negative: every due basis is refreshed.
   double tolerance() const { return refresh == kAdaptive ? refresh_tolerance : -1; }
 };
 
-// The operator's lists: of n parameters, and of their preconditioned modes, parameter after parameter.
+// The operator's lists over n parameters, and over their preconditioned modes, parameter after parameter.
 struct StepLists {
-  at::TensorList params, grads, exp_avgs, exp_avg_sqs; // n, each [*shape]
-  at::TensorList grams, bases, refresh_offsets;        // of modes: [d, d], [d, d], 0-d
-  at::TensorList state_steps;                          // n, 0-d
-  at::ArrayRef<double> lr, weight_decay;               // 1, or n
+  at::TensorList params, grads, exp_avgs, exp_avg_sqs; // [n] of [*shape]
+  at::TensorList grams, bases, refresh_offsets;        // [modes] of [d, d], [d, d], 0-d
+  at::TensorList state_steps;                          // [n] of 0-d
+  at::ArrayRef<double> lr, weight_decay;               // [1] or [n]
 };
 
 inline void check(const StepLists& lists, const Layouts& layouts) {
@@ -77,7 +77,7 @@ inline void check(const StepLists& lists, const Layouts& layouts) {
                 " parameters, not ", list.size());
 }
 
-// Parameter i of the lists, but for its matrices.
+// Checks parameter i of the lists, without its matrices.
 inline void check_parameter(const StepLists& lists, const Layout& layout, int64_t i, at::ScalarType dtype) {
   const at::Tensor& param = lists.params[i];
   TORCH_CHECK(param.numel() == layout.numel && param.dim() == int64_t(layout.order.size()) &&
@@ -94,7 +94,7 @@ inline void check_parameter(const StepLists& lists, const Layout& layout, int64_
               "step_: step of parameter ", i, " must be one float32, not ", lists.state_steps[i].scalar_type());
 }
 
-// One of its modes: G and Q [d, d], and the refresh offset.
+// Checks one mode of parameter i: G and Q [d, d], and the refresh offset.
 inline void check_mode(const at::Tensor& param, const at::Tensor& gram, const at::Tensor& basis, const at::Tensor& offset,
                        int64_t i, int64_t d, at::ScalarType dtype) {
   TORCH_CHECK(gram.scalar_type() == dtype && basis.scalar_type() == dtype && gram.dim() == 2 && gram.size(0) == d &&
@@ -105,7 +105,7 @@ inline void check_mode(const at::Tensor& param, const at::Tensor& gram, const at
               " must be one int64, not ", offset.sizes(), ", ", offset.scalar_type());
 }
 
-// A task for each parameter, with the modes that are due in this step. lists: checked, and not empty.
+// A task for each parameter, with the modes that are due in this step. lists: checked by check(), and not empty.
 inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts, const Options& options) {
   const int64_t n = lists.params.size();
   const at::ScalarType dtype = lists.exp_avgs[0].scalar_type();
@@ -138,7 +138,7 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
           task.due.push_back(k);
           task.refresh_in_parallel |= d > kThreadedSize;
           if (!task.refresh_in_parallel)
-            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // QR runs at about a third of gemm's rate
+            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // (QR runs at about a third of gemm's rate)
         }
       }
     first += layout.modes;

@@ -1,4 +1,4 @@
-// One parameter's share of an operator's lists, and the order in which the cores take them.
+// Tasks, each one parameter's share of an operator's lists, and the order in which the cores take them.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,21 +14,21 @@
 
 namespace soap_opt {
 
-// Flops from which on several threads are worth their barriers: some tenths of a millisecond of one core
+// From so many flops on, several threads are worth their barriers: some tenths of a millisecond of one core
 constexpr double kWorthThreads = 5e7;
 
 struct Task {
   const Layout* layout;
-  const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (only grad where Grams alone are wanted)
+  const at::Tensor *param, *grad, *exp_avg, *exp_avg_sq, *step; // (for Grams alone, only grad is set)
   at::TensorList grams, bases;
   c10::SmallVector<int64_t, 4> due; // positions of the modes to refresh in this step
-  bool refresh_in_parallel;         // a due mode is large: the refresh waits until all threads are free
+  bool refresh_in_parallel;         // whether a due mode is large: the refresh then waits until all threads are free
   double cost;                      // flops
-  bool parallel = false;            // has all threads, while no other parameter is stepped
+  bool parallel = false;            // whether all threads step it, while no other parameter is stepped
   double lr = 0, keep = 1;          // keep: 1 - lr weight_decay
 };
 
-// Whether a wide group lies between others, with so short a row behind it that its products go to BLAS.
+// Whether a wide group has other groups before it and so few elements after it that its products go to BLAS.
 inline bool calls_blas(const Layout& layout) {
   int64_t before = 1;
   for (const Group& group : layout.groups) {
@@ -39,12 +39,13 @@ inline bool calls_blas(const Layout& layout) {
   return false;
 }
 
-// Which parameters have all threads: very large ones, and those that would keep one core busy for longer than all others
-// together the other cores. (One core is better where there is enough to do for all: it shares no cache and waits for nobody.)
+// Chooses the parameters that all threads step: very large parameters, and parameters that would keep one core busy for longer
+// than all other parameters together keep the other cores. (One core is better where all cores have enough to do: it shares no
+// cache and waits for no other.)
 //
-// The two ways add up in different orders, so that with torch.use_deterministic_algorithms(True) the choice is by the layout
-// alone: the result does not depend on the number of threads then. BLAS, which some wide groups need, is only called outside of
-// workers.
+// The two ways of stepping add in different orders. With torch.use_deterministic_algorithms(True) the choice is therefore by
+// the layout alone, so that the result does not depend on the number of threads. Workers never call BLAS, which some wide
+// groups need.
 inline void choose_parallel(std::vector<Task>& tasks) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const bool deterministic = at::globalContext().deterministicAlgorithms();
@@ -65,10 +66,10 @@ inline void choose_parallel(std::vector<Task>& tasks) {
   }
 }
 
-// Elements a thread gets of an elementwise loop; inside a worker these loops run in place.
+// Elements of an elementwise loop that a thread takes at once; inside a worker these loops run on its own thread.
 constexpr int64_t kGrain = 1 << 15;
 
-// Added up piece by piece in order, so that the sum does not depend on the number of threads.
+// sum(x^2) of x [n], added piece by piece in order, so that it does not depend on the number of threads.
 template <typename T>
 T parallel_sum_squares(const T* x, int64_t n) {
   if (n <= kGrain) return sum_squares(x, n);
@@ -79,7 +80,7 @@ T parallel_sum_squares(const T* x, int64_t n) {
   return std::accumulate(sums.begin(), sums.end(), T(0));
 }
 
-// Whether the tensor lies in memory as its layout says, without holes.
+// Whether the tensor lies in memory in the order of its layout, without holes.
 inline bool in_order(const at::Tensor& x, const Layout& layout) {
   int64_t expected = 1;
   if (x.is_neg()) return false; // its memory holds the negatives
@@ -91,7 +92,7 @@ inline bool in_order(const at::Tensor& x, const Layout& layout) {
   return true;
 }
 
-// A tensor's memory in the layout's order: its own, or a copy that is written back.
+// A tensor's memory in the layout's order: the tensor's own memory, or a copy, which write_back() writes back.
 template <typename T>
 class Arranged {
  public:
@@ -109,7 +110,7 @@ class Arranged {
   at::Tensor copy_;
 };
 
-// The gradient of what is minimised, in the layout's order; converted [numel] is used only where something is to be changed.
+// The gradient of the objective to minimise, in the layout's order. converted [numel] is used only where something must change.
 template <typename T>
 const T* arranged_gradient(const Task& task, T* converted, double scale, bool maximize) {
   const Layout& layout = *task.layout;
@@ -123,8 +124,8 @@ const T* arranged_gradient(const Task& task, T* converted, double scale, bool ma
   return converted;
 }
 
-// The matrices of a parameter, as pointers to row-major memory. State that is stored otherwise (a user may have put in the
-// column-major result of a LAPACK call) is copied, and the Grams are written back.
+// The matrices of a parameter, as pointers to row-major memory. Matrices that are stored otherwise (a user may have put the
+// column-major result of a LAPACK call into the state) are copied, and write_back() writes the Grams back.
 template <typename T>
 struct Matrices {
   c10::SmallVector<const T*, 6> bases;
@@ -149,7 +150,7 @@ struct Matrices {
   }
 };
 
-// Elements of scratch: what the largest parameter that has all threads needs, and the largest of the others for each thread.
+// Elements of scratch: `parallel` for any parameter that all threads step, `worker` for any parameter that one core steps.
 struct ScratchSizes {
   int64_t parallel = 0, worker = 0;
 
@@ -158,7 +159,7 @@ struct ScratchSizes {
     ScratchSizes sizes;
     for (const Layout& layout : layouts.distinct) {
       if (layout.numel > kParallelNumel || threads > 1 ||
-          calls_blas(layout)) // any may come to be stepped by all threads, by a due refresh too
+          calls_blas(layout)) // such a parameter may come to be stepped by all threads, for a due refresh too
         sizes.parallel = std::max(sizes.parallel, ParallelWorkspace<T>(layout, threads, nullptr).numel);
       if (layout.numel <= kParallelNumel)
         sizes.worker = std::max(sizes.worker, Workspace<T>(layout, Cut(layout), nullptr).numel);
@@ -171,7 +172,7 @@ struct ScratchSizes {
   int64_t numel(int64_t threads) const { return std::max(parallel, threads * worker); }
 };
 
-// function(task, scratch) for every task: those that have all threads one after the other, the rest one a core.
+// function(task, scratch) for every task: first the parallel tasks, one after the other; then the rest, each on one core.
 template <typename T, typename Function>
 void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::Tensor& scratch, const Function& function) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -194,8 +195,8 @@ void for_each_task(std::vector<Task>& tasks, const Layouts& layouts, const at::T
       total += task.cost;
     }
   }
-  // Longest first: the last to finish is then a short one. Tiny ones are handed out in chunks. Which thread takes which
-  // parameter does not change a bit of the result.
+  // The longest task first: the last task to finish is then a short one. Tiny tasks are handed out in chunks. The result is the
+  // same to the bit, whichever thread takes a parameter.
   std::stable_sort(small.begin(), small.end(), [](const Task* a, const Task* b) { return a->cost > b->cost; });
   const double share = std::min(total / (8.0 * threads), 1e6);
   std::vector<size_t> chunks{0};

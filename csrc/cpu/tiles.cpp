@@ -8,17 +8,17 @@
 namespace soap_opt {
 namespace {
 
-// What becomes of a tile's sums
+// How a tile's sums are stored
 enum class Store { set, add, average }; // to <- sum, to <- to + sum, to <- keep to + weight sum
 
-// to [W, kPanels W] (row stride ld) <- a^T b for a panel a [k, W] and kPanels panels b [k, W], one behind the other; only the
-// first `valid` rows are written
+// to [W, kPanels W] (row stride ld) <- a^T b for a panel a [k, W] and kPanels panels b [k, W], neighbours in memory. Only the
+// first `valid` rows are written.
 template <typename I, int kPanels, Store kStore, typename T>
 SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
                           int64_t k, int valid = kPackedWidth<T>, T keep = 1, T weight = 1) {
   using V = Vector<T, I>;
   constexpr int width = kPackedWidth<T>, lines = width / V::lanes, columns = kPanels * lines;
-  // Half of the registers hold sums; the rest is for b's row and what the compiler keeps in flight.
+  // Half of the registers hold sums; the rest is for b's row and the loads that the compiler keeps in flight.
   constexpr int rows = std::min(width, I::registers / 2 / columns);
   for (int first = 0; first < valid; first += rows) {
     V sums[rows][columns];
@@ -50,10 +50,10 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
   }
 }
 
-// How many panels of b lie side by side in a tile. With AVX-512 two: 8 x 32 (float) has the sums of 16 x 16 in as many
-// registers, and 10 loads for 16 multiplications instead of 17. A core that multiplies twice a cycle is bound by those (Sapphire
-// Rapids: 162 to 168 GF/s against 138); one that multiplies once is not (Zen 4: 117 with either). Below AVX-512 two panels are
-// more registers than there are. An element is the same sum in the same order either way.
+// The number of panels of b side by side in a tile. With AVX-512 it is two: 8 x 32 floats take as many registers for sums as
+// 16 x 16, and need 10 loads for 16 multiplications instead of 17. A core that multiplies twice a cycle is bound by the loads
+// (Sapphire Rapids: 162 to 168 GF/s against 138); a core that multiplies once is not (Zen 4: 117 with either). Below AVX-512
+// there are too few registers for two panels. An element is the same sum in the same order with either number.
 template <typename I>
 constexpr int kTilePanels = I::bytes == Avx512::bytes ? 2 : 1;
 
@@ -61,13 +61,13 @@ template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   constexpr int panels = kTilePanels<I>;
   constexpr int64_t width = kPackedWidth<T>, wide = panels * width;
-  // Columns from the last panel to the first: what a row's last tile writes past its end is the next row's start, which comes
-  // later. The larger matrix is read once, the smaller one, which stays in cache, for each of its panels.
+  // Columns from the last panel to the first: a row's last tile writes past its end into the start of the next row, which is
+  // written later. The larger matrix is read once; the smaller matrix stays in cache and is read for each panel of the larger.
   int64_t j = panels_of<T>(n) * width;
   if (m >= n) {
     for (int64_t i = 0; i < m; i += width) {
       const int valid = int(std::min(width, m - i));
-      for (j = panels_of<T>(n) * width; j % wide != 0;) { // one that is left over
+      for (j = panels_of<T>(n) * width; j % wide != 0;) { // a panel that is left over
         j -= width;
         tile<I, 1, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, valid);
       }
@@ -98,7 +98,7 @@ SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n
     multiply_panels_as<I, Store::set>(c, ld, m, n, a, b, k);
 }
 
-// c [W, count W] (row stride ld) <- a^T b for a panel a and the first `count` panels of b
+// c [W, count W] (row stride ld) <- a^T b for a panel a [k, W] and the first `count` panels of b
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void gram_row(T* c, int64_t ld, const T* a, const T* b, int64_t k, int64_t count, int valid = kPackedWidth<T>,
                               T keep = 1, T weight = 1) {
@@ -115,7 +115,7 @@ SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const 
   constexpr int64_t width = kPackedWidth<T>;
   const int valid = int(std::min(width, n - i));
   gram_row<I, Store::average>(gram + i * n, n, a + i * k, a, k, i / width, valid, keep, weight);
-  alignas(64) T diagonal[width * width]; // it may end beyond the matrix
+  alignas(64) T diagonal[width * width]; // (the tile on the diagonal may end beyond the matrix)
   tile<I, 1, Store::set>(diagonal, width, a + i * k, a + i * k, k);
   for (int64_t r = 0; r < valid; ++r)
     for (int64_t c = 0; c <= r; ++c) {
@@ -146,7 +146,7 @@ SOAP_OPT_INLINE void pack_rows_body(T* panels, int64_t k, int64_t first, const T
   }
 }
 
-// [4, 4] blocks turned in registers: half the time of single elements
+// to [4, 4] <- x^T, in registers: half the time of single elements
 SOAP_OPT_INLINE void transpose_4x4(float* to, int64_t to_ld, const float* x, int64_t ld) {
 #if defined(__GNUC__)
   typedef float Four __attribute__((vector_size(16)));
@@ -177,7 +177,7 @@ SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, c
     const int64_t columns = std::min(width, n - j);
     int64_t r = 0;
     if (columns == width) {
-      // A cache line of four rows at a time: where ld is a power of two, more of them would push each other out
+      // A cache line of four rows at a time: where ld is a power of two, the lines of more rows would evict each other
       for (; r + width <= rows; r += width)
         for (int64_t q = 0; q < width; q += 4)
           for (int64_t s = r; s < r + width; s += 4) transpose_4x4(to + s * width + q, width, from + q * ld + s, ld);
@@ -195,7 +195,7 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
   for (int64_t r = 0; r < runs; ++r) {
     T* target = to + r * to_stride;
     const T* source = from + r * from_stride;
-    int64_t i = 0; // memcpy of a constant size is a register; of a variable one, a call that costs more than 25 floats
+    int64_t i = 0; // memcpy of a constant size is a register; of a variable size, a call that costs more than 25 floats
     for (; i + 64 / int64_t(sizeof(T)) <= length; i += 64 / sizeof(T)) std::memcpy(target + i, source + i, 64);
     for (; i + 16 / int64_t(sizeof(T)) <= length; i += 16 / sizeof(T)) std::memcpy(target + i, source + i, 16);
     for (; i < length; ++i) target[i] = source[i];

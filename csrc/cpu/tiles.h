@@ -1,9 +1,10 @@
-// Register tiles: products of two packed matrices, for everything in a step that is small enough to stay in a core's cache.
+// Register tiles: products of two packed matrices, for all products of a step that are small enough to stay in a core's cache.
 //
-// A matrix [k, n] is packed into ceil(n / W) panels [k, W], W = kPackedWidth, the last one padded with zeros. The product of
-// two panels, or of one and two, is a tile held in registers. One format serves the mode products (a basis and a piece of the
-// gradient) and the Grams (a piece of the gradient and itself: tiles below the diagonal only). On an AVX-512 core that does 118
-// GF/s at most, the tiles run at 117, its MKL's sgemm at 101 for 128 x 128 x 3200 and at 43 where 25 or 9 is a dimension.
+// A matrix [k, n] is packed into ceil(n / W) panels [k, W], W = kPackedWidth, and the last panel is padded with zeros.
+// The product of two panels, or of one panel and two, is a tile that is held in registers. One format serves the mode products
+// (a basis and a piece of the gradient) and the Grams (a piece of the gradient and itself: tiles on and below the diagonal
+// only). On an AVX-512 core that does 118 GF/s at most, the tiles run at 117; MKL's sgemm runs at 101 for 128 x 128 x 3200, and
+// at 43 where 25 or 9 is a dimension.
 #pragma once
 
 #include <cstdint>
@@ -28,25 +29,26 @@ constexpr int64_t packed_numel(int64_t k, int64_t n) {
 template <typename T>
 void pack_rows(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n);
 
-// The same for x^T, x [n, rows] with row stride ld.
+// pack_rows for x^T, x [n, rows] with row stride ld.
 template <typename T>
 void pack_transposed(T* panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n);
 
-// c [m, n] (row stride ld) <- (add: +=) a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements behind the end of every
-// row are overwritten as well, before the next row's own are written: where ld = n they only need room behind the last row.
+// c [m, n] (row stride ld) <- (add: +=) a^T b for packed a [k, m] and b [k, n]. Up to W - 1 elements after the end of every row
+// are overwritten as well, before the elements of the next row are written: where ld = n, only the last row needs room after
+// it.
 template <typename T>
 void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add = false);
 
-// c [p, p] += a^T a for packed a [k, n], p = W panels_of(n), row-major; only tiles on and below the diagonal.
+// c [p, p] += a^T a for packed a [k, n], p = W panels_of(n), row-major; writes only tiles on and below the diagonal.
 template <typename T>
 void accumulate_gram(T* c, int64_t n, const T* a, int64_t k);
 
-// Rows [i, i + W) of gram [n, n], row-major, up to the diagonal, <- keep gram + weight a^T a for packed a [k, n]; i a multiple
-// of W.
+// Rows [i, i + W) of gram [n, n], row-major, up to the diagonal, <- keep gram + weight a^T a for packed a [k, n]; i is a
+// multiple of W.
 template <typename T>
 void average_gram_row(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight);
 
-// x [a, d, b], a count of `runs` runs of `length` elements, source and target strides apart: to[r * to_stride + i] <- from[..].
+// to[r * to_stride + i] <- from[r * from_stride + i] for r < runs, i < length.
 template <typename T>
 void copy_runs(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length);
 

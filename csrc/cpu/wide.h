@@ -1,8 +1,8 @@
-// Mode products and Grams of modes that are too wide for a cache, on all free threads, by the same register tiles (tiles.h):
-// depth in blocks, the matrix packed panel by panel where it is used. (MKL's sgemm runs at 92 GF/s a core here, the tiles at
-// 110; and there is no syrk in ATen.)
+// Mode products and Grams of modes that are too wide for a cache, on all free threads, by the same register tiles (tiles.h).
+// The depth is cut into blocks, and the matrix is packed panel by panel where it is used. (MKL's sgemm runs at 92 GF/s a core
+// here, the tiles at 110; and ATen has no syrk.)
 //
-// Inside a worker of for_each_task these loops run on its own thread.
+// Inside a worker of for_each_task these loops run on the worker's own thread.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ constexpr int64_t kWideGramRows = 512; // rows of the gradient that a Gram adds 
 
 inline int64_t free_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// function(begin, end, room of this thread) over [0, n), with `threads` threads: 1 or free_threads().
+// function(begin, end, room) over [0, n), with the thread's part of `room` [threads, room_numel]; threads: 1 or free_threads().
 template <typename T, typename Function>
 void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel, const Function& function) {
   if (threads == 1) {
@@ -29,19 +29,20 @@ void parallel_with_room(int64_t n, int64_t threads, T* room, int64_t room_numel,
   parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { function(begin, end, room + at::get_thread_num() * room_numel); });
 }
 
-// Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not in place.
+// Elements of room for each thread: a piece of the gradient, a panel of the matrix, and a result that is not written in place.
 template <typename T>
 int64_t wide_room(int64_t width) {
   return kDepth * kWideColumns + kDepth * kPackedWidth<T> + (width + kPackedWidth<T>)*(kWideColumns + kPackedWidth<T>);
 }
 
-// Whether product_wide() takes a group.
+// Whether product_wide() serves a group of this width, seen as [before, width, after].
 inline bool is_wide(int64_t width, int64_t before, int64_t after) {
   return width > kTileWidth && (after == 1 || before == 1 || after >= kWideColumns / 4);
 }
 
-// Columns that a thread takes at once of `columns`: few enough to fit kWideColumns, and in as many pieces as keep all
-// threads busy to the end (768 columns on two threads are four pieces of 192, not three of 256), whole panels.
+// The number of columns that a thread takes at once, of `columns` in each slab. It is a whole number of panels, at most
+// kWideColumns, and such that all threads are busy to the end (768 columns on two threads are four pieces of 192, not three
+// of 256).
 template <typename T>
 int64_t wide_columns(int64_t columns, int64_t slabs, int64_t threads) {
   constexpr int64_t panel = kPackedWidth<T>;
@@ -69,7 +70,7 @@ void product_wide(const T* from, T* to, int64_t before, int64_t after, const Fac
       const int64_t count = std::min(chunk, columns - first);
       const T* x = rows ? from + first * width : from + a * width * after + first;
       T* place = rows ? to + first * width : to + a * width * after + first;
-      // Tiles write whole panels: in place where a row ends with one, or else beside it
+      // Tiles write whole panels: in place where a row ends with a whole panel, or else into `result`
       const int64_t row = rows ? width : count;
       const bool in_place = row % panel == 0;
       T* c = in_place ? place : result;
@@ -97,18 +98,18 @@ void product_wide(const T* from, T* to, int64_t before, int64_t after, const Fac
   });
 }
 
-// Elements of room that gram_wide needs, all threads together.
+// Elements of room that gram_wide needs for all threads together.
 template <typename T>
 int64_t wide_gram_room(int64_t width) {
   return packed_numel<T>(kWideGramRows, width);
 }
 
-// gram [D, D] <- beta gram + (1 - beta) (x [A, D, B] contracted with itself over A and B). Needs no room of gram's size.
+// gram [D, D] <- beta gram + (1 - beta) (x [A, D, B] contracted with itself over A and B). It needs no room of gram's size.
 template <typename T>
 void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after, T* panels, double beta) {
   constexpr int64_t panel = kPackedWidth<T>;
   const int64_t count = panels_of<T>(width);
-  // Blocks of rows k = (a, b): of several a, or of a part of one a's b
+  // A block of rows k = (a, b) has several a with all of their b, or one a with a part of its b
   const int64_t from_b = std::min(after, kWideGramRows), from_a = std::max<int64_t>(1, kWideGramRows / after);
   bool first = true;
   for (int64_t a = 0; a < before; a += from_a)
@@ -126,7 +127,7 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
         }
       });
       const T keep = first ? T(beta) : T(1), weight = T(1 - beta);
-      // A short row of tiles and a long one together: equal shares
+      // A short row of tiles and a long row together, so that shares are equal
       parallel_for(0, (count + 1) / 2, 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           average_gram_row<T>(gram, width, p * panel, panels, rows, keep, weight);
@@ -135,7 +136,7 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
       });
       first = false;
     }
-  constexpr int64_t block = 64; // of the mirrored half
+  constexpr int64_t block = 64; // the other half is mirrored in blocks
   parallel_for(0, (width + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * block; i < std::min(width, end * block); i += block)
       for (int64_t j = i; j < width; j += block)
