@@ -6,30 +6,30 @@
 
 namespace soap_opt::cuda {
 
-// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T, V^T V [kPanel, kPanel],
+// Shared memory of the block kernel, in floats: A [d columns of odd pitch], W [kPanel, d], T and V^T V [kPanel, kPanel],
 // taus [kPanel], partial results of the warps [2, 32].
 __host__ __device__ inline int64_t block_shared_floats(int64_t d) {
   return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
 }
 
-// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted on its way in, factored, and Q' formed
-// in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation: 16 d floats of
-// shared memory less, and d = 192 fits on sm_80.
+// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted while it is loaded, then factored, and Q'
+// is formed in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation. This
+// saves 16 d floats of shared memory, so that d = 192 fits on sm_80.
 __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
                                         float* shared) {
   const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x, strips = strips_of(d);
   const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
   float* a = shared;                        // [d columns, pitch]
-  float* w = a + d * pitch;                 // [kPanel, d]; before that a row [d] of e, and of places
+  float* w = a + d * pitch;                 // [kPanel, d]; before the QR a row [d] of e and a row [d] of places
   float* triangle = w + kPanel * d;         // [kPanel, kPanel]
   float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
-  float* taus = dots + kPanel * kPanel;     // [kPanel]; before that, of each strip of P, what brings it to the scale of all
+  float* taus = dots + kPanel * kPanel;     // [kPanel]; before the QR each strip's factor to the common scale
   float* partial = taus + kPanel;           // [2, 32]
-  // In the rotation's memory: P^T [d, d]; when that is read, T of every panel [panels, kPanel, kPanel], at most
+  // The rotation's memory holds P^T [d, d], and after P^T has been read T of every panel [panels, kPanel, kPanel]: at most
   // kPanel (d + kPanel - 1) <= d^2 numbers for d > 32
   float* triangles = matrix.rotation;
 
-  // e, and by counting each column's place
+  // e, and the place of each column: the number of columns that come before it
   static_assert(kBlockLimit <= kTile * kPanel, "a scale for each strip where the taus will be");
   float* scales = taus;                        // [kPanel], 0 beyond the strips
   float* estimates = w;                        // [d]
@@ -43,7 +43,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   for (int j = thread; j < d; j += threads) {
     float estimate = 0;
     for (int s = 0; s < strips; ++s) estimate += scales[s] * work.estimates[s * d + j];
-    if (!(fabsf(estimate) <= FLT_MAX)) square = INFINITY; // places would be none
+    if (!(fabsf(estimate) <= FLT_MAX)) square = INFINITY; // (there would be no order)
     estimates[j] = estimate;
   }
   __syncthreads();
@@ -55,7 +55,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   }
   __syncthreads();
 
-  // P sorted, and whether it is finite and is to be refreshed
+  // Sort P, and find out whether it is finite and whether the basis is to be refreshed
   for (int j = warp; j < d; j += warps) {
     ShortColumn column(matrix.rotation + j * d, d);
     column.each([&](int i, float& entry) {
@@ -86,7 +86,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
     factor_columns<kPanel, kBlockLimit / kWarp>(panel, pitch, m, width, taus, dots);
-    // T, by the last warp, which W = V^T A leaves free: there are more warps than tiles of 32 columns
+    // T, by the last warp, which has no tile of W = V^T A: there are more warps than tiles of 32 columns
     if (warp == warps - 1) make_triangle<kPanel>(width, taus, dots, triangle);
     if (n > 0)
       block_product(
@@ -94,9 +94,9 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
           [=](int k, int j) { return a[first + k + (after + j) * pitch]; },
           [=](int c, int j, float sum) { w[c * n + j] = sum; });
     __syncthreads();
-    if (n == 0) break; // T of the last panel stays where it is
+    if (n == 0) break; // T of the last panel stays in shared memory
     for (int i = thread; i < kPanel * kPanel; i += threads) triangles[first * kPanel + i] = triangle[i];
-    // W <- T^T W, a column a thread
+    // W <- T^T W, one column for each thread
     for (int j = thread; j < n; j += threads) {
       float column[kPanel];
 #pragma unroll
@@ -110,7 +110,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
       }
     }
     __syncthreads();
-    // A <- A - V W, in the rows that are still to be factored
+    // A <- A - V W, in the rows that are not factored yet
     block_product(
         m - width, n, width, [=](int i, int c) { return panel[width + i + c * pitch]; },
         [=](int c, int j) { return w[c * n + j]; },
@@ -118,18 +118,18 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     __syncthreads();
   }
 
-  // orgqr: (I - V T V^T) on the columns that later panels have made, then the panel's own columns in place of V
+  // orgqr: (I - V T V^T) is applied to the columns from later panels; then the panel's own columns take the place of V
   for (int first = (d - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
     const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
-    // W = V^T Q; rows `first` .. `after` of these columns are zeros that were never written
+    // W = V^T Q. Rows first .. after - 1 of these columns count as zeros, and have not been written
     if (n > 0)
       block_product(
           width, n, n, [=](int c, int k) { return panel[width + k + c * pitch]; },
           [=](int k, int j) { return a[after + k + (after + j) * pitch]; },
           [=](int c, int j, float sum) { w[c * n + j] = sum; });
     // M = T V_1^T, V_1 the panel's first `width` rows
-    for (int i = threads - 1 - thread; i < kPanel * kPanel; i += threads) { // the last warps first: W leaves them free
+    for (int i = threads - 1 - thread; i < kPanel * kPanel; i += threads) { // the last warps first: they have no part of W
       const int row = i / kPanel, column = i % kPanel;
       float sum = 0;
       if (column < width)
@@ -137,7 +137,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
       dots[i] = sum;
     }
     __syncthreads();
-    // W <- T W, a column a thread
+    // W <- T W, one column for each thread
     for (int j = thread; j < n; j += threads) {
       float column[kPanel];
 #pragma unroll
@@ -159,7 +159,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
             *entry = (i < width ? 0 : *entry) - sum;
           });
     __syncthreads();
-    // (I - V T V^T) of the identity's columns: a row a thread
+    // (I - V T V^T) times the identity's columns, one row for each thread
     for (int i = thread; i < m; i += threads) {
       float row[kPanel];
 #pragma unroll
@@ -172,13 +172,13 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
         if (c < width) panel[i + c * pitch] = sum;
       }
     }
-    // T of the panel that comes next
+    // T of the next panel
     if (first > 0)
       for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[(first - kPanel) * kPanel + i];
     __syncthreads();
   }
 
-  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row a thread, then Q'^T y, a column a thread
+  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row for each thread; then Q'^T y, a column each
   for (int i = thread; i < d; i += threads) {
     float y = 0;
     for (int j = 0; j < d; ++j) y += a[i + j * pitch] * probe(j);
@@ -202,7 +202,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     return;
   }
 
-  // Q <- Q'; what is left to make is the rotation
+  // Q <- Q'. The rotation is left to the next kernel
   for (int i = warp; i < d; i += warps)
 #pragma unroll 4
     for (int j = lane; j < d; j += kWarp) matrix.basis[i * d + j] = a[i + j * pitch];
@@ -211,7 +211,7 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
 
 constexpr int kBlockThreads = 512;
 
-// A block for each matrix from row `first` of the table on.
+// One block for each matrix, from row `first` of the table on.
 template <int Rows>
 __global__ void __launch_bounds__(kBlockThreads)
     refresh_in_blocks_kernel(GRID_CONSTANT const Table<Rows> table, int first, const bool* due, float tolerance,
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Matrix matrix = table.rows[place];
   int32_t* outcome = outcomes + matrix.index;
   if (due != nullptr && !due[matrix.index]) {
-    const bool written = *outcome == kKept; // as above
+    const bool written = *outcome == kKept; // by an earlier call, as in refresh_in_warps_kernel
     __syncthreads();
     if (written) return;
     write_identities(matrix, threadIdx.x, blockDim.x);

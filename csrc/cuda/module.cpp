@@ -1,5 +1,5 @@
 // soap_opt._C_cuda, an importable module without functions: loading it registers the CUDA implementations of operators that
-// soap_opt._C declares. A module of its own, so that a CUDA build that fails leaves the CPU engine standing.
+// soap_opt._C declares. It is a module of its own, so that the CPU engine works where the CUDA build fails.
 
 #include <Python.h>
 

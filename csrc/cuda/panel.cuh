@@ -1,11 +1,11 @@
-// Products and panels of reflectors by one block: what the blocked QR is made of. Conventions: refresh_basis.cuh.
+// Products and panels of reflectors by one block: the parts of the blocked QR. Conventions: refresh_basis.cuh.
 #pragma once
 
 #include "reflector.cuh"
 
 namespace soap_opt::cuda {
 
-// sums[s][t] += sum_k a(s, k) b(k, t), k < depth: a lane's share of a product.
+// sums[s][t] += sum_k a(s, k) b(k, t), k < depth: the part of a product that one lane makes.
 template <int M, int N, typename A, typename B>
 __device__ void add_products(int depth, A a, B b, float (&sums)[M][N]) {
   for (int k = 0; k < depth; ++k) {
@@ -21,14 +21,14 @@ __device__ void add_products(int depth, A a, B b, float (&sums)[M][N]) {
   }
 }
 
-// store(i, j, sum_k a(i, k) b(k, j)) for i < m, j < n: a warp makes tiles of 16 x 32, a lane 4 x 4 entries of one, 4 and 8
-// apart, so that a step of k reads 8 numbers for 16 products, without bank conflicts in matrices of odd pitch.
+// store(i, j, sum_k a(i, k) b(k, j)) for i < m, j < n. A warp makes tiles of 16 x 32. A lane makes 4 x 4 entries of a tile, 4
+// rows and 8 columns apart: a step of k then reads 8 numbers for 16 products, without bank conflicts in matrices of odd pitch.
 template <typename A, typename B, typename Store>
 __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
   const int lane = threadIdx.x % kWarp, row_tiles = (m + 15) / 16, tiles = row_tiles * ((n + 31) / 32);
   for (int tile = threadIdx.x / kWarp; tile < tiles; tile += blockDim.x / kWarp) {
     const int row = tile % row_tiles * 16 + lane / 8, column = tile / row_tiles * 32 + lane % 8;
-    int rows[4], columns[4]; // clamped: what lies outside is read from the edge, and not stored
+    int rows[4], columns[4]; // clamped: entries outside are read from the edge, and are not stored
     float sums[4][4] = {};
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -44,9 +44,10 @@ __device__ void block_product(int m, int n, int k, A a, B b, Store store) {
   }
 }
 
-// A column [m] in shared or global memory, a warp's: lane l has entries l, l + 32, .. . Up to 32 Rows of them are read together
-// and kept in registers, zeros beyond m, until store(); Rows = 0: of any number, and where they are. Each step of a panel waits
-// for the one before it, and what it waits for most is memory: kept, a column is read once in a step and not four times.
+// A column [m] in shared or global memory, for one warp: lane l has the entries l, l + 32, .. . A column of at most 32 Rows
+// entries is read at once and kept in registers until store(), with zeros beyond m. Rows = 0 takes any length, and leaves the
+// entries in memory. Each step of a panel waits for the step before, and mostly for memory: a kept column is read once in a
+// step and not four times.
 template <int Rows>
 struct Column {
   int m;
@@ -55,7 +56,7 @@ struct Column {
   __device__ Column(const float* from, int length) : m(length) {
     each([&](int i, float& entry) { entry = i < m ? from[i] : 0; });
   }
-  // visit(i, entry i), or visit(i, entry i, entry i of another)
+  // visit(i, entry i), or visit(i, entry i, entry i of the other column)
   template <typename Visit>
   __device__ void each(const Visit& visit) {
 #pragma unroll
@@ -87,14 +88,15 @@ struct Column<0> {
   __device__ void each(const Column& other, const Visit& visit) {
     for (int i = threadIdx.x % kWarp; i < m; i += kWarp) visit(i, at[i], other.at[i]);
   }
-  __device__ void store(float*) {} // it is there
+  __device__ void store(float*) {} // the entries are in memory already
 };
 
-// Of every column that the block kernel and the tiles have
+// A column as long as any of the block kernel and of the tiles
 using ShortColumn = Column<kBlockLimit / kWarp>;
 
-// Turns a column into the reflector that clears it below its entry c. By one warp; returns tau to every lane. Every lane reads
-// and writes its own entries alone, here as in the updates around it, and entry c goes by shuffle: no barrier is needed.
+// Turns a column into the reflector that clears it below its entry c, by one warp; returns tau to every lane. No barrier is
+// needed: every lane reads and writes only its own entries, here and in the updates around this call, and entry c goes by
+// shuffle.
 template <int Rows>
 __device__ float reflect_column(Column<Rows>& x, int c) {
   float below = 0, alpha = 0;
@@ -121,9 +123,10 @@ __device__ float reflect_column(Column<Rows>& x, int c) {
   return reflector.tau;
 }
 
-// Factors a panel of `width` <= N columns of length m, column c at panel + c * pitch, whose diagonal starts at its row 0:
-// leaves the vectors V, taus [N] and, above the diagonal, dots [N, N] = V^T V. A warp owns the columns c = warp (mod warps). It
-// brings the next column up to date first and makes its reflector at once: one barrier a column.
+// Factors a panel of `width` <= N columns of length m, column c at panel + c * pitch, whose diagonal starts at its row 0.
+// Writes the vectors V over the panel, taus [N] and, above the diagonal, dots [N, N] = V^T V. A warp owns the columns c = warp
+// (mod warps). The owner of the next column updates it first and makes its reflector at once, so that there is one barrier for
+// each column.
 template <int N, int Rows>
 __device__ void factor_columns(float* panel, int pitch, int m, int width, float* taus, float* dots) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -135,13 +138,13 @@ __device__ void factor_columns(float* panel, int pitch, int m, int width, float*
   }
   __syncthreads();
   for (int c = 0; c < width; ++c) {
-    const Column<Rows> v(panel + c * pitch, m); // 0 before c
+    const Column<Rows> v(panel + c * pitch, m); // zeros before entry c
     const auto times_v = [&](Column<Rows>& x) {
       float dot = 0;
       x.each(v, [&](int, float entry, float of_v) { dot += of_v * entry; });
       return warp_sum(dot);
     };
-    // The warp's columns behind c, from the first on: c + 1 if that is one. (warps is a power of two: no division.)
+    // The warp's columns after c, in order: c + 1 first if the warp owns it. (warps is a power of two: no division.)
     for (int j = c + 1 + ((warp - c - 1) & (warps - 1)); j < width; j += warps) {
       Column<Rows> x(panel + j * pitch, m);
       const float factor = taus[c] * times_v(x);
@@ -162,8 +165,8 @@ __device__ void factor_columns(float* panel, int pitch, int m, int width, float*
 }
 
 // T [N, N] of H_0 .. H_{width-1} = I - V T V^T, from taus and dots of factor_columns; 0 below the diagonal and beyond width.
-// T[:, c] = -tau_c T (V^T v_c), T[c, c] = tau_c: larft. N short sums by one warp, a lane a row, which reads only its own row of
-// T: no exchange.
+// T[:, c] = -tau_c T (V^T v_c), T[c, c] = tau_c: larft. One warp makes it, a lane for each row of T: N short sums, for which
+// the lane reads only its own row.
 template <int N>
 __device__ void make_triangle(int width, const float* taus, const float* dots, float* triangle) {
   const int i = threadIdx.x % kWarp;
@@ -175,7 +178,7 @@ __device__ void make_triangle(int width, const float* taus, const float* dots, f
   }
 }
 
-// Sum (or maximum) over the block, to every thread. partial [32], not used otherwise since the last barrier.
+// Sum (or maximum) over the block, returned to every thread. partial [32]: not in other use since the last barrier.
 template <bool kMaximum>
 __device__ float block_reduce(float x, float* partial) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;

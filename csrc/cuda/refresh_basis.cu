@@ -1,4 +1,4 @@
-// Launches of the eigen-refresh's kernels. Plain CUDA: see refresh_basis.h.
+// Launches of the eigen-refresh's kernels, in plain CUDA (see refresh_basis.h).
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -19,8 +19,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("soap_opt: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel (those for both sizes of table together).
-// The limit is the device's, so that asking again costs a call and never an error.
+// More than 48 KiB of dynamic shared memory have to be asked for, kernel by kernel (for both sizes of table together). The
+// request is always the device's limit, so that a second request costs a call and is never an error.
 template <typename... Kernels>
 void opt_in(int shared_limit, Kernels*... kernels) {
   for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
@@ -35,7 +35,7 @@ Table<Rows> table_of(const Matrix* matrices, int count) {
   return table;
 }
 
-// launch(table, rows) for every kTableRows of the matrices, in the smaller table where that has room.
+// launch(table, rows) for every kTableRows matrices, with the small table where they fit.
 template <typename Launch>
 void for_each_table(const Matrix* matrices, int count, const Launch& launch) {
   for (int first = 0; first < count; first += kTableRows) {
@@ -59,7 +59,7 @@ int shared_memory_limit() {
 int64_t block_shared_memory(int64_t size) { return block_shared_floats(size) * int64_t(sizeof(float)); }
 
 void refresh_in_warps(const Matrix* matrices, int count, const bool* due, float tolerance, int32_t* outcomes, Stream stream) {
-  constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: what limits a block is registers
+  constexpr int kWarps = kWarpThreads / kWarp; // 17.5 KiB of shared memory: registers are the limit of a block
   for_each_table(matrices, count, [&](const auto& table, int rows) {
     LAUNCH(refresh_in_warps_kernel, (rows + kWarps - 1) / kWarps, kWarpThreads, kWarps * kWarpShared * sizeof(float), stream,
            table, rows, due, tolerance, outcomes);
@@ -86,7 +86,7 @@ void refresh_in_blocks(const Matrix* matrices, int count, const bool* due, float
     LAUNCH(multiply_tiles_kernel, tiles, kTileThreads, tile_shared, stream, table, rows, due, workspace);
     check(cudaGetLastError(), "multiply_tiles");
     for (int first = 0, end; first < rows; first = end) {
-      // A warp for each column of a panel where the matrix is large enough to keep them busy; smaller blocks share an SM
+      // A warp for each column of a panel, where the matrix is large enough to keep the warps busy; smaller blocks share an SM
       const int largest = table.rows[first].size, smaller = largest > 128 ? 128 : largest > 64 ? 64 : 0;
       const int threads = largest <= 64 ? 128 : largest <= 128 ? 256 : kBlockThreads;
       for (end = first; end < rows && table.rows[end].size > smaller;) ++end;

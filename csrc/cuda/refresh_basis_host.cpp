@@ -1,6 +1,6 @@
-// soap_opt::refresh_basis_ and init_basis on CUDA: which matrix goes to which kernel, and the blocked QR of those that
-// outgrow shared memory. ATen only, no CUDA headers: the kernels are behind refresh_basis.h, the stream is the dispatcher's.
-// Nothing here waits for the device except init_basis.
+// soap_opt::refresh_basis_ and init_basis on CUDA: the choice of a kernel for each matrix, and the blocked QR of matrices that
+// outgrow shared memory. This file includes ATen and no CUDA headers: refresh_basis.h declares the kernels, and c10 gives the
+// stream. Only init_basis waits for the device.
 
 #include "refresh_basis.h"
 
@@ -21,20 +21,20 @@ namespace soap_opt::cuda {
 namespace {
 
 Stream current_stream(c10::Device device) {
-  if (device.is_cpu()) return nullptr; // tests/csrc/operator_on_fibers.cpp
+  if (device.is_cpu()) return nullptr; // in tests/csrc/operator_on_fibers.cpp
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-// Matrices of this many elements in all are stacked at a time: 16 of 1024. cuBLAS fills a GPU with less, and the copies that a
-// batch needs (about 8 of it) stay near half a gigabyte, or 8 d^2 floats for one matrix that is larger.
+// Elements of a stack of matrices: 16 matrices of 1024 x 1024. cuBLAS fills a GPU with less, and the copies of a stack (about
+// 8) stay near half a gigabyte in all, or 8 d^2 floats for a single larger matrix.
 #ifndef SOAP_OPT_BATCH_NUMEL
 #define SOAP_OPT_BATCH_NUMEL (int64_t(1) << 24)
 #endif
 constexpr int64_t kBatchNumel = SOAP_OPT_BATCH_NUMEL;
 
-// Q^T of a = Q R for a batch of matrices, LAPACK's way: panels of kLargePanel columns, products behind them. a [B, d, d]
-// contiguous, row j = column j of the matrix, is overwritten with V^T. Matrices with another outcome than kRefreshed get
-// something of no use.
+// Q^T of a = Q R for a batch of matrices, as LAPACK makes it: panels of kLargePanel columns, each followed by products.
+// a [B, d, d] contiguous, row j = column j of the matrix, is overwritten with V^T. The result is meaningless for matrices with
+// another outcome than kRefreshed.
 at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream stream) {
   const int64_t batch = a.size(0), d = a.size(1), panels = (d + kLargePanel - 1) / kLargePanel;
   const at::Tensor triangles = at::empty({panels, batch, kLargePanel, kLargePanel}, a.options());
@@ -50,7 +50,7 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
     factor_panel(a.mutable_data_ptr<float>(), triangles[p].mutable_data_ptr<float>(), batch, d, first, width(p),
                  outcomes.const_data_ptr<int32_t>(), stream);
     if (after == d) break;
-    // The columns after the panel, without the rows that are done: x <- (I - V T^T V^T) x, here x^T <- x^T - ((x^T V) T) V^T
+    // The columns after the panel, in the rows that are not factored: x <- (I - V T^T V^T) x, or x^T <- x^T - ((x^T V) T) V^T
     const at::Tensor rest = a.narrow(1, after, d - after), v = vectors(p);
     const at::Tensor w = at::bmm(at::bmm(rest.narrow(2, first, d - first), v.mT()), triangle(p)); // [B, d - after, width]
     rest.narrow(2, after, d - after).baddbmm_(w, v.narrow(2, width(p), d - after), 1, -1);
@@ -58,7 +58,7 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
   const at::Tensor q = at::zeros_like(a); // [B, d, d] Q^T
   q.diagonal(0, 1, 2).fill_(1);
   for (int64_t p = panels - 1; p >= 0; --p) {
-    // All that is not yet the identity there: x <- (I - V T V^T) x
+    // The part of Q that differs from the identity from here on: x <- (I - V T V^T) x
     const int64_t first = p * kLargePanel;
     const at::Tensor rest = q.narrow(1, first, d - first).narrow(2, first, d - first), v = vectors(p);
     const at::Tensor w = at::bmm(at::bmm(rest, v.mT()), triangle(p).mT()); // [B, d - first, width]
@@ -67,7 +67,7 @@ at::Tensor blocked_qr(const at::Tensor& a, const at::Tensor& outcomes, Stream st
   return q;
 }
 
-// Whether each of q [*, d, d] is finite, and orthogonal as the kernels ask it to be (reflector.cuh), [*] bool.
+// Whether each matrix of q [*, d, d] is finite and orthogonal by the kernels' test (reflector.cuh), [*] bool.
 at::Tensor orthogonal(const at::Tensor& q) {
   const int64_t d = q.size(-1);
   const at::Tensor place = at::arange(d, q.options()), turned = place * 0.6180339887498949;
@@ -81,16 +81,16 @@ at::Tensor orthogonal(const at::Tensor& q) {
   return (off <= bound).logical_and(length <= bound); // false for NaN
 }
 
-// What the kernels do, for matrices of equal size as a batch. In two steps, because memory may run out in the first: no basis
-// is written before every batch has all that it needs.
+// The refresh of a batch of matrices of equal size by ATen. It has two steps, because memory may run out in the first: no basis
+// is written before every batch has allocated all that it needs.
 struct Batch {
   std::vector<int64_t> members;
   at::TensorList grams, bases, orders, rotations;
   const std::optional<at::Tensor>& due; // [n] bool
   double tolerance;
-  std::vector<at::Tensor> kept{}; // of each member: a bool on the device
+  std::vector<at::Tensor> kept{}; // for each member a bool on the device
 
-  // Orders and outcomes; Q', or the Q that stays, goes to where the rotations will be.
+  // Writes orders and outcomes. Q', or the Q that stays, waits in the rotations' memory.
   void factor(const at::Tensor& outcomes, Stream stream) {
     const auto stacked = [&](at::TensorList list) {
       std::vector<at::Tensor> chosen;
@@ -99,7 +99,7 @@ struct Batch {
     };
     const at::Tensor gram = stacked(grams), basis = stacked(bases); // [B, d, d]
     const at::Tensor transposed = basis.mT();
-    // The power of two that brings the largest entry into [1, 2): as power_of_two_scale
+    // The power of two that brings the largest entry into [1, 2), as in power_of_two_scale
     const at::Tensor largest = gram.abs().amax({1, 2}, /*keepdim=*/true);
     const at::Tensor scale = at::exp2(-at::floor(at::log2(largest)).clamp_min(-126));
     gram.mul_(at::where((largest > 0).logical_and(at::isfinite(largest)), scale, at::ones_like(scale)));
@@ -125,7 +125,7 @@ struct Batch {
     const at::Tensor sorted = product.gather(1, order.unsqueeze(-1).expand_as(product)).contiguous();
     const at::Tensor q = sorted.scalar_type() == at::kFloat ? blocked_qr(sorted, outcome, stream).mT()
                                                             : std::get<0>(at::linalg_qr(sorted.mT())); // [B, d, d] Q'
-    // Whatever the Gram was: nothing but an orthogonal Q' is written
+    // Whatever the Gram was, only an orthogonal Q' is written
     const at::Tensor good = orthogonal(q);
     failed = failed.logical_or(chosen.logical_and(good.logical_not()));
     chosen = chosen.logical_and(good);
@@ -141,7 +141,7 @@ struct Batch {
     }
   }
 
-  // Bases and rotations. work: at least d^2 elements.
+  // Writes bases and rotations. work: at least d^2 elements.
   void finish(const at::Tensor& work) const {
     for (size_t b = 0; b < members.size(); ++b) {
       const at::Tensor &basis = bases[members[b]], &rotation = rotations[members[b]];
@@ -162,7 +162,7 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   if (n == 0) return;
   const c10::Device device = grams[0].device();
   const c10::DeviceGuard guard(device);
-  // Reduced precision in P or in the updates ruins the basis: no TF32, no autocast
+  // No TF32 and no autocast: reduced precision in P or in the updates ruins the basis
   const at::NoTF32Guard no_tf32;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
@@ -183,12 +183,12 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   }
   const bool* when = due ? due->const_data_ptr<bool>() : nullptr;
   int32_t* outcome = outcomes.mutable_data_ptr<int32_t>();
-  // (before anything is written: memory may run out)
+  // (before the first write: memory may run out)
   std::stable_sort(in_blocks.begin(), in_blocks.end(), [](const Matrix& a, const Matrix& b) { return a.size > b.size; });
   at::Tensor workspace;
   if (!in_blocks.empty())
     workspace = at::empty({block_workspace(in_blocks.data(), in_blocks.size())}, grams[in_blocks[0].index].options());
-  // The largest first: they take longest
+  // The largest matrices first: they take longest
   std::vector<Batch> large;
   std::map<at::ScalarType, at::Tensor> work;
   for (auto alike = batches.rbegin(); alike != batches.rend(); ++alike) {
@@ -208,7 +208,7 @@ void refresh_basis_(at::TensorList grams, at::TensorList bases, at::TensorList o
   if (!in_warps.empty()) refresh_in_warps(in_warps.data(), in_warps.size(), when, tolerance, outcome, stream);
 }
 
-// Q = flip(eigh(G + 1e-30 I)) of matrices [B, d, d]; undefined where eigh does not converge, or not to an orthogonal matrix.
+// Q = flip(eigh(G + 1e-30 I)) of grams [B, d, d]; undefined where eigh does not converge, or Q is not orthogonal.
 at::Tensor eigenvectors(const at::Tensor& grams) {
   try {
     const at::Tensor damping = 1e-30 * at::eye(grams.size(-1), grams.options());
@@ -236,10 +236,10 @@ std::vector<at::Tensor> init_basis(at::TensorList grams) {
       for (size_t k = first; k < std::min<size_t>(first + count, members.size()); ++k) chosen.push_back(grams[members[k]]);
       const at::Tensor together = eigenvectors(at::stack(chosen));
       for (size_t b = 0; b < chosen.size(); ++b) {
-        // One that does not converge must not cost the others their float32. clone: a view would keep the whole batch.
+        // A matrix that does not converge must not take the others to float64. clone: a view would keep the whole batch.
         at::Tensor basis = together.defined() ? together[b].clone() : eigenvectors(chosen[b]);
         if (!basis.defined()) {
-          // Near-degenerate float32 input is what eigh fails on; in float64 its clusters are apart.
+          // eigh fails on near-degenerate float32 matrices; in float64 their clusters of eigenvalues are apart.
           basis = eigenvectors(chosen[b].to(at::kDouble));
           basis = basis.defined() ? basis.to(kind.first) : at::empty({0, 0}, chosen[b].options());
         }

@@ -1,16 +1,17 @@
-// Products of whole matrices in tiles, over the whole GPU: P = G Q before, the rotation Q^T Q' behind the QR of block.cuh.
+// Products of whole matrices in tiles, over the whole GPU: P = G Q before the QR of block.cuh, the rotation Q^T Q' after it.
 //
-// G Q and Q^T Q' are 4 of a refresh's 6.7 d^3 multiplications and additions, and nothing in them has to wait, as the rest does:
-// a block makes one tile of a product, a launch all tiles of all matrices, over the whole GPU. So for every size above
-// kWarpLimit. Counted, not measured, in warps' reads of shared memory, one a clock: of a block the two products would take
-// 8,000 at d = 64, about what two launches cost, and 220,000 at d = 192. A path of its own for 33 .. 64 is not worth it.
+// G Q and Q^T Q' are 4 of a refresh's 6.7 d^3 multiplications and additions, and unlike the others they need not wait for each
+// other: a block makes one tile of a product, and a launch makes all tiles of all matrices. Every size above kWarpLimit takes
+// this path. Counted, not measured, in warps' reads of shared memory, one for each clock: in a single block the two products
+// would take 8,000 at d = 64, about as long as two launches, and 220,000 at d = 192. A path of its own for 33 .. 64 is not
+// worth it.
 #pragma once
 
 #include "reflector.cuh"
 
 namespace soap_opt::cuda {
 
-constexpr int kTile = 32;         // rows and columns of a tile; 32 rows, or columns, of a matrix are a strip
+constexpr int kTile = 32;         // rows and columns of a tile; a strip is so many rows, or columns, of a matrix
 constexpr int kTileThreads = 128; // a warp makes 8 rows of a tile, a lane 2 x 4 entries, 4 and 8 apart
 constexpr int kTilePitch = kTile + 1;
 constexpr int kTileWarps = kTileThreads / kWarp;
@@ -18,17 +19,18 @@ constexpr int kTileWarps = kTileThreads / kWarp;
 __host__ __device__ inline int strips_of(int d) { return (d + kTile - 1) / kTile; }
 __host__ __device__ inline int tiles_of(int d) { return strips_of(d) * strips_of(d); }
 
-// Floats of shared memory of a tile of a product of matrices [d, d]: a strip of each, [d, kTilePitch], partial results [32].
+// Floats of shared memory for a tile of a product of two matrices [d, d]: a strip [d, kTilePitch] of each, partial results
+// [32].
 __host__ __device__ inline int64_t tile_shared_floats(int64_t d) { return 2 * d * kTilePitch + kWarp; }
 
-// What the three kernels pass on of one matrix, besides P^T [d, d], which lies where the rotation will be. Each tile of the
-// matrix brings so many floats to the launch's workspace that it has room.
+// The data of one matrix that the three kernels hand on, besides P^T [d, d], which lies in the rotation's memory. The launch's
+// workspace has kTileWorkspace floats for each tile of the matrix, which is enough for this data.
 constexpr int kTileWorkspace = kTile * kTile + kTile + 1;
 
 struct Workspace {
-  float* basis;     // [d, d] Q^T: the basis itself is Q' when the rotation is made
-  float* estimates; // [strips, d] e, of the rows of each strip and in its scale
-  float* largest;   // [strips] the largest |G| of each strip's rows, which decides its scale
+  float* basis;     // [d, d] Q^T, because the basis is Q' already when the rotation is made
+  float* estimates; // [strips, d] the part of e from the rows of each strip, in the strip's scale
+  float* largest;   // [strips] the largest |G| in the rows of each strip, which decides the strip's scale
 
   __device__ Workspace(float* memory, int tiles_before, int d)
       : basis(memory + int64_t(tiles_before) * kTileWorkspace),
@@ -36,15 +38,15 @@ struct Workspace {
         largest(estimates + strips_of(d) * d) {}
 };
 
-// strip[k, r] = from[k, first + r], k < d, r < kTile. Beyond the matrix, here as below, its edge: what comes of that is not
-// stored, and nvcc sends off together loads that no branch divides (16 in both, by the machine code for sm_90).
+// strip[k, r] = from[k, first + r], k < d, r < kTile. Beyond the matrix, here and in fetch_rows, the edge is read: its results
+// are not stored, and nvcc issues loads together where no branch divides them (16 in both, by the machine code for sm_90).
 __device__ inline void fetch_columns(const float* from, int d, int first, float* strip) {
   const int lane = threadIdx.x % kWarp, column = min(first + lane, d - 1);
 #pragma unroll 16
   for (int k = threadIdx.x / kWarp; k < d; k += kTileWarps) strip[k * kTilePitch + lane] = from[k * d + column];
 }
 
-// strip[k, r] = from[first + r, k]; returns the largest of what the thread saw
+// strip[k, r] = from[first + r, k]; returns the largest magnitude that the thread saw
 __device__ inline float fetch_rows(const float* from, int d, int first, float* strip) {
   float largest = 0;
 #pragma unroll 2
@@ -81,8 +83,9 @@ __device__ int row_of_tile(const Table<Rows>& table, int count, int tile) {
   return row;
 }
 
-// P^T, the old basis and the estimates. A power of two scales G as in refresh_in_warp, but a strip of rows by its own largest
-// entry: no block reads more than it multiplies, and the next kernel brings the strips together, which rounds nothing.
+// P^T, the old basis and the estimates. A power of two scales G as in refresh_in_warp, but each strip of rows by its own
+// largest entry, so that no block reads more than it multiplies. The next kernel brings the strips to one scale, which rounds
+// nothing.
 template <int Rows>
 __global__ void __launch_bounds__(kTileThreads)
     multiply_tiles_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float* workspace) {
@@ -114,14 +117,14 @@ __global__ void __launch_bounds__(kTileThreads)
       matrix.rotation[j * d + i] = sums[s][t];
       work.basis[j * d + i] = entry;
     }
-    // eight lanes have column j of the tile of P
+    // eight lanes hold column j of the tile of P
     for (int offset = 4; offset > 0; offset /= 2) estimate += __shfl_xor_sync(kAllLanes, estimate, offset);
     if (j < d && tile_column(0) == 0) work.estimates[strip * d + j] = estimate;
   }
   if (first_column == 0 && threadIdx.x == 0) work.largest[strip] = largest;
 }
 
-// Q^T Q'
+// The rotations Q^T Q'.
 template <int Rows>
 __global__ void __launch_bounds__(kTileThreads)
     rotate_tiles_kernel(GRID_CONSTANT const Table<Rows> table, int count, const int32_t* outcomes, float* workspace) {

@@ -10,9 +10,9 @@ constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
 
 constexpr int kWarpThreads = 128; // four matrices a block
 
-// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D; what
-// all lanes need (G, reflectors, the old Q) goes through `rows` [D, D] and is read as a broadcast. Every lane has the whole
-// reflector, so that its norm and its products with the lane's column need no shuffles.
+// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D.
+// Matrices that all lanes need (G, reflectors, the old Q) go through `rows` [D, D] and are read as broadcasts. Every lane has
+// the whole reflector, so that the reflector's norm and its products with the lane's column need no shuffles.
 template <int D>
 __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* outcome, float* rows) {
   float* estimates = rows + D * D; // [D] e
@@ -21,8 +21,9 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
   const int lane = threadIdx.x % kWarp, d = matrix.size;
   const bool mine = lane < d;
 
-  // Global memory <-> rows, each lane its column: loops that are not unrolled whole. Between global memory and registers they
-  // would be, and 32 addresses that the first and the last of them share would cost as many registers throughout.
+  // Global memory <-> rows, a column for each lane, by loops that are not fully unrolled. Loops between global memory and
+  // registers would be, and the 32 addresses that the first and the last of these loops share would cost as many registers
+  // throughout.
   const auto fetch = [&](const float* from) {
     float largest = 0;
     if (lane >= D) return largest;
@@ -66,14 +67,14 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     return;
   }
 
-  // Columns stay where they are; a lane's rank is its column's place.
+  // Columns are not moved: a lane's rank is the place of its column in the order.
   if (lane < D) estimates[lane] = estimate;
   __syncwarp();
   int rank = 0;
   for (int j = 0; j < d; ++j) rank += estimates[j] > estimate || (estimates[j] == estimate && j < lane);
   if (mine) matrix.order[rank] = lane;
 
-  // Householder, column by column; rows[k] keeps column k as it was met
+  // Householder, column by column; rows[k] keeps column k as the loop found it
   for (int k = 0; k < d; ++k) {
     if (mine && rank == k) {
 #pragma unroll
@@ -90,7 +91,7 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
         v[i] = i < k ? 0 : rows[k * D + i];
         below += i > k ? v[i] * v[i] : 0;
       }
-      // The same for every lane; and when a lane has its maximum, all have read the column
+      // The condition is the same for every lane; and when a lane has the maximum, all lanes have read the column
       if (scaled || !(below + alpha * alpha < kTinySquare)) break;
       const TinyScale scale_up(warp_max(lane >= k && lane < D ? fabsf(rows[k * D + lane]) : 0));
       if (lane < D) rows[k * D + lane] = scale_up(rows[k * D + lane]);
@@ -112,7 +113,7 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     }
   }
 
-  // Q' = H_0 .. H_{d-1}: the reflectors on the identity, last to first. Lane j makes column j.
+  // Q' = H_0 .. H_{d-1}: the reflectors applied to the identity, last to first. Lane j makes column j.
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = i == lane;
@@ -130,8 +131,8 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
   }
 
-  // Whatever the Gram was: nothing but an orthogonal Q' is written. y = Q' probe, a row a lane (each begins elsewhere: their
-  // places in `rows` are D apart), then Q'^T y, a column a lane.
+  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row for each lane (lanes begin at different
+  // columns, because their rows are D apart); then Q'^T y, a column for each lane.
   __syncwarp();
   if (lane < D) {
 #pragma unroll
@@ -165,8 +166,8 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     return;
   }
 
-  // Q^T Q'. The old Q is read again, and the new one: 64 registers less since then. (No barrier before `rows` is written again:
-  // every lane's sums, which are all that it read of it, went into the maximum.)
+  // Q^T Q'. Reading the old and the new Q again has saved 64 registers since then. (No barrier is needed before `rows` is
+  // written again: the lanes read it for their sums alone, and these went into the maximum.)
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = lane < D ? rows[i * D + lane] : 0;
   fetch(matrix.basis);
@@ -187,7 +188,7 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
   if (lane == 0) *outcome = kRefreshed;
 }
 
-// Four blocks on an SM: left alone, ptxas takes so many registers for sm_100 that two fit.
+// Four blocks on an SM: without this bound, ptxas takes so many registers for sm_100 that only two fit.
 template <int Rows>
 __global__ void __launch_bounds__(kWarpThreads, 4)
     refresh_in_warps_kernel(GRID_CONSTANT const Table<Rows> table, int count, const bool* due, float tolerance,
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kWarpThreads, 4)
   int32_t* outcome = outcomes + matrix.index;
   float* rows = shared + warp * kWarpShared;
   if (due != nullptr && !due[matrix.index]) {
-    const bool written = *outcome == kKept; // by an earlier call, which a CUDA graph replays again and again
+    const bool written = *outcome == kKept; // by an earlier call, as in replays of a CUDA graph
     __syncwarp();
     if (written) return;
     write_identities(matrix, threadIdx.x % kWarp, kWarp);
