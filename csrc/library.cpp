@@ -1,8 +1,8 @@
 // Every operator of soap_opt, on one page. Importing soap_opt._C registers them as torch.ops.soap_opt.*;
 // csrc/cpu and csrc/cuda implement them, soap_opt/_ext.py adds the fake kernels.
 //
-// Lists run over parameters p; a parameter's Grams and bases are flattened into one list, parameter after parameter, in the
-// order of its preconditioned modes. d = size of a mode. State is float32, or float64 for float64 parameters.
+// Lists run over parameters p. The Grams of all parameters are one flat list, parameter after parameter, in the order of their
+// preconditioned modes; so are the bases. d = size of a mode. State is float32, or float64 for float64 parameters.
 
 #include <Python.h>
 #include <torch/library.h>
@@ -13,9 +13,9 @@
 #include "cpu/simd.h"
 
 TORCH_LIBRARY(soap_opt, m) {
-  // Steps 1 to 6 of SOAP for parameters that are initialised; returns outcomes [n] int32: -1 where a gradient was not finite or
-  // its squared norm was above a quarter of the largest number, and nothing of its parameter changed; else how many of the
-  // parameter's bases could not be refreshed and stay as they were. What is written has another version afterwards.
+  // Steps 1 to 6 of SOAP for n parameters that are initialised. Returns outcomes [n] int32: -1 where the gradient was not
+  // finite or its squared norm was above a quarter of the largest number, and neither parameter nor state changed; else how
+  // many of the parameter's bases could not be refreshed and stay as they were. Written tensors get another autograd version.
   //   params[p], grads[p], exp_avgs[p], exp_avg_sqs[p]  [*shape]
   //   grams[], bases[]                                  [d, d] contiguous
   //   refresh_offsets[]                                 0-d int64
@@ -29,9 +29,9 @@ TORCH_LIBRARY(soap_opt, m) {
       "Tensor(e!)[] bases, Tensor[] refresh_offsets, Tensor(f!)[] state_steps, Tensor layouts, Tensor(g!) scratch, "
       "Tensor? grad_scale, *, float[1] lr, float[1] weight_decay, float[] options) -> Tensor");
 
-  // Step 5 alone, for the first gradient: G <- beta G + (1 - beta) (gradient contracted over all modes but one). Returns
-  // ||gradient||^2 [n] float64; the Grams of a gradient for which it is not finite are left alone. grads[p] [*shape] of any
-  // floating dtype, divided by grad_scale; grams[] [d, d] of scratch's dtype.
+  // Step 5 alone, for the first gradient: G <- beta G + (1 - beta) (gradient contracted with itself over all modes but one).
+  // Returns ||gradient||^2 [n] float64; where this is not finite, the gradient's Grams do not change. grads[p] [*shape] of any
+  // floating dtype are divided by grad_scale; grams[] [d, d] have scratch's dtype.
   m.def(
       "gram_ema_(Tensor[] grads, Tensor(a!)[] grams, Tensor layouts, Tensor(b!) scratch, Tensor? grad_scale, float beta) -> "
       "Tensor");
@@ -40,27 +40,27 @@ TORCH_LIBRARY(soap_opt, m) {
   m.def("scratch_numel(Tensor layouts, int threads, ScalarType dtype) -> int");
 
   // One QR power iteration for each of a ragged set of matrices: P = G Q, e = diag(Q^T P), Q' = qr(columns of P by falling
-  // e).Q. Writes the bases, the permutations, the rotations Q^T Q' and the outcome of each matrix: 0 kept, 1 refreshed,
-  // 2 failed. tolerance >= 0: a matrix whose off(Q^T G Q) <= tolerance ||Q^T G Q||_F keeps its basis, and its permutation and
-  // rotation are the identities; so does one that is not due, and one that failed: G or Q is not finite, or Q' is not
-  // orthogonal within orthogonality_bound (csrc/cpu/loops.h; whatever the Gram, nothing else is written). On CUDA all of it is
-  // decided on the device: the host waits for nothing.
+  // e).Q. Writes the basis, the permutation, the rotation Q^T Q' and the outcome of each matrix: 0 kept, 1 refreshed, 2 failed.
+  // A matrix keeps its basis, with identities as permutation and rotation, in three cases: tolerance >= 0 and
+  // off(Q^T G Q) <= tolerance ||Q^T G Q||_F (kept); the matrix is not due (kept); G or Q is not finite, or Q' is not orthogonal
+  // within orthogonality_bound, csrc/cpu/loops.h (failed). So whatever the Gram is, only orthogonal bases are written. On CUDA
+  // the device decides all of this: the host waits for nothing.
   //   grams[], bases[], rotations[]  [d, d] contiguous
   //   orders[]                       [d] int64 contiguous
-  //   outcomes                       [n] int32; where it is 0 on entry, order and rotation are identities already, and a matrix
-  //                                  that is not due costs next to nothing. -1 otherwise
-  //   due                            [n] bool on the matrices' device; all are due without it
+  //   outcomes                       [n] int32. 0 on entry: order and rotation are identities already, and the matrix costs
+  //                                  next to nothing if it is not due; -1 otherwise
+  //   due                            [n] bool on the matrices' device; without it all matrices are due
   m.def(
       "refresh_basis_(Tensor[] grams, Tensor(a!)[] bases, Tensor(b!)[] orders, Tensor(c!)[] rotations, "
       "Tensor(d!) outcomes, float tolerance=-1.0, Tensor? due=None) -> ()");
 
   // Q = flip(eigh(G + 1e-30 I)) of every G [d, d], largest eigenvalue first; in float64 where float32 does not converge, and
-  // an empty tensor where that does not either.
+  // an empty tensor where float64 does not converge either.
   m.def("init_basis(Tensor[] grams) -> Tensor[]");
 }
 
-// An importable module without Python functions: loading it is what registers the operators. It knows the torch that it was
-// built with, whose binary interface it depends on, and the instruction set that the engine runs with.
+// An importable module without Python functions: loading it registers the operators. It has two constants: the version of the
+// torch that it was built with, whose binary interface it depends on, and the instruction set that the engine runs with.
 extern "C" PyObject* PyInit__C(void) {
   if (soap_opt::allowed_isa_level() < 0) {
     PyErr_Format(PyExc_ValueError, "SOAP_OPT_CPU_CAPABILITY must be default, avx2 or avx512, got '%s'",

@@ -1,4 +1,4 @@
-// What refresh_basis_ asks of its arguments, on every device.
+// The checks of refresh_basis_'s arguments, for every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
