@@ -18,7 +18,7 @@ from .constants import GROUP, OPTIONS, WIDTH
 # that bench/compile_kernels.py compiles, and the first step compiles nothing that later steps do not use.
 ARGUMENTS = "tiles problems scalars group_options partials counters grad_scale found_inf units due count".split()
 
-# Terms of a partial sum that one pass of `total` reads
+# Partial sums that `total` reads at a time
 CHUNK = tl.constexpr(512)
 
 

@@ -71,7 +71,7 @@ class Batch:
         )  # fmt: skip
 
     def groups(self) -> list[tuple[Options, list[int]]]:
-        """The param groups' options, each with its parameters."""
+        """The options of each param group, with the indices of its parameters."""
         ends = itertools.groupby(range(len(self)), key=lambda i: id(self.options[i]))
         return [(self.options[own[0]], own) for own in (list(indices) for _, indices in ends)]
 

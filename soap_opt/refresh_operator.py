@@ -1,4 +1,4 @@
-"""The compiled refresh, soap_opt::refresh_basis_, for the lists that :mod:`soap_opt.functional` walks over."""
+"""The compiled refresh, soap_opt::refresh_basis_: where it is missing, its limits on CUDA, and its call."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class SOAP(Optimizer):
             stepped one by one; a group that alone needs more is stepped piece by piece, each piece with launches of its own. A
             CUDA graph keeps 8 bytes for each element whatever the limit (default: 2 GiB).
         capturable: keep ``step`` on the parameter's device, and with ``fused=True`` on CUDA let steps be recorded into CUDA
-            graphs, whose replays refresh what is due. Make an ordinary step before each capture, after every parameter's
+            graphs, whose replays refresh the due bases. Make an ordinary step before each capture, after every parameter's
             first gradient; a learning rate that is to change between replays must be a Tensor on the device (default: False).
         foreach: True selects the multi-tensor implementation, False the single-tensor one, which is the specification.
         fused: True selects the package's own kernels, and raises RuntimeError with the reason where they are missing. Where
@@ -208,7 +208,7 @@ class SOAP(Optimizer):
         Raises:
             RuntimeError: a sparse gradient; a step that cannot be recorded into the CUDA graph being captured; a Gram that
                 eigh cannot decompose (named by its parameter; nothing has changed then).
-            ValueError: an option in a param group is out of its range, or one that shapes the state was changed under it.
+            ValueError: an option in a param group is out of its range, or shapes the state and was changed under it.
         """
         loss = None
         if closure is not None:
@@ -374,7 +374,7 @@ class SOAP(Optimizer):
 
         def restore(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             # torch casts state to the parameter's dtype, which would cost bfloat16 parameters their float32 state.
-            # So it gets the groups alone, and __setstate__ puts the state in.
+            # So torch gets the groups alone, and __setstate__ puts the state in.
             self._restored = restore_state(self, loaded)
             return {**loaded, "state": {}} if self._restored is not None else loaded
 

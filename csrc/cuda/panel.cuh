@@ -91,7 +91,7 @@ struct Column<0> {
   __device__ void store(float*) {} // the entries are in memory already
 };
 
-// A column as long as any of the block kernel and of the tiles
+// Long enough for every column of the block kernel and of the tiles.
 using ShortColumn = Column<kBlockLimit / kWarp>;
 
 // Turns a column into the reflector that clears it below its entry c, by one warp; returns tau to every lane. No barrier is

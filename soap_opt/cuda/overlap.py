@@ -41,8 +41,8 @@ class Overlap:
         inside may wait for this work, and its results may be read after :meth:`wait` only.
 
         Args:
-            tensors: all tensors that are read or written inside and were allocated on another stream: all but those that are
-                allocated inside.
+            tensors: all tensors that are read or written inside, without those that are allocated inside: they were allocated
+                on another stream.
         """
         backend = self._backend
         if device.type != "cuda" or backend.is_current_stream_capturing():

@@ -157,7 +157,7 @@ class Run:
             tuple(options.normalize_grads for options, own_ in self.groups for _ in own_),
             tuple(number for number, (_, own_) in enumerate(self.groups) for _ in own_),
         )
-        aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # of these, Grams and bases the kernels read vectors
+        aligned = (own[:, : len(columns)] % 16 == 0).all(1)  # the kernels read these, Grams and bases in vectors
         aligned[parameters.owners[(np.asarray(matrices, dtype=np.int64).reshape(2, -1) % 16 != 0).any(0)]] = False
         if self.recording:
             plan = self.stepper.plan_of_graph(batch.exp_avgs, parameters, kinds, aligned, common.precision)

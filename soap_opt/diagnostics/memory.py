@@ -175,7 +175,7 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
 
 
 def _scratch_on_cuda(groups: list[tuple[dict[str, Any], list[Layout]]], offsets: dict[Tensor, list[int]] | None) -> int:
-    """Bytes that the fused CUDA step keeps besides the state. groups: with the layouts of their float32 parameters."""
+    """Bytes that the fused CUDA step keeps besides the state. groups: each with the layouts of its float32 parameters."""
     together: dict[tuple[Any, ...], list[list[Layout]]] = {}  # by the values that groups must share for one call
     kept = 0
     for group, layouts in groups:
