@@ -183,8 +183,8 @@ def parts_of(batch: Batch) -> list[tuple[Path, list[int]]]:
         if path is not Path.CUDA:
             parts.append((path, indices))
             continue
-        layouts = tuple(batch.layouts[i] for i in indices)
-        for piece in pieces_of(layouts, batch.options[indices[0]].scratch_limit):
-            fits = not is_too_large(layouts[piece[0]])
-            parts.append((Path.CUDA if fits else Path.MULTI, [indices[i] for i in piece]))
+        options, layouts = batch.options[indices[0]], tuple(batch.layouts[i] for i in indices)
+        for piece in pieces_of(layouts, options.scratch_limit):  # (a parameter that is too large is a piece of its own)
+            own = [indices[i] for i in piece]
+            parts.append((path_of(batch.exp_avgs[own[0]], options, layouts[piece[0]]), own))
     return parts

@@ -165,10 +165,10 @@ def _reasons_against_capture(
         if not w.options.capturable:
             yield "capturable=False"
         for param, state, layout in zip(w.params, w.states, w.layouts):
-            if path_of(param, w.options) is not Path.CUDA:
+            if path_of(param, w.options, layout) is not Path.CUDA:
+                if is_too_large(layout):
+                    yield f"{describe(param)} or a matrix of it is beyond the kernels' int32 offsets"
                 yield f"{describe(param)} is not stepped by the fused CUDA path: set fused=True, and not float64"
-            elif is_too_large(layout):
-                yield f"{describe(param)} or a matrix of it is beyond the kernels' int32 offsets"
             elif state["step"].device != param.device:  # fused or capturable was set after the state was made
                 yield f"the step of {describe(param)} is on {state['step'].device}: load a state_dict"
             elif param.device != device:
