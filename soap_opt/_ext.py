@@ -33,7 +33,7 @@ def compiled_part() -> ModuleType:
 
 def _load() -> str | None:
     """Load soap_opt._C, which registers torch.ops.soap_opt.*; returns the reason when that fails."""
-    reason = _imported("_C", "soap_opt was installed without its compiled part (see "Install" in the README)")
+    reason = _imported("_C", "soap_opt was installed without its compiled part (see the README's section Install)")
     if reason is not None:
         return reason
     built_with: str = compiled_part().torch_version

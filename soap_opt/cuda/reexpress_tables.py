@@ -14,6 +14,9 @@ from .columns import BLOCK, COPY, FACTORS, KRONECKER, MATRIX, MAX_FACTORS, OUTCO
 from .problems import Problem, is_too_large, padded, problems_of
 from .tables import SHARED, Builder, Tables
 
+# The pointers of each parameter; "outcomes" is the outcome of its first due unit
+PER_PARAMETER = ("exp_avg", "exp_avg_sq", "outcomes")
+
 
 def can_reexpress(layout: Layout) -> bool:
     """Whether :func:`make_reexpress_tables` can serve a parameter: a row has room for the orders of MAX_FACTORS modes."""
@@ -32,9 +35,8 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
         aligned: as in :func:`make_tables`.
 
     Returns:
-        Tables whose :meth:`Tables.fill` takes, instead of a mode's basis, the mode's rotation (an identity for a mode that is
-        not due but shares a Kronecker product with a due one); instead of its Gram, the mode's order; and as "step" the
-        parameter's outcomes.
+        Tables whose :meth:`Tables.fill` takes PER_PARAMETER for each parameter, then the rotation of every mode (an identity
+        for a mode that is not due but shares a Kronecker product with a due one), the order of every mode, and SHARED.
     """
     build = ReexpressTables(layouts, due, aligned)
     for index in range(len(layouts)):
@@ -47,13 +49,15 @@ def make_reexpress_tables(layouts: Sequence[Layout], due: Sequence[Sequence[int]
 
 
 class ReexpressTables(Builder):
-    """The launches of :func:`make_reexpress_tables`, with the same arguments.
+    """The launches of :func:`make_reexpress_tables`, with the same arguments. The lists of pointers are rotations and orders.
 
     Attributes:
         stages: for each launch the functions that lay out its passes, each over one parameter.
         starts: [P + 1] elements of scratch before each parameter's part.
         kronecker_numel: elements of all Kronecker products so far.
     """
+
+    per_parameter = PER_PARAMETER
 
     def __init__(self, layouts: Sequence[Layout], due: Sequence[Sequence[int]], aligned: Sequence[bool]) -> None:
         super().__init__(layouts, [0] * len(layouts), aligned)
@@ -87,7 +91,7 @@ class ReexpressTables(Builder):
 
     def row_of(self, index: int, **columns: int) -> int:
         row = self.row(UNITS=len(self.due[index]), **columns)
-        self.of_parameter(row, OUTCOMES, index, "step")
+        self.of_parameter(row, OUTCOMES, index, "outcomes")
         return row
 
     def elementwise(self, index: int, kind: int, source: str, target: str, modes: Sequence[int] = ()) -> None:
@@ -101,7 +105,7 @@ class ReexpressTables(Builder):
                 self.of_parameter(row, column, index, name)
         strides = mode_strides(layout) if modes else []
         for number, mode in enumerate(modes):
-            self.point(row, FACTORS + 2 * number, self.gram + self.first_mode[index] + mode)
+            self.point(row, FACTORS + 2 * number, self.second_list + self.first_mode[index] + mode)
             self.rows[row][FACTORS + 2 * number + 1] = layout.sizes[mode] + (strides[mode] << 32)
         self.blocks(row, kind, math.ceil(layout.numel / BLOCK), self.vectors(index))
 
@@ -109,7 +113,7 @@ class ReexpressTables(Builder):
         """A tile that makes the Kronecker product of a problem's rotations, [D, D] at ``offset`` bytes."""
         row = self.row_of(index, DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", offset)
-        self.factors(row, index, problem, self.basis + self.first_mode[index])
+        self.factors(row, index, problem, self.first_list + self.first_mode[index])
         self.grid(row, KRONECKER, 1, 1)
 
     def product(self, index: int, problem: Problem, forth: bool, offset: int | None) -> None:
@@ -119,7 +123,7 @@ class ReexpressTables(Builder):
         self.of_parameter(row, state, index, "exp_avg")
         self.of_shared(row, buffer, "scratch_0", 4 * self.starts[index])
         if offset is None:
-            self.point(row, MATRIX, self.basis + self.first_mode[index] + problem.factors[0])
+            self.point(row, MATRIX, self.first_list + self.first_mode[index] + problem.factors[0])
         else:
             self.of_shared(row, MATRIX, "kronecker", offset)
         self.product_grid(index, problem, row)
@@ -128,11 +132,11 @@ class ReexpressTables(Builder):
 def mode_strides(layout: Layout) -> list[int]:
     """The stride of each of layout.modes in [D_1, ..., D_k] memory."""
     strides = [0] * len(layout.modes)
-    behind = layout.numel
+    after = layout.numel
     for group in layout.groups:
-        behind //= group.width
+        after //= group.width
         inside = group.width
         for mode, size in zip(group.modes, group.sizes):
             inside //= size
-            strides[layout.modes.index(mode)] = behind * inside
+            strides[layout.modes.index(mode)] = after * inside
     return strides

@@ -1,4 +1,4 @@
-"""The refresh behind a fused step: every due basis in one call, then m and v re-expressed in a few launches."""
+"""The refresh after a fused step: every due basis in one call, then m and v re-expressed in a few launches."""
 
 from __future__ import annotations
 
@@ -106,8 +106,7 @@ class GroupedRefresh:
         assert self.tables is not None  # prepare checks this
         own = []
         for i, first in zip(self.grouped, self.first_unit):
-            state = batch.exp_avgs[i].data_ptr(), batch.exp_avg_sqs[i].data_ptr()
-            own += [0, 0, *state, self.outcomes[first:].data_ptr(), 0]
+            own += [batch.exp_avgs[i].data_ptr(), batch.exp_avg_sqs[i].data_ptr(), self.outcomes[first:].data_ptr()]
         turns, permutations = [], []
         for mode, size in zip(self.modes, self.mode_sizes):
             place = self.places.get(mode)

@@ -88,18 +88,26 @@ class Tables:
         return tables + 4 * (self.partials_numel + self.counters + self.kronecker_numel)
 
     def fill(self, pointers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """problems with these pointers: [P * len(PER_PARAMETER) + 2 * modes + len(SHARED)] int64, in the order below."""
+        """problems with these pointers: [P * len(per_parameter) + 2 * modes + len(SHARED)] int64, in the builder's order."""
         self.problems.reshape(-1)[self._places] = pointers[self._sources] + self._offsets
         return self.problems
 
 
-# The order of the pointers for Tables.fill: PER_PARAMETER for each parameter, then every basis, every Gram, then SHARED.
+# The order of the pointers for Tables.fill: those of each parameter, then both lists of matrices or orders, a pointer for each
+# mode, then SHARED. In the tables of a step these are PER_PARAMETER, the bases and the Grams.
 PER_PARAMETER = ("grad", "param", "exp_avg", "exp_avg_sq", "step", "skipped")
 SHARED = ("scratch_0", "scratch_1", "kronecker")
 
 
 class Builder:
-    """Collects rows, pointers and tiles while the launches are laid out one after the other."""
+    """Collects rows, pointers and tiles while the launches are laid out one after the other.
+
+    Attributes:
+        per_parameter: names of the pointers that each parameter has.
+        first_list, second_list: the sources of the first pointers of both lists that run over the modes.
+    """
+
+    per_parameter: tuple[str, ...]
 
     def __init__(self, layouts: Sequence[Layout], groups: Sequence[int], aligned: Sequence[bool]) -> None:
         self.layouts, self.groups, self.aligned = layouts, groups, aligned  # for each parameter
@@ -113,9 +121,9 @@ class Builder:
         parameters = len(layouts)
         self.first_mode = np.concatenate([[0], np.cumsum([len(layout.modes) for layout in layouts])]).tolist()
         modes = self.first_mode[-1]
-        self.basis = len(PER_PARAMETER) * parameters
-        self.gram = self.basis + modes
-        self.shared = self.gram + modes
+        self.first_list = len(self.per_parameter) * parameters
+        self.second_list = self.first_list + modes
+        self.shared = self.second_list + modes
 
     def row(self, **columns: int) -> int:
         values = [0] * WIDTH
@@ -130,7 +138,7 @@ class Builder:
         self.places.append((row * WIDTH + column, source, offset))
 
     def of_parameter(self, row: int, column: int, index: int, name: str) -> None:
-        self.point(row, column, index * len(PER_PARAMETER) + PER_PARAMETER.index(name))
+        self.point(row, column, index * len(self.per_parameter) + self.per_parameter.index(name))
 
     def of_shared(self, row: int, column: int, name: str, offset: int) -> None:
         self.point(row, column, self.shared + SHARED.index(name), offset)
@@ -159,7 +167,7 @@ class Builder:
         self.grid(row, kind, [int(vectors)], count)
 
     def factors(self, row: int, index: int, problem: Problem, first: int) -> None:
-        """Pointers and sizes of a problem's factors. first: the source of the parameter's first basis or Gram."""
+        """Pointers and sizes of a problem's factors. first: the source of the first matrix of the parameter."""
         for place, factor in enumerate(problem.factors):
             self.point(row, FACTORS + 2 * place, first + factor)
             self.rows[row][FACTORS + 2 * place + 1] = self.layouts[index].sizes[factor]
@@ -244,7 +252,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class StepTables(Builder):
-    """The launches of a step, one method for each, called in the order of :func:`make_tables`. The same arguments.
+    """The launches of a step, one method for each, called in the order of :func:`make_tables`. The same arguments. The lists of
+    pointers are the bases and the Grams.
 
     Attributes:
         stages: the number of projection launches.
@@ -252,6 +261,8 @@ class StepTables(Builder):
         starts: [P + 1] elements of scratch before each parameter's part.
         kronecker_numel: elements of all Kronecker products so far.
     """
+
+    per_parameter = PER_PARAMETER
 
     def __init__(self, kinds: Kinds, aligned: Sequence[bool]) -> None:
         super().__init__(kinds.layouts, kinds.groups, aligned)
@@ -289,7 +300,7 @@ class StepTables(Builder):
         if len(problem.factors) > 1:
             self.of_shared(row, MATRIX, "kronecker", self.kronecker_at[index, problem.group])
         else:
-            self.point(row, MATRIX, self.basis + self.first_mode[index] + problem.factors[0])
+            self.point(row, MATRIX, self.first_list + self.first_mode[index] + problem.factors[0])
         return row
 
     def elementwise(self, index: int, **columns: int) -> int:
@@ -331,7 +342,7 @@ class StepTables(Builder):
         row = self.row(DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", 4 * self.kronecker_numel)
         self.kronecker_numel += padded(problem.depth**2)
-        self.factors(row, index, problem, self.basis + self.first_mode[index])
+        self.factors(row, index, problem, self.first_list + self.first_mode[index])
         self.grid(row, KRONECKER, 1, 1)
 
     def grams(self, dtype: str) -> None:
@@ -374,7 +385,7 @@ class StepTables(Builder):
             FACTOR_COUNT=len(problem.factors),
         )
         self.of_parameter(row, X, index, "grad")
-        self.factors(row, index, problem, self.gram + self.first_mode[index])
+        self.factors(row, index, problem, self.second_list + self.first_mode[index])
         stored = splits > 1 or len(problem.factors) > 1
         partials = stored * len(triangle) * splits * TILES[kind // 4].wide ** 2
         self.sums(row, partials, splits, stored * len(triangle))
