@@ -53,7 +53,7 @@ def without_subnormals(x):
 
 @triton.jit
 def finish_norm(row, c, squares, sums, first):
-    """``usable = (grad / grad_scale).norm().square().isfinite();  step += usable``; and the scalars that later launches read.
+    """``usable = (grad / grad_scale).norm().square() <= finfo.max / 4;  step += usable``; and the scalars of later launches.
 
     Every program of the first launch calls this with the squares of the elements of G that no other program counts. The last
     program to arrive adds up the squares and writes the parameter's row of scalars. No other program writes this row, and

@@ -86,8 +86,8 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
     by_engine = True
     for (_, dtype), (group, params, gradients) in kinds.items():
         layouts, options = [optimizer._layout(p, group) for p in params], Options.of(group)
-        compiled = all(refresh_operator.why_missing(grad.device.type) is None for grad in gradients)
-        by_engine = by_engine and compiled and all(uses_own_kernels(grad, options) for grad in gradients)
+        has_operator = all(refresh_operator.why_missing(grad.device.type) is None for grad in gradients)
+        by_engine = by_engine and has_operator and all(uses_own_kernels(grad, options) for grad in gradients)
         made = first_grams(gradients, layouts, dtype, options, scales[id(group)])
         for param, layout, (outers, says_something) in zip(params, layouts, made):
             if outers is None:

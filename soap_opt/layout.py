@@ -97,7 +97,7 @@ class Layout:
         return x.reshape([*x.shape[:batch], *(group.width for group in self.groups)])
 
     def restore(self, x: Tensor, batch: int = 0) -> Tensor:
-        """The inverse of :meth:`arrange`; x may have any shape of the right size behind its ``batch`` dimensions."""
+        """The inverse of :meth:`arrange`; x may have any shape of the right size after its ``batch`` dimensions."""
         x = x.reshape([*x.shape[:batch], *self._memory_shape])
         return x.permute([*range(batch), *(batch + i for i in self._memory_inverse)])
 

@@ -18,7 +18,7 @@ from .schedule import complete_offsets, unit_flops
 if TYPE_CHECKING:
     from .soap import SOAP
 
-Group = dict[str, Any]  # a param group
+ParamGroup = dict[str, Any]
 State = dict[str, Tensor]  # of one parameter
 
 
@@ -44,12 +44,12 @@ class Layouts:
         self.pinned: dict[int, Pinned] = {}
         self._shaping: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def shaping(self, group: Group) -> tuple[Any, ...]:
+    def shaping(self, group: ParamGroup) -> tuple[Any, ...]:
         """Values of the group's options that shape state; equal values are one tuple object, so that ``is`` compares them."""
         values = tuple(group[name] for name in SHAPING)
         return self._shaping.setdefault(values, values)
 
-    def of(self, param: Tensor, group: Group, state: State | None, describe: Callable[[Tensor], str]) -> Layout:
+    def of(self, param: Tensor, group: ParamGroup, state: State | None, describe: Callable[[Tensor], str]) -> Layout:
         """The parameter's layout, made anew where its shape or memory format has changed. describe: names it in an error.
 
         Raises:
@@ -106,7 +106,7 @@ def step_tensor(value: float, param: Tensor, options: Options) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=step_device(param, options))
 
 
-def allocate(optimizer: SOAP, params: Iterable[tuple[Group, Tensor]]) -> None:
+def allocate(optimizer: SOAP, params: Iterable[tuple[ParamGroup, Tensor]]) -> None:
     """Allocate state without Grams and bases, with initialized False, for every parameter that has no state."""
     new = [(group, p) for group, p in params if not optimizer.state.get(p)]
     offsets = refresh_offsets(optimizer) if new else {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from soap_opt import layout, refresh_operator
+from soap_opt import eigenbasis, layout, refresh_operator
 from soap_opt.cuda import columns
 from soap_opt.diagnostics import memory
 from soap_opt.options import Options, names_of
@@ -61,3 +61,15 @@ def test_shared_memory_of_a_block():
     names = {"kPanel": constant("cuda/refresh_basis.h", "kPanel"), "kWarp": constant("cuda/reflector.cuh", "kWarp")}
     for d in range(1, refresh_operator.LARGEST + 1):
         assert refresh_operator.block_shared_memory(d) == 4 * eval(expression, {**names, "d": d})
+
+
+def test_the_bound_of_an_orthogonal_basis():
+    """512 eps sqrt(d), written once for PyTorch, the engine, the CUDA kernels and their host code."""
+    sources = [
+        CSRC / "cpu/loops.h",
+        CSRC / "cuda/reflector.cuh",
+        CSRC / "cuda/refresh_basis_host.cpp",
+        Path(eigenbasis.__file__),
+    ]
+    factors = [re.findall(r"(?:return|bound = |bound: float =) ?(\d+) \* .*eps", path.read_text(), re.I) for path in sources]
+    assert factors == [["512"]] * len(sources)

@@ -363,12 +363,12 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
       outcome[&task - tasks.data()] = step_one<scalar_t>(task, memory, options);
     });
     for (const Task& task : tasks) {
-      int32_t& of_task = outcome[&task - tasks.data()];
-      if (task.layout->numel == 0 || of_task == kUnusable) continue;
+      int32_t& result = outcome[&task - tasks.data()];
+      if (task.layout->numel == 0 || result == kUnusable) continue;
       if ((task.parallel || task.refresh_in_parallel) && !task.due.empty()) {
         at::AutoDispatchBelowADInplaceOrView guard;
         const FlushSubnormals flush;
-        of_task = refresh_parallel<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
+        result = refresh_parallel<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }
       bump_versions(task);
     }

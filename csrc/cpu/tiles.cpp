@@ -60,30 +60,30 @@ constexpr int kTilePanels = I::bytes == Avx512::bytes ? 2 : 1;
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   constexpr int panels = kTilePanels<I>;
-  constexpr int64_t width = kPackedWidth<T>, wide = panels * width;
+  constexpr int64_t width = kPackedWidth<T>, across = panels * width; // columns of a tile
   // Columns from the last panel to the first: a row's last tile writes past its end into the start of the next row, which is
   // written later. The larger matrix is read once; the smaller matrix stays in cache and is read for each panel of the larger.
   int64_t j = panels_of<T>(n) * width;
   if (m >= n) {
     for (int64_t i = 0; i < m; i += width) {
       const int valid = int(std::min(width, m - i));
-      for (j = panels_of<T>(n) * width; j % wide != 0;) { // a panel that is left over
+      for (j = panels_of<T>(n) * width; j % across != 0;) { // a panel that is left over
         j -= width;
         tile<I, 1, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, valid);
       }
       while (j > 0) {
-        j -= wide;
+        j -= across;
         tile<I, panels, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, valid);
       }
     }
   } else {
-    while (j % wide != 0) {
+    while (j % across != 0) {
       j -= width;
       for (int64_t i = 0; i < m; i += width)
         tile<I, 1, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
     }
     while (j > 0) {
-      j -= wide;
+      j -= across;
       for (int64_t i = 0; i < m; i += width)
         tile<I, panels, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
     }
