@@ -78,6 +78,13 @@ def scratch(layouts: tuple[Layout, ...], dtype: torch.dtype) -> Tensor:
     return kept[dtype]
 
 
+def release_scratch() -> int:
+    """Free the scratch that this thread keeps, and return its bytes."""
+    freed = sum(kept.numel() * kept.element_size() for kept in _memory.kept.values())
+    _memory.kept.clear()
+    return freed
+
+
 @lru_cache(maxsize=64)
 @outside_modes()
 def scratch_numel(layouts: tuple[Layout, ...], dtype: torch.dtype, threads: int) -> int:

@@ -303,10 +303,10 @@ def init_bases(grams: Sequence[Tensor], fused: bool = False) -> list[Tensor]:
 
 def _init_bases(grams: Sequence[Tensor]) -> list[Tensor]:
     bases: dict[int, Tensor] = {}
-    alike: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    by_kind: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for i, gram in enumerate(grams):
-        alike.setdefault((gram.device, gram.dtype, gram.shape[0]), []).append(i)
-    for (_, _, size), indices in alike.items():
+        by_kind.setdefault((gram.device, gram.dtype, gram.shape[0]), []).append(i)
+    for (_, _, size), indices in by_kind.items():
         chunks = [indices] if size <= BATCH_MAX_DIM else [[i] for i in indices]
         for chunk in chunks:
             try:

@@ -116,11 +116,14 @@ def soap(
     Raises:
         TypeError: SOAP has no such option.
         ValueError: the value of an option is out of its range.
+        RuntimeError: ``fused=True`` cannot be met on the device of a parameter.
     """
     record = Options(**options)
     record.check()
     if not params:
         return Skipped([], [])
+    for param in {param.device: param for param in params}.values():
+        require_fused(record, param)
     state = (exp_avgs, exp_avg_sqs, grams, bases, refresh_offsets, state_steps, layouts)
     if cuda is None:
         record = replace(record, overlap_refresh=False)

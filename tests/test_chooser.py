@@ -16,7 +16,7 @@ from soap_opt import functional
 from soap_opt.functional import Path, path_of
 from soap_opt.gradients import is_usable, prepare_gradient
 from soap_opt.layout import layout_of
-from soap_opt.options import SHAPING, Options
+from soap_opt.options import DEFAULTS, SHAPING, Options
 from soap_opt.single_tensor import step_size
 from soap_opt.work import batch_of, with_grad
 
@@ -212,6 +212,16 @@ def test_fused_raises_with_the_reason():
     with pytest.raises(RuntimeError, match=reason):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_the_flat_signature_refuses_what_fused_cannot_step():
+    """There are no kernels for "meta"."""
+    param, state = torch.empty(3, device="meta"), torch.empty(3, device="meta")
+    layout = layout_of((3,), (0,), **{name: DEFAULTS[name] for name in SHAPING})
+    with pytest.raises(
+        RuntimeError, match="fused=True cannot be met: soap_opt has no kernels of its own for device type 'meta'"
+    ):
+        functional.soap([param], [param], [state], [state], [], [], [], [torch.ones(())], [layout], fused=True)
 
 
 def test_prepare_gradient():

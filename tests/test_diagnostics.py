@@ -89,13 +89,12 @@ def test_scratch_is_what_the_engine_allocates(threads):
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     optimizer = SOAP(params, fused=True)
     foretold = memory_report(optimizer).scratch
-    cpu._memory.kept.clear()
+    cpu.release_scratch()
     for grads in random_gradients(shapes, 2):
         for param, grad in zip(params, grads):
             param.grad = grad
         optimizer.step()
-    kept = sum(tensor.numel() * tensor.element_size() for tensor in cpu._memory.kept.values())
-    assert kept == foretold == memory_report(optimizer).scratch
+    assert cpu.release_scratch() == foretold == memory_report(optimizer).scratch
     largest = 4 * max(torch.Size(shape).numel() for shape in shapes)
     # bounded: three buffers of the largest parameter, its matrices packed, and chunks of a fixed size, for each thread
     assert foretold <= threads * (3 * largest + 2 * 4 * 2 * 64**2 + (2 << 20))
