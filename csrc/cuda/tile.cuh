@@ -7,7 +7,7 @@
 // worth it.
 #pragma once
 
-#include "reflector.cuh"
+#include "panel.cuh"
 
 namespace soap_opt::cuda {
 

@@ -64,7 +64,7 @@ OPTION_VALUES: dict[str, Callable[[Options], float]] = {
     "MAX_GRAD_NORM": lambda o: o.max_grad_norm or 0,  # 0 for none
 }
 OPTION_COLUMNS = {name: PARAMETERS + 1 + place for place, name in enumerate(OPTION_VALUES)}
-OPTIONS = 16  # columns of a row of options in all
+OPTIONS = -(-(PARAMETERS + 1 + len(OPTION_VALUES)) // 8) * 8  # columns of a row of options in all
 vars().update(OPTION_COLUMNS)  # as columns.EPS, like all other columns
 
 
