@@ -146,6 +146,7 @@ class Options:
         """The options of role step, as the C++ engine takes them: in their order: betas as two numbers, flags as 1 or 0, the
         refresh policy as its index in POLICIES. The record StepOptions in csrc/cpu/step_arguments.h has the same fields."""
         values = {**self.__dict__, "shampoo_beta": self.gram_beta, "refresh": POLICIES.index(self.refresh)}
+        values["precondition_frequency"] = min(self.precondition_frequency, 1 << 53)  # (any integer may be given, for never)
         return [*self.betas, *map(float, _STEP(values))]
 
     def agree_on_cpu(self) -> tuple[Any, ...]:

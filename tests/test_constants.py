@@ -51,6 +51,7 @@ def test_the_engine_reads_the_options_in_their_order():
         "beta1": 0.25, "beta2": 0.5, "eps": 1e-8, "shampoo_beta": 0.5, "precondition_frequency": 7.0, "normalize_grads": 0.0,
         "correct_bias": 1.0, "refresh": 2.0, "refresh_tolerance": 0.01, "maximize": 1.0,
     }  # fmt: skip
+    assert Options(precondition_frequency=10**400).step_row()[4] == 2.0**53
 
 
 def test_shared_memory_of_a_block():

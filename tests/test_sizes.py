@@ -1,6 +1,7 @@
-"""No file is above 450 lines, and no Python function above 80."""
+"""No file is above 450 lines, and no function above 80."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,3 +26,24 @@ def test_no_python_function_is_too_long():
         if isinstance(node, ast.FunctionDef)
     ]
     assert [(name, lines) for name, lines in functions if lines > 80] == []
+
+
+def test_no_cpp_function_is_too_long():
+    """What begins in the first column (clang-format indents the rest, and nothing inside of a namespace) and ends with a brace
+    there: a function, or a class with all of its members."""
+    found = {}
+    for path in FILES:
+        if path.suffix == ".py":
+            continue
+        begun = None
+        for number, line in enumerate(path.read_text().splitlines()):
+            if re.match(r"[A-Za-z_]", line) and not line.startswith(
+                ("namespace", "template", "struct", "extern", "TORCH_LIBRARY")
+            ):
+                begun = (number, line) if begun is None else begun
+            if line.startswith("}") or (begun and line.endswith(";") and not line.startswith(" ")):
+                if begun and line.startswith("}"):
+                    found[f"{path.relative_to(ROOT)}: {begun[1]}"] = number - begun[0] + 1
+                begun = None
+    assert len(found) > 100
+    assert {name: lines for name, lines in found.items() if lines > 80} == {}

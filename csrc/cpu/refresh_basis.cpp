@@ -84,6 +84,19 @@ T power_of_two_scale(T largest) {
   return std::ldexp(T(1), -std::clamp(std::ilogb(largest), -exponent, exponent));
 }
 
+// ||Q^T P - diag(e)||_F / ||P||_F of P = G Q and Q, both [d, d], and e [d]; 0 for P = 0.
+template <typename T>
+double off_diagonal_share(const T* product, const T* basis, const T* eigenvalues, int64_t d) {
+  double norm = 0, off = 0;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      const double p = product[i * d + j], rest = p - double(basis[i * d + j]) * eigenvalues[j];
+      norm += p * p;
+      off += rest * rest;
+    }
+  return norm == 0 ? 0 : std::sqrt(off / norm);
+}
+
 } // namespace
 
 template <typename T>
@@ -118,18 +131,9 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
     for (int64_t j = 0; j < d; ++j) eigenvalues[j] += basis[i * d + j] * product[i * d + j];
   // An entry of P or Q that is not finite makes e not finite: 0 * inf is NaN
   if (!std::all_of(eigenvalues.begin(), eigenvalues.end(), [](T e) { return std::isfinite(e); })) return result;
-  if (tolerance >= 0) {
-    double norm = 0, off = 0;
-    for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < d; ++j) {
-        const double p = product[i * d + j], rest = p - double(basis[i * d + j]) * eigenvalues[j];
-        norm += p * p;
-        off += rest * rest;
-      }
-    if (norm == 0 || std::sqrt(off / norm) <= tolerance) {
-      result.outcome = Outcome::kept;
-      return result;
-    }
+  if (tolerance >= 0 && off_diagonal_share(product.get(), basis, eigenvalues.data(), d) <= tolerance) {
+    result.outcome = Outcome::kept;
+    return result;
   }
   result.order.resize(d);
   std::iota(result.order.begin(), result.order.end(), int64_t(0));

@@ -189,6 +189,68 @@ int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   return failed;
 }
 
+// What one core multiplies a parameter with: for each group its matrix, forward and back, packed where the products go by tiles,
+// and the A and B of [A, D, B]. Groups that are not preconditioned have no data.
+template <typename T>
+struct GroupFactors {
+  c10::SmallVector<Factor<T>, 4> forward, back;
+  c10::SmallVector<int64_t, 4> before, after;
+
+  GroupFactors(const Layout& layout, const Matrices<T>& matrices, const Workspace<T>& work)
+      : forward(layout.groups.size()), back(layout.groups.size()), before(layout.groups.size()), after(layout.groups.size()) {
+    int64_t outside = 1;
+    for (size_t i = 0; i < layout.groups.size(); ++i) {
+      const Group& group = layout.groups[i];
+      before[i] = outside;
+      after[i] = layout.numel / (outside * group.width);
+      outside *= group.width;
+      if (group.positions.empty()) continue;
+      const T* data = group_matrix(group, matrices.bases.data(), work.kronecker);
+      if (group.positions.size() > 1) {
+        std::copy_n(data, group.width * group.width, work.matrix[i]);
+        data = work.matrix[i];
+      }
+      forward[i] = {data, group.width, false};
+      back[i] = {data, group.width, true};
+      if (group.width <= kTileWidth && layout.numel * group.width > kLoopProduct) {
+        forward[i].pack(work.forward[i]);
+        back[i].pack(work.back[i]);
+      }
+    }
+  }
+};
+
+// Step 1 of the outer groups, the first `outer` ones, of g [n]. Returns the result: `whole` [n] afterwards, or g where none of
+// these groups is preconditioned. spare [n].
+template <typename T>
+const T* project_outer(int64_t outer, const GroupFactors<T>& factors, const T* g, T*& whole, T*& spare, T* room) {
+  const T* from = g;
+  for (int64_t i = 0; i < outer; ++i)
+    if (factors.forward[i].data != nullptr) {
+      product<T>(from, whole, factors.before[i], factors.after[i], factors.forward[i], room);
+      from = whole;
+      std::swap(whole, spare);
+    }
+  if (from != g) std::swap(whole, spare);
+  return from;
+}
+
+// Step 3 of the outer groups, the first `outer` ones, and step 4 behind it. whole [n]: the update, overwritten; spare [n].
+// apply(place, values, count): of a part of U, as soon as it is made.
+template <typename T, typename Apply>
+void project_back_outer(int64_t outer, const GroupFactors<T>& factors, T* whole, T* spare, int64_t n, T* room,
+                        const Apply& apply) {
+  for (int64_t i = outer; i-- > 0;) {
+    const Factor<T>& factor = factors.back[i];
+    if (factor.data == nullptr) continue;
+    if (i == 0 && factor.packed != nullptr)
+      return product<T>(whole, static_cast<T*>(nullptr), 1, factors.after[0], factor, room, apply);
+    product<T>(whole, spare, factors.before[i], factors.after[i], factor, room);
+    std::swap(whole, spare);
+  }
+  apply(0, whole, n);
+}
+
 // Steps a parameter on one core. The outer groups are projected over the whole tensor. Then, chunk after chunk, come the inner
 // groups' products, Adam and the inner groups' products back, all in L2. The outer groups are projected back last, and the
 // columns of the last product are applied as they are made.
@@ -203,45 +265,15 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
 
   Matrices<T> matrices(task);
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
-  T* m = exp_avg.data();
-  T* v = exp_avg_sq.data();
+  T *m = exp_avg.data(), *v = exp_avg_sq.data();
   const double t = *task.step->mutable_data_ptr<float>() += 1;
-  const double keep = task.keep;
 
-  // The matrices of the groups, and for each group the A and B of [A, D, B]
+  const GroupFactors<T> factors(layout, matrices, work);
+  const auto &forward = factors.forward, &back = factors.back;
   const int64_t groups = layout.groups.size();
-  c10::SmallVector<Factor<T>, 4> forward(groups), back(groups);
-  c10::SmallVector<int64_t, 4> before(groups), after(groups);
-  for (int64_t i = 0, outside = 1; i < groups; ++i) {
-    const Group& group = layout.groups[i];
-    before[i] = outside;
-    after[i] = n / (outside * group.width);
-    outside *= group.width;
-    if (group.positions.empty()) continue;
-    const T* data = group_matrix(group, matrices.bases.data(), work.kronecker);
-    if (group.positions.size() > 1) {
-      std::copy_n(data, group.width * group.width, work.matrix[i]);
-      data = work.matrix[i];
-    }
-    forward[i] = {data, group.width, false};
-    back[i] = {data, group.width, true};
-    if (group.width <= kTileWidth && n * group.width > kLoopProduct) {
-      forward[i].pack(work.forward[i]);
-      back[i].pack(work.back[i]);
-    }
-  }
 
-  // 1 project: outer groups
-  const T* from = g;
-  T* whole = work.whole;
-  T* spare = work.spare;
-  for (size_t i = 0; i < cut.outer; ++i)
-    if (forward[i].data != nullptr) {
-      product<T>(from, whole, before[i], after[i], forward[i], work.product);
-      from = whole;
-      std::swap(whole, spare);
-    }
-  if (cut.outer_modes) std::swap(whole, spare); // `whole` holds the result
+  T *whole = work.whole, *spare = work.spare;
+  const T* from = project_outer(cut.outer, factors, g, whole, spare, work.product);
 
   // 1 to 3 in chunks: inner groups, adam, inner groups back
   const bool finish = !cut.outer_modes && (!options.normalize_grads || cut.chunk() >= n);
@@ -252,7 +284,8 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
     T* room[2] = {work.chunk, work.other};
     int used = 0; // the next product goes to room[used]
     const auto inner = [&](int64_t i, const Factor<T>& factor) {
-      product<T>(x, room[used], slabs * (before[i] / before[cut.outer]), after[i], factor, work.product);
+      product<T>(x, room[used], slabs * (factors.before[i] / factors.before[cut.outer]), factors.after[i], factor,
+                 work.product);
       x = room[used];
       used ^= 1;
     };
@@ -270,26 +303,17 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
       if (back[i].data != nullptr) inner(i, back[i]);
     // 4 apply, where no product and no rms is left to wait for
     if (finish)
-      apply(param + start, x, size, update_size(t, sum / n, task, options), keep);
+      apply(param + start, x, size, update_size(t, sum / n, task, options), task.keep);
     else
       std::copy_n(x, size, whole + start);
   }
 
   // 3 project back: outer groups, and 4 apply
   const double size = update_size(t, sum / n, task, options);
-  bool applied = finish;
-  for (int64_t i = cut.outer; i-- > 0;) {
-    if (back[i].data == nullptr) continue;
-    if (i == 0 && back[0].packed != nullptr) {
-      product<T>(whole, static_cast<T*>(nullptr), 1, after[0], back[0], work.product,
-                 [&](int64_t place, const T* values, int64_t count) { apply(param + place, values, count, size, keep); });
-      applied = true;
-    } else {
-      product<T>(whole, spare, before[i], after[i], back[i], work.product);
-      std::swap(whole, spare);
-    }
-  }
-  if (!applied) apply(param, whole, n, size, keep);
+  const auto apply_at = [&](int64_t place, const T* values, int64_t count) {
+    apply(param + place, values, count, size, task.keep);
+  };
+  if (!finish) project_back_outer(cut.outer, factors, whole, spare, n, work.product, apply_at);
 
   // 5 gram EMA
   gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.gram, options.shampoo_beta);

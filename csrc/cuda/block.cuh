@@ -12,22 +12,39 @@ __host__ __device__ inline int64_t block_shared_floats(int64_t d) {
   return d * (d | 1) + kPanel * d + 2 * kPanel * kPanel + kPanel + 2 * kWarp;
 }
 
-// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted while it is loaded, then factored, and Q'
-// is formed in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation. This
-// saves 16 d floats of shared memory, so that d = 192 fits on sm_80.
-__device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
-                                        float* shared) {
-  const int d = matrix.size, pitch = d | 1, thread = threadIdx.x, threads = blockDim.x, strips = strips_of(d);
-  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
-  float* a = shared;                        // [d columns, pitch]
-  float* w = a + d * pitch;                 // [kPanel, d]; before the QR a row [d] of e and a row [d] of places
-  float* triangle = w + kPanel * d;         // [kPanel, kPanel]
-  float* dots = triangle + kPanel * kPanel; // [kPanel, kPanel]
-  float* taus = dots + kPanel * kPanel;     // [kPanel]; before the QR each strip's factor to the common scale
-  float* partial = taus + kPanel;           // [2, 32]
+// The thread's place in its block, and what the block has in shared memory (block_shared_floats).
+struct Block {
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  const int d, pitch;
+  float* const a;        // [d columns, pitch]
+  float* const w;        // [kPanel, d]; before the QR a row [d] of e and a row [d] of places
+  float* const triangle; // [kPanel, kPanel]
+  float* const dots;     // [kPanel, kPanel]
+  float* const taus;     // [kPanel]; before the QR each strip's factor to the common scale
+  float* const partial;  // [2, 32]
   // The rotation's memory holds P^T [d, d], and after P^T has been read T of every panel [panels, kPanel, kPanel]: at most
   // kPanel (d + kPanel - 1) <= d^2 numbers for d > 32
-  float* triangles = matrix.rotation;
+  float* const triangles;
+
+  __device__ Block(const Matrix& matrix, float* shared)
+      : d(matrix.size),
+        pitch(d | 1),
+        a(shared),
+        w(a + d * pitch),
+        triangle(w + kPanel * d),
+        dots(triangle + kPanel * kPanel),
+        taus(dots + kPanel * kPanel),
+        partial(taus + kPanel),
+        triangles(matrix.rotation) {}
+};
+
+// P [d, d], its columns sorted by falling e, into block.a. Returns whether the basis is to be refreshed; otherwise the outcome
+// and the identities are written: P is not finite, or the basis is kept.
+__device__ inline bool sort_columns(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
+                                    const Block& block) {
+  const int d = block.d, pitch = block.pitch, thread = block.thread, threads = block.threads, strips = strips_of(d);
+  const int warp = block.warp, warps = block.warps;
+  float *a = block.a, *w = block.w, *taus = block.taus, *partial = block.partial;
 
   // e, and the place of each column: the number of columns that come before it
   static_assert(kBlockLimit <= kTile * kPanel, "a scale for each strip where the taus will be");
@@ -77,11 +94,18 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
   if (!finite || is_kept(off, norm, tolerance)) {
     write_identities(matrix, thread, threads);
     if (thread == 0) *outcome = finite ? kKept : kFailed;
-    return;
+    return false;
   }
   for (int j = thread; j < d; j += threads) matrix.order[places[j]] = j;
+  return true;
+}
 
-  // geqrf
+// geqrf: A = V and R in place, panel after panel; T of every panel but the last goes to block.triangles.
+__device__ inline void factor_in_block(const Block& block) {
+  const int d = block.d, pitch = block.pitch, thread = block.thread, threads = block.threads;
+  const int warp = block.warp, warps = block.warps;
+  float *a = block.a, *w = block.w, *triangle = block.triangle, *dots = block.dots, *taus = block.taus;
+  float* triangles = block.triangles;
   for (int first = 0; first < d; first += kPanel) {
     const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
@@ -117,8 +141,13 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
         [=](int i, int j, float sum) { a[after + i + (after + j) * pitch] -= sum; });
     __syncthreads();
   }
+}
 
-  // orgqr: (I - V T V^T) is applied to the columns from later panels; then the panel's own columns take the place of V
+// orgqr: (I - V T V^T) is applied to the columns from later panels; then the panel's own columns take the place of V.
+__device__ inline void form_q_in_block(const Block& block) {
+  const int d = block.d, pitch = block.pitch, thread = block.thread, threads = block.threads;
+  float *a = block.a, *w = block.w, *triangle = block.triangle, *dots = block.dots;
+  const float* triangles = block.triangles;
   for (int first = (d - 1) / kPanel * kPanel; first >= 0; first -= kPanel) {
     const int width = min(kPanel, d - first), after = first + width, n = d - after, m = d - first;
     float* panel = a + first + first * pitch;
@@ -177,8 +206,13 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
       for (int i = thread; i < kPanel * kPanel; i += threads) triangle[i] = triangles[(first - kPanel) * kPanel + i];
     __syncthreads();
   }
+}
 
-  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row for each thread; then Q'^T y, a column each
+// Whether Q' in block.a is orthogonal. y = Q' probe, a row for each thread; then Q'^T y, a column each.
+__device__ inline bool is_orthogonal_in_block(const Block& block) {
+  const int d = block.d, pitch = block.pitch, thread = block.thread, threads = block.threads;
+  const float* a = block.a;
+  float* w = block.w;
   for (int i = thread; i < d; i += threads) {
     float y = 0;
     for (int j = 0; j < d; ++j) y += a[i + j * pitch] * probe(j);
@@ -196,17 +230,29 @@ __device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& w
     const float bound = orthogonality_bound(d);
     if (!(fabsf(length - 1) <= bound && fabsf(back - probe(j)) <= bound)) wrong = 1; // for NaN too
   }
-  if (block_reduce<true>(wrong, partial) > 0) {
-    write_identities(matrix, thread, threads);
-    if (thread == 0) *outcome = kFailed;
+  return !(block_reduce<true>(wrong, block.partial) > 0);
+}
+
+// From P to Q' for one matrix that fits into shared memory, by one block: P is sorted while it is loaded, then factored, and Q'
+// is formed in place of V. T of every panel waits in the rotation's memory, which is free between P^T and the rotation. This
+// saves 16 d floats of shared memory, so that d = 192 fits on sm_80.
+__device__ inline void refresh_in_block(const Matrix& matrix, const Workspace& work, float tolerance, int32_t* outcome,
+                                        float* shared) {
+  const Block block(matrix, shared);
+  if (!sort_columns(matrix, work, tolerance, outcome, block)) return;
+  factor_in_block(block);
+  form_q_in_block(block);
+  // Whatever the Gram was, only an orthogonal Q' is written
+  if (!is_orthogonal_in_block(block)) {
+    write_identities(matrix, block.thread, block.threads);
+    if (block.thread == 0) *outcome = kFailed;
     return;
   }
-
   // Q <- Q'. The rotation is left to the next kernel
-  for (int i = warp; i < d; i += warps)
+  for (int i = block.warp; i < block.d; i += block.warps)
 #pragma unroll 4
-    for (int j = lane; j < d; j += kWarp) matrix.basis[i * d + j] = a[i + j * pitch];
-  if (thread == 0) *outcome = kRefreshed;
+    for (int j = block.lane; j < block.d; j += kWarp) matrix.basis[i * block.d + j] = block.a[i + j * block.pitch];
+  if (block.thread == 0) *outcome = kRefreshed;
 }
 
 constexpr int kBlockThreads = 512;

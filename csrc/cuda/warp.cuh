@@ -10,71 +10,29 @@ constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
 
 constexpr int kWarpThreads = 128; // four matrices a block
 
-// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D.
-// Matrices that all lanes need (G, reflectors, the old Q) go through `rows` [D, D] and are read as broadcasts. Every lane has
-// the whole reflector, so that the reflector's norm and its products with the lane's column need no shuffles.
+// Global memory -> rows [D, D], a column for each lane, padded with zeros; returns the lane's largest magnitude. The loop is not
+// fully unrolled. Loops between global memory and registers would be, and the 32 addresses that the first and the last loop of
+// a refresh share would cost as many registers throughout.
 template <int D>
-__device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* outcome, float* rows) {
-  float* estimates = rows + D * D; // [D] e
-  float* taus = estimates + D;     // [D]
-  float* inverses = taus + D;      // [D]
-  const int lane = threadIdx.x % kWarp, d = matrix.size;
-  const bool mine = lane < d;
-
-  // Global memory <-> rows, a column for each lane, by loops that are not fully unrolled. Loops between global memory and
-  // registers would be, and the 32 addresses that the first and the last of these loops share would cost as many registers
-  // throughout.
-  const auto fetch = [&](const float* from) {
-    float largest = 0;
-    if (lane >= D) return largest;
+__device__ __forceinline__ float fetch_rows_in_warp(const float* from, int d, float* rows) {
+  const int lane = threadIdx.x % kWarp;
+  float largest = 0;
+  if (lane >= D) return largest;
 #pragma unroll 8
-    for (int i = 0; i < D; ++i) {
-      const float entry = mine && i < d ? from[i * d + lane] : 0;
-      rows[i * D + lane] = entry;
-      largest = fmaxf(largest, fabsf(entry));
-    }
-    return largest;
-  };
-
-  // P = G Q
-  float old[D], x[D];
-  fetch(matrix.basis);
-#pragma unroll
-  for (int i = 0; i < D; ++i) old[i] = lane < D ? rows[i * D + lane] : 0;
-  const float scale = power_of_two_scale(warp_max(fetch(matrix.gram)));
-  if (lane < D) {
-#pragma unroll 8
-    for (int i = 0; i < D; ++i) rows[i * D + lane] *= scale;
-  }
-  __syncwarp();
-  float estimate = 0, square = 0, off = 0;
-#pragma unroll
   for (int i = 0; i < D; ++i) {
-    float sum = 0;
-#pragma unroll
-    for (int k = 0; k < D; ++k) sum += rows[i * D + k] * old[k];
-    x[i] = sum;
-    estimate += old[i] * sum;
-    square += sum * sum;
+    const float entry = lane < d && i < d ? from[i * d + lane] : 0;
+    rows[i * D + lane] = entry;
+    largest = fmaxf(largest, fabsf(entry));
   }
-#pragma unroll
-  for (int i = 0; i < D; ++i) off += (x[i] - old[i] * estimate) * (x[i] - old[i] * estimate);
-  const float norm = warp_sum(square);
-  const bool finite = norm <= FLT_MAX;
-  if (!finite || is_kept(warp_sum(off), norm, tolerance)) {
-    write_identities(matrix, lane, kWarp);
-    if (lane == 0) *outcome = finite ? kKept : kFailed;
-    return;
-  }
+  return largest;
+}
 
-  // Columns are not moved: a lane's rank is the place of its column in the order.
-  if (lane < D) estimates[lane] = estimate;
-  __syncwarp();
-  int rank = 0;
-  for (int j = 0; j < d; ++j) rank += estimates[j] > estimate || (estimates[j] == estimate && j < lane);
-  if (mine) matrix.order[rank] = lane;
-
-  // Householder, column by column; rows[k] keeps column k as the loop found it
+// Householder, column by column, the columns x [D] of the lanes in the order of their ranks. rows[k] keeps column k as the loop
+// found it; taus [D] and inverses [D] are each reflector's.
+template <int D>
+__device__ __forceinline__ void factor_in_warp(float (&x)[D], int d, int rank, float* rows, float* taus, float* inverses) {
+  const int lane = threadIdx.x % kWarp;
+  const bool mine = lane < d;
   for (int k = 0; k < d; ++k) {
     if (mine && rank == k) {
 #pragma unroll
@@ -112,9 +70,13 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
       inverses[k] = reflector.inverse;
     }
   }
+}
 
-  // Q' = H_0 .. H_{d-1}: the reflectors applied to the identity, last to first. Lane j makes column j.
-  __syncwarp();
+// Q' = H_0 .. H_{d-1}: the reflectors applied to the identity, last to first. Lane j makes column j, x [D].
+template <int D>
+__device__ __forceinline__ void form_q_in_warp(float (&x)[D], int d, const float* rows, const float* taus,
+                                               const float* inverses) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = i == lane;
   for (int k = d - 1; k >= 0; --k) {
@@ -130,10 +92,14 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
 #pragma unroll
     for (int i = 0; i < D; ++i) x[i] -= dot * v[i];
   }
+}
 
-  // Whatever the Gram was, only an orthogonal Q' is written. y = Q' probe, a row for each lane (lanes begin at different
-  // columns, because their rows are D apart); then Q'^T y, a column for each lane.
-  __syncwarp();
+// Whether the Q' of columns x [D] is orthogonal. y = Q' probe, a row for each lane (lanes begin at different columns, because
+// their rows are D apart), through ys [D]; then Q'^T y, a column for each lane. Q' is in rows afterwards.
+template <int D>
+__device__ __forceinline__ bool is_orthogonal_in_warp(const float (&x)[D], int d, float* rows, float* ys) {
+  const int lane = threadIdx.x % kWarp;
+  const bool mine = lane < d;
   if (lane < D) {
 #pragma unroll
     for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
@@ -146,7 +112,7 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
       const int column = j + lane < d ? j + lane : j + lane - d;
       y += rows[lane * D + column] * probe(column);
     }
-    estimates[lane] = y;
+    ys[lane] = y;
   }
   __syncwarp();
   float back = 0, length = 0;
@@ -154,23 +120,24 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
 #pragma unroll 1
     for (int i = 0; i < d; ++i) {
       const float entry = rows[i * D + lane];
-      back += entry * estimates[i];
+      back += entry * ys[i];
       length += entry * entry;
     }
   }
   const float bound = orthogonality_bound(d);
   const bool good = !mine || (fabsf(length - 1) <= bound && fabsf(back - probe(lane)) <= bound); // false for NaN
-  if (warp_max(good ? 0 : 1) > 0) {
-    write_identities(matrix, lane, kWarp);
-    if (lane == 0) *outcome = kFailed;
-    return;
-  }
+  return !(warp_max(good ? 0 : 1) > 0);
+}
 
-  // Q^T Q'. Reading the old and the new Q again has saved 64 registers since then. (No barrier is needed before `rows` is
-  // written again: the lanes read it for their sums alone, and these went into the maximum.)
+// Q^T Q' and Q'. Q' is in rows. Reading the old and the new Q again has saved 64 registers since the products. (No barrier is
+// needed before `rows` is written again: the lanes read it for their sums alone, and these went into the maximum.)
+template <int D>
+__device__ __forceinline__ void write_in_warp(const Matrix& matrix, float (&x)[D], float* rows) {
+  const int lane = threadIdx.x % kWarp, d = matrix.size;
+  const bool mine = lane < d;
 #pragma unroll
   for (int i = 0; i < D; ++i) x[i] = lane < D ? rows[i * D + lane] : 0;
-  fetch(matrix.basis);
+  fetch_rows_in_warp<D>(matrix.basis, d, rows);
   __syncwarp();
 #pragma unroll 2
   for (int i = 0; i < d; ++i) {
@@ -185,6 +152,68 @@ __device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* 
     for (int i = 0; i < D; ++i) rows[i * D + lane] = x[i];
     for (int i = 0; i < d; ++i) matrix.basis[i * d + lane] = rows[i * D + lane];
   }
+}
+
+// The whole refresh of one matrix, d <= D <= 32, by one warp. Lane j has column j in registers, padded with zeros to D.
+// Matrices that all lanes need (G, reflectors, the old Q) go through `rows` [D, D] and are read as broadcasts. Every lane has
+// the whole reflector, so that the reflector's norm and its products with the lane's column need no shuffles.
+template <int D>
+__device__ void refresh_in_warp(const Matrix& matrix, float tolerance, int32_t* outcome, float* rows) {
+  float* estimates = rows + D * D; // [D] e
+  float* taus = estimates + D;     // [D]
+  float* inverses = taus + D;      // [D]
+  const int lane = threadIdx.x % kWarp, d = matrix.size;
+  const bool mine = lane < d;
+
+  // P = G Q
+  float old[D], x[D];
+  fetch_rows_in_warp<D>(matrix.basis, d, rows);
+#pragma unroll
+  for (int i = 0; i < D; ++i) old[i] = lane < D ? rows[i * D + lane] : 0;
+  const float scale = power_of_two_scale(warp_max(fetch_rows_in_warp<D>(matrix.gram, d, rows)));
+  if (lane < D) {
+#pragma unroll 8
+    for (int i = 0; i < D; ++i) rows[i * D + lane] *= scale;
+  }
+  __syncwarp();
+  float estimate = 0, square = 0, off = 0;
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < D; ++k) sum += rows[i * D + k] * old[k];
+    x[i] = sum;
+    estimate += old[i] * sum;
+    square += sum * sum;
+  }
+#pragma unroll
+  for (int i = 0; i < D; ++i) off += (x[i] - old[i] * estimate) * (x[i] - old[i] * estimate);
+  const float norm = warp_sum(square);
+  const bool finite = norm <= FLT_MAX;
+  if (!finite || is_kept(warp_sum(off), norm, tolerance)) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = finite ? kKept : kFailed;
+    return;
+  }
+
+  // Columns are not moved: a lane's rank is the place of its column in the order.
+  if (lane < D) estimates[lane] = estimate;
+  __syncwarp();
+  int rank = 0;
+  for (int j = 0; j < d; ++j) rank += estimates[j] > estimate || (estimates[j] == estimate && j < lane);
+  if (mine) matrix.order[rank] = lane;
+
+  factor_in_warp<D>(x, d, rank, rows, taus, inverses);
+  __syncwarp();
+  form_q_in_warp<D>(x, d, rows, taus, inverses);
+  // Whatever the Gram was, only an orthogonal Q' is written
+  __syncwarp();
+  if (!is_orthogonal_in_warp<D>(x, d, rows, estimates)) {
+    write_identities(matrix, lane, kWarp);
+    if (lane == 0) *outcome = kFailed;
+    return;
+  }
+  write_in_warp<D>(matrix, x, rows);
   if (lane == 0) *outcome = kRefreshed;
 }
 
