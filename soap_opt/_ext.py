@@ -107,8 +107,3 @@ def is_default(device_type: str) -> bool:
     On CUDA it does not: the Triton path has been proved under the interpreter and by compilation, but never run on a GPU.
     """
     return device_type == "cpu" and unavailable(device_type) is None
-
-
-def active(device_type: str) -> str:
-    """Name of the implementation that ``foreach=None, fused=None`` picks on a device of this type."""
-    return "fused" if is_default(device_type) else "multi tensor"

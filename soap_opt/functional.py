@@ -41,22 +41,21 @@ def path_of(tensor: Tensor, options: Options, layout: Layout | None = None) -> P
         layout: the parameter's layout. Without one, a parameter that is too large for the kernels' int32 offsets counts as any
             other.
     """
-    if uses_own_kernels(tensor, options):
-        if device_type_of(tensor) == "cpu":
-            return Path.CPU
-        # float64 has no tensor cores to gain from, and few models use it: PyTorch's own kernels serve it
-        if state_dtype(tensor) == torch.float64 or (layout is not None and is_too_large(layout)):
-            return Path.MULTI
-        return Path.CUDA
+    path = path_on(device_type_of(tensor), options)
+    # float64 has no tensor cores to gain from, and few models use it: PyTorch's own kernels serve it
+    if path is Path.CUDA and (state_dtype(tensor) == torch.float64 or (layout is not None and is_too_large(layout))):
+        return Path.MULTI
+    return path
+
+
+def path_on(device_type: str, options: Options) -> Path:
+    """:func:`path_of` for parameters of float32 state and any size, on a device of this type."""
+    fused = options.fused
+    if fused is None and options.foreach is None:
+        fused = _ext.is_default(device_type)
+    if fused:
+        return Path.CPU if device_type == "cpu" else Path.CUDA
     return Path.MULTI if options.foreach is None or options.foreach else Path.SINGLE
-
-
-def uses_own_kernels(tensor: Tensor, options: Options) -> bool:
-    """Whether the options ask for the package's own kernels, or leave the choice open and these are the fastest that work. (For
-    some dtypes there are no such kernels.)"""
-    if options.fused is None and options.foreach is None:
-        return _ext.is_default(device_type_of(tensor))
-    return bool(options.fused)
 
 
 def device_type_of(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from . import refresh_operator
 from .batch import Skipped
 from .cpu import cpu_first_grams
 from .eigenbasis import EigenDecompositionError, init_bases, outer_products, same_for_all_threads
-from .functional import Path, path_of, uses_own_kernels
+from .functional import Path, device_type_of, path_of, path_on
 from .gradients import is_usable, largest_squared_norm, prepare_gradient, state_dtype
 from .layout import Layout, outside_modes
 from .options import Options
@@ -87,7 +87,11 @@ def initialize(optimizer: SOAP, pending: list[tuple[dict[str, Any], Tensor, Tens
     for (_, dtype), (group, params, gradients) in kinds.items():
         layouts, options = [optimizer._layout(p, group) for p in params], Options.of(group)
         has_operator = all(refresh_operator.why_missing(grad.device.type) is None for grad in gradients)
-        by_engine = by_engine and has_operator and all(uses_own_kernels(grad, options) for grad in gradients)
+        by_engine = (
+            by_engine
+            and has_operator
+            and all(path_on(device_type_of(grad), options) in (Path.CPU, Path.CUDA) for grad in gradients)
+        )
         made = first_grams(gradients, layouts, dtype, options, scales[id(group)])
         for param, layout, (outers, says_something) in zip(params, layouts, made):
             if outers is None:

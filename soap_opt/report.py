@@ -14,6 +14,8 @@ import torch
 
 import soap_opt
 from soap_opt import _ext
+from soap_opt.functional import path_on
+from soap_opt.options import Options
 
 
 def report() -> str:
@@ -42,7 +44,7 @@ def report() -> str:
         )
     for device_type in ("cpu", "cuda"):
         lines.append("")
-        lines.append(f"{device_type}: active implementation: {_ext.active(device_type)}")
+        lines.append(f"{device_type}: active implementation: {path_on(device_type, Options()).value}")
         lines.append("  single tensor  available (pure PyTorch, foreach=False: the specification)")
         lines.append("  multi tensor   available (pure PyTorch, foreach=True)")
         reason = _ext.unavailable(device_type)

@@ -187,7 +187,7 @@ def test_a_batch_and_its_parts(monkeypatch):
         ({"foreach": False, "fused": False}, "_single_tensor_soap"),
         ({"foreach": True, "fused": False}, "_multi_tensor_soap"),
         ({"fused": False}, "_multi_tensor_soap"),
-        ({}, {"fused": "cpu_soap", "multi tensor": "_multi_tensor_soap"}[soap_opt._ext.active("cpu")]),
+        ({}, "cpu_soap" if soap_opt._ext.is_default("cpu") else "_multi_tensor_soap"),
     ],
 )
 def test_the_chooser(monkeypatch, flags, expected):

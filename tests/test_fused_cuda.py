@@ -176,7 +176,7 @@ def test_it_is_taken_where_it_is_asked_for(monkeypatch):
     calls = []
     original = CudaStepper.step
     monkeypatch.setattr(CudaStepper, "step", lambda *a, **k: calls.append(1) or original(*a, **k))
-    for options, expected in (({"fused": True}, True), ({}, _ext.active("cuda") == "fused")):
+    for options, expected in (({"fused": True}, True), ({}, _ext.is_default("cuda"))):
         calls.clear()
         run = SoapRun(random_params([(6, 5)], device="cuda"), **options)
         for grads in random_gradients([(6, 5)], 2, device="cuda"):

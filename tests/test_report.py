@@ -11,6 +11,9 @@ from comparison import NO_ENGINE, needs_engine
 
 import soap_opt
 from soap_opt import SOAP, _ext
+from soap_opt.functional import Path as Implementation
+from soap_opt.functional import path_on
+from soap_opt.options import Options
 from soap_opt.report import report
 
 
@@ -18,7 +21,7 @@ def test_report_names_versions_and_implementations():
     text = report()
     for word in (f"soap_opt      {soap_opt.__version__}", torch.__version__, "triton", "numpy", "compressai", "compiler"):
         assert word in text
-    assert f"cpu: active implementation: {'fused' if NO_ENGINE is None else 'multi tensor'}" in text
+    assert f"cpu: active implementation: {'C++ engine' if NO_ENGINE is None else 'multi tensor'}" in text
     if NO_ENGINE is not None:
         assert f"not available: {NO_ENGINE}" in text
     if not torch.cuda.is_available():
@@ -136,7 +139,7 @@ def test_an_engine_for_another_torch_is_not_used(monkeypatch):
 
 def test_devices_without_kernels():
     assert "xpu" in _ext.unavailable("xpu")
-    assert _ext.active("xpu") == "multi tensor"
+    assert path_on("xpu", Options()) is Implementation.MULTI
 
 
 def test_a_meta_parameter_is_refused_only_when_fused_is_asked_for():
