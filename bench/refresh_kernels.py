@@ -176,10 +176,10 @@ def shared_accesses(d: int, one_block: bool) -> int:
     total = 2 * d * 8 * -(-d // 16) * -(-d // 32) if one_block else 0  # G Q, Q^T Q'
     for first in range(0, d, 16):
         width, rows = min(16, d - first), d - first
-        behind = rows - width
-        columns = -(-behind // 32)
-        total += columns * (8 * rows + 8 * behind)  # W = V^T A, then V^T Q'
-        total += columns * (-(-behind // 16) + -(-rows // 16)) * (8 * width + 32)  # A - V W, then Q' - V W
+        after = rows - width
+        columns = -(-after // 32)
+        total += columns * (8 * rows + 8 * after)  # W = V^T A, then V^T Q'
+        total += columns * (-(-after // 16) + -(-rows // 16)) * (8 * width + 32)  # A - V W, then Q' - V W
     return total
 
 
@@ -219,7 +219,7 @@ def latency(d: int, one_block: bool = False) -> Row:
             "launches": 1,
             "mflops": significant(20 / 3 * cube, 3),
             "tile_mflops": 0,
-            # largest, P, two sums, places | sorting | a column each and two, three behind | Q' | tried, rotation
+            # largest, P, two sums, places | sorting | a column each and two, three after | Q' | tried, rotation
             "barriers": 5 + 2 * -(-d // 14) + d + 2 * panels + 3 * (panels - 1) + 4 * panels + 3,
             "column_reads": 4 * d,
             "accesses": significant(1e-3 * shared_accesses(d, one_block), 3),
@@ -241,7 +241,7 @@ def latency(d: int, one_block: bool = False) -> Row:
         "launches": 3,
         "mflops": significant(8 / 3 * cube, 3),
         "tile_mflops": significant(2 * 1e-6 * 32 * 32 * d, 3),
-        # e, places, P, a sum | a column each and two, two behind | Q' | tried
+        # e, places, P, a sum | a column each and two, two after | Q' | tried
         "barriers": 4 + d + 2 * panels + 2 * (panels - 1) + 4 * panels + 2,
         "column_reads": d,
         "accesses": significant(1e-3 * shared_accesses(d, one_block), 3),
@@ -265,7 +265,7 @@ def counts() -> list[Row]:
     calls, each of at least one launch (torch.linalg.qr of several), and about 15 d^2 numbers through memory, QR's own passes
     counted as one. Ours: counted from the kernels' source; up to 740 matrices are a launch for those up to 32, two for the
     products of larger ones and one for each class of their sizes; panels: the ATen calls and panel launches of one batch of
-    each size. On neither side what comes before and behind: here three small kernels that say what is due, and the 2 to 4
+    each size. On neither side what comes before and after: here three small kernels that say what is due, and the 2 to 4
     launches that re-express m and v.
     """
     from compressai.zoo import image_models
@@ -295,8 +295,8 @@ def counts() -> list[Row]:
         ]
         kept_in_shared = largest_block(227 * 1024)
         large = Counter(d for d in sizes if d > kept_in_shared)
-        # per panel: factor; forward three products, except behind the last; back three; about 25 calls around them; for each
-        # matrix 5 behind its batch and 5 in the end
+        # per panel: factor; forward three products, except after the last; back three; about 25 calls around them; for each
+        # matrix 5 after its batch and 5 in the end
         panel_calls = sum(7 * -(-d // LARGE_PANEL) - 3 + 25 + 10 * number for d, number in large.items())
         moved = sum((5 if d <= 32 else 9) * d * d for d in sizes if d <= kept_in_shared)
         rows.append(

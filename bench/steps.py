@@ -15,7 +15,7 @@ LEADERS = ("Adam fused",)  # goes on with ours when the slow ones have stopped
 
 
 @dataclass(frozen=True)
-class Plan:
+class Rounds:
     """How long a model is measured: steady rounds of everybody, and of ours and LEADERS; who is left out."""
 
     everybody: int
@@ -25,18 +25,18 @@ class Plan:
 
 # Where a step takes a second: variants of ours that the other models show
 LESS = ("soap_opt multi tensor, together", "soap_opt single tensor")
-PLANS = {
-    "bmshj2018-factorized": Plan(80, 80),
-    "bmshj2018-hyperprior": Plan(80, 80),
-    "mbt2018-mean": Plan(20, 80),
-    "cheng2020-anchor": Plan(20, 80),
-    "elic2022-official": Plan(20, 80, LESS),
-    "gpt2-block": Plan(6, 20, LESS),
-    "512-table": Plan(10, 40),
-    "resnet50": Plan(6, 20, LESS),
-    "2000-tensors-4x4": Plan(20, 80),
+ROUNDS = {
+    "bmshj2018-factorized": Rounds(80, 80),
+    "bmshj2018-hyperprior": Rounds(80, 80),
+    "mbt2018-mean": Rounds(20, 80),
+    "cheng2020-anchor": Rounds(20, 80),
+    "elic2022-official": Rounds(20, 80, LESS),
+    "gpt2-block": Rounds(6, 20, LESS),
+    "512-table": Rounds(10, 40),
+    "resnet50": Rounds(6, 20, LESS),
+    "2000-tensors-4x4": Rounds(20, 80),
 }
-QUICK = Plan(3, 10)
+QUICK = Rounds(3, 10)
 
 
 def file_of(model: str, threads: int = 0) -> str:
@@ -46,13 +46,13 @@ def file_of(model: str, threads: int = 0) -> str:
 
 def contest(model: str, contestants: Sequence[Contestant], quick: bool = False) -> tuple[list[Row], Contest]:
     """Run one model's contest; its rows, and the contest with the single times."""
-    plan = PLANS[model]
-    entries = [contestant for contestant in contestants if contestant.name not in plan.without]
+    rounds = ROUNDS[model]
+    entries = [contestant for contestant in contestants if contestant.name not in rounds.without]
     result = Contest(MODELS[model](), entries)
     if quick:
         result.run(QUICK.ours, QUICK.everybody, LEADERS)
     else:
-        result.run(plan.ours, plan.everybody, LEADERS)
+        result.run(rounds.ours, rounds.everybody, LEADERS)
     result.close()
     rows = result.summary()
     rows[0] |= spike_bound(result.problem, float(rows[0]["median_ms"]))
