@@ -176,6 +176,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive": {"refresh": "adaptive"},
 }
 
+MIXED = "groups and dtypes"
+
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
@@ -193,14 +195,16 @@ def mixed_groups() -> list[dict[str, Any]]:
     ]
 
 
-def whole_steps(record: Record, steps: int = 8) -> list[dict[str, Any]]:
+def whole_steps(record: Record, steps: int = 8, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """For each set of options what every step launched and compiled."""
     cases: list[tuple[str, Callable[[], Any], dict[str, Any]]] = [
         *((name, parameters, options) for name, options in OPTIONS.items()),
-        ("groups and dtypes", mixed_groups, {}),
+        (MIXED, mixed_groups, {}),
     ]
     rows = []
     for name, make, options in cases:
+        if only and name not in only:
+            continue
         torch.manual_seed(0)
         optimizer = soap_opt.SOAP(make(), **{"fused": True, "precondition_frequency": 2, **options})
         times = []
@@ -220,13 +224,15 @@ def whole_steps(record: Record, steps: int = 8) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fake_driver", description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, default=90, help="of the GPU to compile for: 80, 90 or 100")
+    names = [*OPTIONS, MIXED]
+    parser.add_argument("--case", action="append", default=[], choices=names, help="only this one (repeatable; default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="what every step launched and compiled")
     arguments = parser.parse_args()
     with fake_driver(arguments.capability) as record:
         broken = broken_binders()
         for name, why in broken.items():
             print(f"{name}: no launch is possible: {why}")
-        rows = [] if broken else whole_steps(record)
+        rows = [] if broken else whole_steps(record, only=arguments.case)
     if arguments.json:
         arguments.json.write_text(json.dumps({"broken": broken, "steps": rows}))
     return 1 if broken else 0

@@ -49,16 +49,19 @@ def test_kernels_for_amd_compile_to_the_committed_figures(tmp_path):
     compile_again("gfx942", tmp_path)
 
 
+ALL = ["plain", "capturable", "recorded", "clipped, normalised", "precision high", "adaptive", "groups and dtypes"]
+
+
 @pytest.mark.slow  # minutes of compiling where Triton's cache is empty
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_whole_steps_launch_what_the_plan_says_and_compile_it_once(capability, tmp_path):
-    run("-m", "bench.fake_driver", "--capability", str(capability), "--json", str(tmp_path / "steps.json"))
+@pytest.mark.parametrize(("capability", "names"), [(80, ["plain"]), (90, ALL), (100, ["plain"])], ids=["80", "90", "100"])
+def test_whole_steps_launch_what_the_plan_says_and_compile_it_once(capability, names, tmp_path):
+    chosen = [word for name in names for word in ("--case", name)]
+    run("-m", "bench.fake_driver", "--capability", str(capability), "--json", str(tmp_path / "steps.json"), *chosen)
     found = json.loads((tmp_path / "steps.json").read_text())
     assert found["broken"] == {}
     cases: dict[str, list] = {}
     for row in found["steps"]:
         cases.setdefault(row["case"], []).append(row)
-    names = ["plain", "capturable", "recorded", "clipped, normalised", "precision high", "adaptive", "groups and dtypes"]
     assert sorted(cases) == sorted(names)
     for case, steps in cases.items():
         dtypes = 3 if case == "groups and dtypes" else 1
@@ -74,7 +77,9 @@ def test_whole_steps_launch_what_the_plan_says_and_compile_it_once(capability, t
             assert reexpressed in (2, 4, 5) and due <= 1, row
         # nothing is compiled by a second step that the first did not compile
         assert not any(row["compiled"] for row in steps[2:]), case
-    assert cases["recorded"][-1]["launches"]["due_kernel"] == 1
-    # options are numbers in a table: they compile nothing
-    assert {case for case, steps in cases.items() if steps[1]["compiled"]} <= set(names) - {"clipped, normalised", "adaptive"}
-    compile_again(f"sm_{capability}", tmp_path)  # here, because most of it is compiled
+    assert cases["plain"][1]["compiled"]
+    if names is ALL:
+        assert cases["recorded"][-1]["launches"]["due_kernel"] == 1
+        # options are numbers in a table: they compile nothing
+        assert {case for case, steps in cases.items() if steps[1]["compiled"]} <= set(ALL) - {"clipped, normalised", "adaptive"}
+        compile_again(f"sm_{capability}", tmp_path)  # here, because most of it is compiled

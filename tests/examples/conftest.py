@@ -33,11 +33,13 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def hangups_are_not_ignored():
-    """Under nohup they are, in every process that is started too: what a closed terminal does is tested all the same."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_are_not_ignored():
+    """Under nohup SIGHUP is, in a shell's background job SIGINT, and in every process that these start: what a closed terminal
+    and Ctrl-C do is tested all the same."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 @pytest.fixture(scope="session")

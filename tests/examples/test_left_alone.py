@@ -324,4 +324,5 @@ def test_two_runs_do_not_share_a_folder(tmp_path, photos, capsys):
         assert "another run is writing there" in error_line(capsys, arguments(photos, folder, "--steps", "1"))
         (folder / "checkpoint.pth.tar").touch()  # which may not be resumed while the run goes on
         assert "another run is writing there" in error_line(capsys, arguments(photos, folder, "--steps", "1"))
+        (folder / "checkpoint.pth.tar").unlink()
     assert train_lic.main(arguments(photos, folder, "--steps", "1")) == 0
