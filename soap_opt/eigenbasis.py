@@ -79,7 +79,7 @@ def _project(x: Tensor, bases: Sequence[Tensor], layout: Layout, *, back: bool) 
     batch = x.shape[: x.dim() - len(layout.shape)]
     by_mode = dict(zip(layout.modes, bases))
     y = layout.arrange(x)  # [*, D_1, ..., D_k]
-    for group in layout.groups:
+    for group in layout.mode_groups:
         # [*, D, rest]^T @ [*, D, D] -> [*, rest, D]: the first dimension becomes the last. So every product is one gemm on a
         # matrix that needs no copy, and after k products the dimensions are in their old order.
         y = y.reshape(*batch, group.width, -1).mT
@@ -112,7 +112,7 @@ def outer_products(x: Tensor, layout: Layout) -> list[Tensor]:
     batch = x.dim() - len(layout.shape)
     y = layout.arrange(x)  # [*, D_1, ..., D_k]
     by_mode: dict[int, Tensor] = {}
-    for position, group in enumerate(layout.groups):
+    for position, group in enumerate(layout.mode_groups):
         if not group.modes:
             continue
         columns = y.movedim(batch + position, -1).reshape(*y.shape[:batch], -1, group.width)  # [*, rest, D]
@@ -247,7 +247,7 @@ def reexpress_(
 
     moment = layout.arrange(exp_avg)  # [D_1, ..., D_k]
     widths = moment.shape
-    for position, group in enumerate(layout.groups):
+    for position, group in enumerate(layout.mode_groups):
         if by_mode.keys().isdisjoint(group.modes):
             continue
         factors = [

@@ -22,7 +22,7 @@ KRONECKER_MAX_FACTOR = 8
 KRONECKER_MAX_WIDTH = 64
 
 
-class Group(NamedTuple):
+class ModeGroup(NamedTuple):
     """Neighbouring dimensions, in memory order, that one matrix multiplies."""
 
     width: int  # product of the sizes
@@ -41,7 +41,7 @@ class Layout:
         modes: the preconditioned modes i of the merged view, ascending.
         sizes: their sizes d_i.
         memory_order: permutation of the parameter's dimensions that the groups follow (outermost in memory first).
-        groups: neighbouring dimensions that are multiplied together.
+        mode_groups: neighbouring dimensions that are multiplied together.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Layout:
     modes: tuple[int, ...]
     sizes: tuple[int, ...]
     memory_order: tuple[int, ...]
-    groups: tuple[Group, ...]
+    mode_groups: tuple[ModeGroup, ...]
 
     @property
     def numel(self) -> int:
@@ -94,7 +94,7 @@ class Layout:
         """[*batch, *shape] -> [*batch, *group widths], dimensions in memory order; a view unless x has other strides."""
         batch = x.dim() - len(self.shape)
         x = x.permute([*range(batch), *(batch + i for i in self.memory_order)])
-        return x.reshape([*x.shape[:batch], *(group.width for group in self.groups)])
+        return x.reshape([*x.shape[:batch], *(group.width for group in self.mode_groups)])
 
     def restore(self, x: Tensor, batch: int = 0) -> Tensor:
         """The inverse of :meth:`arrange`; x may have any shape of the right size after its ``batch`` dimensions."""
@@ -105,8 +105,8 @@ class Layout:
     def encoded(self) -> tuple[int, ...]:
         """The layout as integers of :func:`soap_opt.cpu.layout_table`: ndim, order.., numel, number of groups; for each group
         its width, number of modes, positions.., sizes.."""
-        code = [len(self.memory_order), *self.memory_order, self.numel, len(self.groups)]
-        for group in self.groups:
+        code = [len(self.memory_order), *self.memory_order, self.numel, len(self.mode_groups)]
+        for group in self.mode_groups:
             code += [group.width, len(group.modes), *(self.modes.index(mode) for mode in group.modes), *group.sizes]
         return tuple(code)
 
@@ -194,7 +194,7 @@ def layout_of(
 
     # Sizes in the order of memory, each with its mode number or None
     in_memory = range(len(view_shape)) if view_shape is not shape else order
-    groups: list[Group] = []
+    groups: list[ModeGroup] = []
     for i in in_memory:
         size = view_shape[i]
         if size == 1:
@@ -202,17 +202,17 @@ def layout_of(
         last = groups[-1] if groups else None
         if i not in modes:
             if last is not None and not last.modes:
-                groups[-1] = Group(last.width * size, (), ())
+                groups[-1] = ModeGroup(last.width * size, (), ())
             else:
-                groups.append(Group(size, (), ()))
+                groups.append(ModeGroup(size, (), ()))
         elif last is not None and last.modes and _worth_kronecker(last, size, numel):
-            groups[-1] = Group(last.width * size, (*last.modes, i), (*last.sizes, size))
+            groups[-1] = ModeGroup(last.width * size, (*last.modes, i), (*last.sizes, size))
         else:
-            groups.append(Group(size, (i,), (size,)))
+            groups.append(ModeGroup(size, (i,), (size,)))
     return Layout(shape, view_order, view_shape, modes, tuple(view_shape[i] for i in modes), order, tuple(groups))
 
 
-def _worth_kronecker(group: Group, size: int, numel: int) -> bool:
+def _worth_kronecker(group: ModeGroup, size: int, numel: int) -> bool:
     width = group.width * size
     # with fewer than `width` columns, making the Kronecker product costs more than using it saves
     return max(*group.sizes, size) <= KRONECKER_MAX_FACTOR and width <= KRONECKER_MAX_WIDTH and numel >= width * width

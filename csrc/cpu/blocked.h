@@ -35,29 +35,29 @@ struct Cut {
   bool outer_modes = false; // whether an outer group is preconditioned
 
   explicit Cut(const Layout& layout) {
-    outer = layout.groups.size();
+    outer = layout.mode_groups.size();
     while (outer > 0) {
-      const Group& group = layout.groups[outer - 1];
+      const ModeGroup& group = layout.mode_groups[outer - 1];
       if (slab * group.width > kChunk || (!group.positions.empty() && group.width > kTileWidth)) break;
       slab *= group.width;
       --outer;
     }
-    for (size_t g = 0; g < outer; ++g) outer_modes |= !layout.groups[g].positions.empty();
+    for (size_t g = 0; g < outer; ++g) outer_modes |= !layout.mode_groups[g].positions.empty();
     const int64_t slabs = layout.numel / std::max<int64_t>(slab, 1),
                   most = std::min(slabs, std::max<int64_t>(1, kChunk / std::max<int64_t>(slab, 1)));
     count = most;
     // The inner groups' columns (or rows) are multiplied sixteen at a time: take the count that wastes least of them
     double best = 0;
-    for (int64_t n = most; outer < layout.groups.size() && most > 1 && 2 * n > most; --n) {
+    for (int64_t n = most; outer < layout.mode_groups.size() && most > 1 && 2 * n > most; --n) {
       double useful = 0, padded = 0;
       int64_t before = n;
-      for (size_t g = outer; g < layout.groups.size(); ++g) {
-        const int64_t columns = n * slab / layout.groups[g].width;
-        if (!layout.groups[g].positions.empty()) {
-          useful += double(columns) * layout.groups[g].width;
-          padded += double(panels_of<float>(columns) * kPackedWidth<float>) * layout.groups[g].width;
+      for (size_t g = outer; g < layout.mode_groups.size(); ++g) {
+        const int64_t columns = n * slab / layout.mode_groups[g].width;
+        if (!layout.mode_groups[g].positions.empty()) {
+          useful += double(columns) * layout.mode_groups[g].width;
+          padded += double(panels_of<float>(columns) * kPackedWidth<float>) * layout.mode_groups[g].width;
         }
-        before *= layout.groups[g].width;
+        before *= layout.mode_groups[g].width;
       }
       if (padded == 0) break;
       if (useful / padded > best + 0.005) {
@@ -142,7 +142,7 @@ int64_t gram_room(int64_t width) {
 // G_i <- beta G_i + (1 - beta) (x [A, D, B] contracted with itself over all modes but i), for the modes of one group. It runs
 // on one core; wide groups take gram_wide (wide.h).
 template <typename T>
-void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t after, T* const* grams, T* room, double beta) {
+void gram_ema_group(const ModeGroup& group, const T* x, int64_t before, int64_t after, T* const* grams, T* room, double beta) {
   const int64_t width = group.width;
   if (width > kTileWidth) {
     gram_wide<T>(grams[group.positions[0]], x, before, width, after, room, beta);
@@ -198,7 +198,7 @@ void gram_ema_group(const Group& group, const T* x, int64_t before, int64_t afte
 template <typename T>
 void gram_ema_blocked(const Layout& layout, const T* x, T* const* grams, T* room, double beta) {
   int64_t before = 1;
-  for (const Group& group : layout.groups) {
+  for (const ModeGroup& group : layout.mode_groups) {
     if (!group.positions.empty()) gram_ema_group<T>(group, x, before, layout.numel / (before * group.width), grams, room, beta);
     before *= group.width;
   }
@@ -219,7 +219,7 @@ struct Workspace {
       return place;
     };
     int64_t widest_product = 0, widest_gram = 0;
-    for (const Group& group : layout.groups) {
+    for (const ModeGroup& group : layout.mode_groups) {
       const int64_t width = group.width, modes = group.positions.size();
       const int64_t packed = modes > 0 && width <= kTileWidth ? packed_numel<T>(width, width) : 0;
       matrix.push_back(take(modes > 1 ? width * width : 0));
@@ -253,7 +253,7 @@ struct ParallelWorkspace {
       return place;
     };
     int64_t widest_gram = 0;
-    for (const Group& group : layout.groups) {
+    for (const ModeGroup& group : layout.mode_groups) {
       if (group.positions.empty()) continue;
       room = std::max({room, wide_room<T>(group.width), product_room<T>(group.width)});
       widest_gram = std::max({widest_gram, wide_gram_room<T>(group.width), gram_room<T>(group.width)});
@@ -273,7 +273,7 @@ struct ParallelWorkspace {
 template <typename T>
 void gram_ema_parallel(const Layout& layout, const T* x, T* const* grams, const ParallelWorkspace<T>& work, double beta) {
   int64_t before = 1;
-  for (const Group& group : layout.groups) {
+  for (const ModeGroup& group : layout.mode_groups) {
     const int64_t after = layout.numel / (before * group.width);
     if (group.positions.size() == 1)
       gram_wide<T>(grams[group.positions[0]], x, before, group.width, after, work.gram, beta);

@@ -73,7 +73,7 @@ at::Tensor gram_ema_(at::TensorList grads, at::TensorList grams, const at::Tenso
     TORCH_CHECK(grads[i].numel() == layout.numel && grads[i].dim() == int64_t(layout.order.size()) &&
                     at::isFloatingType(grads[i].scalar_type()) && first + layout.modes <= int64_t(grams.size()),
                 "gram_ema_: gradient ", i, " of shape ", grads[i].sizes(), " does not fit its layout or Grams");
-    for (const Group& group : layout.groups)
+    for (const ModeGroup& group : layout.mode_groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const at::Tensor& gram = grams[first + group.positions[f]];
         TORCH_CHECK(gram.scalar_type() == scratch.scalar_type() && gram.numel() == group.sizes[f] * group.sizes[f],

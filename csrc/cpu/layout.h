@@ -17,7 +17,7 @@ constexpr int64_t kKroneckerWidth = 64;
 constexpr int64_t kMaxNumel = int64_t(1) << 48; // 2^50 bytes and more
 
 // Neighbouring dimensions, in memory order, that one matrix multiplies.
-struct Group {
+struct ModeGroup {
   int64_t width;                          // product of the sizes
   c10::SmallVector<int64_t, 3> positions; // indices among the parameter's preconditioned modes; empty: not preconditioned
   c10::SmallVector<int64_t, 3> sizes;
@@ -25,14 +25,14 @@ struct Group {
 
 struct Layout {
   c10::SmallVector<int64_t, 6> order; // parameter dimensions from the outermost in memory to the innermost
-  c10::SmallVector<Group, 4> groups;
+  c10::SmallVector<ModeGroup, 4> mode_groups;
   int64_t numel = 1;
   int64_t modes = 0;
 
   // Flops of one pass over all modes, U = 2 numel sum(d_i), where a Kronecker product counts as one mode of its width.
   double flops() const {
     double width = 0;
-    for (const auto& group : groups) width += group.positions.empty() ? 0 : group.width;
+    for (const auto& group : mode_groups) width += group.positions.empty() ? 0 : group.width;
     return 2.0 * numel * width;
   }
 };
@@ -77,9 +77,9 @@ struct Layouts {
         seen[dim] = true;
       }
       layout.numel = take("a number of elements");
-      layout.groups.resize(take_count("a layout's number of groups"));
+      layout.mode_groups.resize(take_count("a layout's number of groups"));
       int64_t numel = 1;
-      for (auto& group : layout.groups) {
+      for (auto& group : layout.mode_groups) {
         group.width = take("a group's width");
         const int64_t modes = take_count("a group's number of modes");
         for (int64_t k = 0; k < modes; ++k) group.positions.push_back(take("a mode's position"));
@@ -96,7 +96,7 @@ struct Layouts {
       }
       TORCH_CHECK(numel == layout.numel, "layouts: groups of ", numel, " elements in a parameter of ", layout.numel);
       std::vector<bool> used(layout.modes, false);
-      for (const auto& group : layout.groups)
+      for (const auto& group : layout.mode_groups)
         for (int64_t position : group.positions) {
           TORCH_CHECK(position < layout.modes && !used[position], "layouts: positions of ", layout.modes,
                       " modes are not 0 to ", layout.modes - 1);

@@ -45,7 +45,7 @@ void gemm(Matrix<T> c, Matrix<const T> a, Matrix<const T> b) {
 
 // The matrix that multiplies a group: the basis itself, or the Kronecker product of its factors, written to `room`.
 template <typename T>
-const T* group_matrix(const Group& group, const T* const* factors, T* room) {
+const T* group_matrix(const ModeGroup& group, const T* const* factors, T* room) {
   if (group.positions.size() == 1) return factors[group.positions[0]];
   // kron of the first two factors, then of this product and the third factor, .. (`room` has two halves, used in turn)
   int64_t width = group.sizes[0];
@@ -80,7 +80,7 @@ void multiply(const T* from, T* to, int64_t before, int64_t width, int64_t after
 
 // out [d, d] <- the Gram [D, D] of a Kronecker group (row stride ld), with every factor but `keep` traced out; lower triangles.
 template <typename T>
-void partial_trace(const T* whole, int64_t ld, const Group& group, size_t keep, T* out) {
+void partial_trace(const T* whole, int64_t ld, const ModeGroup& group, size_t keep, T* out) {
   const int64_t d = group.sizes[keep];
   int64_t inner = 1; // stride of the kept factor within D
   for (size_t f = keep + 1; f < group.sizes.size(); ++f) inner *= group.sizes[f];

@@ -56,8 +56,8 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   for (const Refresh<T>& mode : refreshed) failed += mode.outcome == Outcome::failed;
   std::vector<Turn<T>> turns;
   int64_t before = 1;
-  for (size_t g = 0; g < layout.groups.size(); ++g) {
-    const Group& group = layout.groups[g];
+  for (size_t g = 0; g < layout.mode_groups.size(); ++g) {
+    const ModeGroup& group = layout.mode_groups[g];
     const int64_t outside = before;
     before *= group.width;
     if (std::none_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done(); })) continue;
@@ -131,11 +131,11 @@ int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& opt
   T* v = exp_avg_sq.data();
   T* from = work.whole;
   T* to = work.spare;
-  const int64_t groups = layout.groups.size();
+  const int64_t groups = layout.mode_groups.size();
   c10::SmallVector<int64_t, 4> before(groups, 1);
-  for (int64_t i = 1; i < groups; ++i) before[i] = before[i - 1] * layout.groups[i - 1].width;
+  for (int64_t i = 1; i < groups; ++i) before[i] = before[i - 1] * layout.mode_groups[i - 1].width;
   const auto turn = [&](const T* x, int64_t i, bool back) {
-    const Group& group = layout.groups[i];
+    const ModeGroup& group = layout.mode_groups[i];
     const Factor<T> factor{group_matrix(group, matrices.bases.data(), work.kronecker), group.width, back};
     product_parallel<T>(x, to, before[i], n / (before[i] * group.width), factor, work);
     std::swap(from, to);
@@ -144,7 +144,7 @@ int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& opt
   // 1 project
   const T* x = g;
   for (int64_t i = 0; i < groups; ++i)
-    if (!layout.groups[i].positions.empty()) {
+    if (!layout.mode_groups[i].positions.empty()) {
       turn(x, i, /*back=*/false);
       x = from;
     }
@@ -158,7 +158,7 @@ int32_t step_parallel(const Task& task, P* param, T* scratch, const Options& opt
   // 3 project back. Orthogonal bases keep the norm: rms(U) = rms(U')
   const double size = update_size(t, options.normalize_grads ? double(parallel_sum_squares(from, n)) / n : 1, task, options);
   for (int64_t i = groups; i-- > 0;)
-    if (!layout.groups[i].positions.empty()) turn(from, i, /*back=*/true);
+    if (!layout.mode_groups[i].positions.empty()) turn(from, i, /*back=*/true);
 
   // 4 apply
   const double keep = task.keep;
@@ -180,7 +180,7 @@ int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
   const int32_t failed = refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](const Turn<T>& turn) {
-    const int64_t width = layout.groups[turn.group].width;
+    const int64_t width = layout.mode_groups[turn.group].width;
     multiply<T>(m, buffer, turn.before, width, turn.after, {turn.rotation.data(), width, width});
     std::copy_n(buffer, layout.numel, m);
   });
@@ -197,10 +197,13 @@ struct GroupFactors {
   c10::SmallVector<int64_t, 4> before, after;
 
   GroupFactors(const Layout& layout, const Matrices<T>& matrices, const Workspace<T>& work)
-      : forward(layout.groups.size()), back(layout.groups.size()), before(layout.groups.size()), after(layout.groups.size()) {
+      : forward(layout.mode_groups.size()),
+        back(layout.mode_groups.size()),
+        before(layout.mode_groups.size()),
+        after(layout.mode_groups.size()) {
     int64_t outside = 1;
-    for (size_t i = 0; i < layout.groups.size(); ++i) {
-      const Group& group = layout.groups[i];
+    for (size_t i = 0; i < layout.mode_groups.size(); ++i) {
+      const ModeGroup& group = layout.mode_groups[i];
       before[i] = outside;
       after[i] = layout.numel / (outside * group.width);
       outside *= group.width;
@@ -270,7 +273,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
 
   const GroupFactors<T> factors(layout, matrices, work);
   const auto &forward = factors.forward, &back = factors.back;
-  const int64_t groups = layout.groups.size();
+  const int64_t groups = layout.mode_groups.size();
 
   T *whole = work.whole, *spare = work.spare;
   const T* from = project_outer(cut.outer, factors, g, whole, spare, work.product);
@@ -325,7 +328,7 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
   int32_t failed = 0;
   if (!task.due.empty() && !task.refresh_in_parallel) {
     failed = refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
-      Factor<T> factor{turn.rotation.data(), layout.groups[turn.group].width};
+      Factor<T> factor{turn.rotation.data(), layout.mode_groups[turn.group].width};
       if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
       product<T>(m, whole, turn.before, turn.after, factor, work.product);
       std::copy_n(whole, n, m);

@@ -129,7 +129,7 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
     task.lr = lists.lr[lists.lr.size() == 1 ? 0 : i];
     task.keep = 1 - task.lr * lists.weight_decay[lists.weight_decay.size() == 1 ? 0 : i];
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
-    for (const Group& group : layout.groups)
+    for (const ModeGroup& group : layout.mode_groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const int64_t k = group.positions[f], d = group.sizes[f];
         const at::Tensor& refresh_offset = lists.refresh_offsets[first + k];

@@ -31,7 +31,7 @@ struct Task {
 // Whether a wide group has other groups before it and so few elements after it that its products go to BLAS.
 inline bool calls_blas(const Layout& layout) {
   int64_t before = 1;
-  for (const Group& group : layout.groups) {
+  for (const ModeGroup& group : layout.mode_groups) {
     const int64_t after = layout.numel / std::max<int64_t>(1, before * group.width);
     if (!group.positions.empty() && group.width > kTileWidth && !is_wide(group.width, before, after)) return true;
     before *= group.width;

@@ -24,7 +24,7 @@ GRAM_PROGRAMS = 4 * 2 * 132
 class Problem(NamedTuple):
     """One [A, D, B] view of a parameter that a matrix multiplies."""
 
-    group: int  # index in layout.groups
+    mode_group: int  # index in layout.mode_groups
     before: int  # A
     depth: int  # D
     inner: int  # B
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 def problems_of(layout: Layout) -> list[Problem]:
     """A parameter's products in the order of their launches: Kronecker products last, because the first launch makes them."""
     problems, before = [], 1
-    for place, group in enumerate(layout.groups):
+    for place, group in enumerate(layout.mode_groups):
         before *= group.width
         if group.modes:
             factors = tuple(layout.modes.index(mode) for mode in group.modes)
@@ -80,7 +80,7 @@ def gram_splits(sizes: Sequence[tuple[int, int]]) -> list[int]:
 
 def is_too_large(layout: Layout) -> bool:
     """Whether a parameter or one of its matrices is beyond the kernels' int32 offsets."""
-    return max(layout.numel, *(group.width**2 for group in layout.groups if group.modes), 0) > MAX_NUMEL
+    return max(layout.numel, *(group.width**2 for group in layout.mode_groups if group.modes), 0) > MAX_NUMEL
 
 
 def padded(numel: int) -> int:

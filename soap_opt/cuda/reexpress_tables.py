@@ -133,7 +133,7 @@ def mode_strides(layout: Layout) -> list[int]:
     """The stride of each of layout.modes in [D_1, ..., D_k] memory."""
     strides = [0] * len(layout.modes)
     after = layout.numel
-    for group in layout.groups:
+    for group in layout.mode_groups:
         after //= group.width
         inside = group.width
         for mode, size in zip(group.modes, group.sizes):

@@ -298,7 +298,7 @@ class StepTables(Builder):
             self.scratch(row, Y, index, written)
             self.in_scratch[index] = written
         if len(problem.factors) > 1:
-            self.of_shared(row, MATRIX, "kronecker", self.kronecker_at[index, problem.group])
+            self.of_shared(row, MATRIX, "kronecker", self.kronecker_at[index, problem.mode_group])
         else:
             self.point(row, MATRIX, self.first_list + self.first_mode[index] + problem.factors[0])
         return row
@@ -338,7 +338,7 @@ class StepTables(Builder):
         self.launch("project_first", dtype)
 
     def kronecker_product(self, index: int, problem: Problem) -> None:
-        self.kronecker_at[index, problem.group] = 4 * self.kronecker_numel
+        self.kronecker_at[index, problem.mode_group] = 4 * self.kronecker_numel
         row = self.row(DEPTH=problem.depth, FACTOR_COUNT=len(problem.factors))
         self.of_shared(row, Y, "kronecker", 4 * self.kronecker_numel)
         self.kronecker_numel += padded(problem.depth**2)
