@@ -148,9 +148,9 @@ def triton_path_on_cpu() -> Iterator[None]:
 
 
 def watched(around: Callable[[Callable[[], None], Any, Sequence[Any], dict[str, Any]], None]) -> Callable[..., Any]:
-    """In place of soap_opt.cuda.launch.compiled: each launch becomes ``around(launch, kernel, arguments, constants)``,
+    """In place of soap_opt.cuda.launch.kernel_for: each launch becomes ``around(launch, kernel, arguments, constants)``,
     and ``launch()`` makes it."""
-    original = launch.compiled
+    original = launch.kernel_for
 
     class Watched:
         def __init__(self, kernel: Any, made: Any, constants: dict[str, Any]) -> None:
@@ -159,11 +159,11 @@ def watched(around: Callable[[Callable[[], None], Any, Sequence[Any], dict[str, 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *values: around(lambda: self.made[grid](*values), self.kernel, values, self.constants)
 
-    def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    def kernel_for(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         made, values = original(kernel, arguments, constants)
         return Watched(kernel, made, constants), values
 
-    return compiled
+    return kernel_for
 
 
 SHAPES = [(6, 5), (64,), (130, 66), (17, 3, 5, 5), (64, 32, 5, 5), (4,)]

@@ -206,11 +206,14 @@ def check(device: str, quick: bool, options: dict[str, Any], dtype: torch.dtype 
     params = [torch.nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(device, dtype)) for s in shapes]
     optimizer = soap_opt.SOAP(params, fused=True, **options)
     watch = Watch(device)
-    with mock.patch.object(plans, "calls_of", watch.calls_of), mock.patch.object(launching, "compiled", watched(watch.around)):
+    with (
+        mock.patch.object(plans, "calls_of", watch.calls_of),
+        mock.patch.object(launching, "kernel_for", watched(watch.around)),
+    ):
         for _ in range(4):  # the first makes the bases alone
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
             optimizer.step()
     if not watch.errors:
-        raise RuntimeError("no launch went through launch.compiled: was it renamed?")
+        raise RuntimeError("no launch went through launch.kernel_for: was it renamed?")
     return [{"kernel": kernel, "what": what, "error": significant(e, 2)} for (kernel, what), e in watch.errors.items()]

@@ -16,7 +16,7 @@ from .configs import architecture_of, config_of
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+def kernel_for(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """A compiled kernel, and ``values``, its constants: ``made[programs, 1, 1](*arguments, *values)`` launches it.
 
     Args:
@@ -41,8 +41,8 @@ def compiled(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel once, with this many programs. Arguments as of :func:`compiled`."""
-    made, values = compiled(kernel, arguments, constants)
+    """Launch a kernel once, with this many programs. Arguments as of :func:`kernel_for`."""
+    made, values = kernel_for(kernel, arguments, constants)
     made[programs, 1, 1](*arguments, *values)
 
 

@@ -79,7 +79,7 @@ class CudaStepper:
         with run.launches(grad_scale, found_inf) as (calls, scale):
             for call in calls:
                 arguments = call.arguments(scale)
-                kernel, values = launch.compiled(call.kernel, arguments, call.constants)
+                kernel, values = launch.kernel_for(call.kernel, arguments, call.constants)
                 kernel[call.programs, 1, 1](*arguments, *values)
         run.refresh()
         return Skipped([], [])

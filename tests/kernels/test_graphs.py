@@ -35,7 +35,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.calls, self.launches, self.recording = [], 0, False
         self.pool = []  # what was allocated while recording
-        monkeypatch.setattr(launch, "compiled", watched(self._launched))
+        monkeypatch.setattr(launch, "kernel_for", watched(self._launched))
         monkeypatch.setattr(stepper, "is_recording", lambda device: self.recording)
         for module in (memory, refresh, graph):
             monkeypatch.setattr(module, "to_device", self._to_device(module.to_device))

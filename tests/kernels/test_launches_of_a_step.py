@@ -110,7 +110,7 @@ def test_precision_is_that_of_the_projections_alone(precision, monkeypatch):
         seen.setdefault(kernel.fn.__name__, set()).add(constants.get("PRECISION"))
         launch()
 
-    monkeypatch.setattr(launching, "compiled", watched(note))
+    monkeypatch.setattr(launching, "kernel_for", watched(note))
     run = SoapRun(random_params([(6, 5), (4, 3, 6)]), fused=True, precision=precision, **OPTIONS)
     for grads in random_gradients([(6, 5), (4, 3, 6)], 4):
         run.step(grads)
@@ -133,7 +133,7 @@ def test_a_step_broken_off_after_t_has_moved(monkeypatch):
                 raise KeyboardInterrupt
             launch()
 
-        patch.setattr(launching, "compiled", watched(interrupted))
+        patch.setattr(launching, "kernel_for", watched(interrupted))
         run.step(gradients[2])
     assert float(run.state_of(0)["step"]) == 2
     run.step(gradients[3])
@@ -153,7 +153,7 @@ def test_a_step_that_was_broken_off_leaves_no_counts(monkeypatch):
             plan.counters.fill_(1)
             raise KeyboardInterrupt
 
-        patch.setattr(launching, "compiled", watched(interrupted))
+        patch.setattr(launching, "kernel_for", watched(interrupted))
         run.step(gradients[2])
     before = run.params[1].detach().clone()
     run.step(gradients[3])
