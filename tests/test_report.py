@@ -92,7 +92,7 @@ optimizer = soap_opt.SOAP([param], fused=True)
 param.grad = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
 optimizer.step()
 print(soap_opt._C.cpu_capability)
-print(next(line for line in report().splitlines() if "C++ engine" in line).strip())
+print(next(line for line in report().splitlines() if "C++ engine, fused=True" in line).strip())
 print(optimizer.state[param]["gram_0"].double().sum().item().hex())
 """
 
