@@ -41,7 +41,6 @@ def refresh_bases_(
     bases: Sequence[Tensor],
     tolerance: float = -1.0,
     due: Tensor | None = None,
-    out: tuple[list[Tensor], list[Tensor], Tensor] | None = None,
 ) -> tuple[list[Refresh], Tensor]:
     """:func:`soap_opt.eigenbasis.refresh_basis` for a ragged set of matrices on one device, in one call.
 
@@ -50,9 +49,6 @@ def refresh_bases_(
         bases: [d, d], contiguous: Q before the call, Q' after it.
         tolerance: a basis with off(Q^T G Q) <= tolerance ||Q^T G Q||_F is kept; negative: every due basis is refreshed.
         due: [n] bool on the matrices' device; None for all.
-        out: the outputs: an order [d] int64 and a rotation [d, d] for each matrix, and the outcomes [n] int32; None allocates
-            them. An outcome of 0 (kept) on entry promises that the matrix's order and rotation are identities already; -1
-            promises nothing.
 
     Returns:
         For each matrix its Refresh (identities where nothing changed; ``basis`` is the tensor in ``bases``), and the outcomes
@@ -60,9 +56,8 @@ def refresh_bases_(
     """
     if not grams:
         return [], torch.empty(0, dtype=torch.int32)
-    if out is None:
-        orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
-        out = orders, [torch.empty_like(gram) for gram in grams], grams[0].new_full((len(grams),), -1, dtype=torch.int32)
-    orders, rotations, outcomes = out
+    orders = [gram.new_empty(gram.shape[0], dtype=torch.int64) for gram in grams]
+    rotations = [torch.empty_like(gram) for gram in grams]
+    outcomes = grams[0].new_full((len(grams),), -1, dtype=torch.int32)  # -1: orders and rotations are not identities yet
     torch.ops.soap_opt.refresh_basis_(list(grams), list(bases), orders, rotations, outcomes, tolerance, due)
     return [Refresh(*parts) for parts in zip(orders, bases, rotations)], outcomes

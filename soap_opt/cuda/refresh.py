@@ -129,7 +129,7 @@ class GroupedRefresh:
             self.send(batch, orders, rotations)
         self.count_for(batch.exp_avgs)
         if self._matrices is None:
-            self.outcomes.fill_(-1)  # orders and rotations lie in shared memory: no promise that they are identities
+            self.outcomes.fill_(-1)  # other refreshes use the same buffers: orders and rotations need not be identities
         grams, bases = ([matrices[place] for place in self.matrix_places] for matrices in (batch.grams, batch.bases))
         return grams, bases, orders, rotations, self.outcomes
 
