@@ -139,5 +139,6 @@ def serve(problem_file: str, contestant_file: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parent.parent)  # not bench/, whose files have everyday names
+    # Not bench/, whose files have everyday names; and last, so that another soap_opt of this interpreter is not shadowed
+    sys.path[:] = [*sys.path[1:], str(Path(__file__).parent.parent)]
     serve(*sys.argv[1:])

@@ -69,17 +69,32 @@ struct Cut {
   int64_t chunk() const { return slab * count; }
 };
 
+// Whether a product with a packed matrix puts several slabs [D, B] of [A, D, B] side by side. It writes nothing after its result's
+// end then.
+inline bool side_by_side(int64_t after) { return after > 1 && after < kColumns / 2; }
+
 // Elements of room that product() needs for a group of this width.
 template <typename T>
 int64_t product_room(int64_t width) {
-  return width > kTileWidth ? wide_room<T>(width) : 2 * packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
+  return width > kTileWidth ? wide_room<T>(width) : packed_numel<T>(width, kColumns) + (width + 1) * kColumns;
+}
+
+// Starts to read x [rows, n], row stride ld, into L2. (A processor foresees the rest of a row, but not the next row.)
+template <typename T>
+void fetch_rows(const T* x, int64_t ld, int64_t rows, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < n; i += kPackedWidth<T>) __builtin_prefetch(x + r * ld + i, 0, 2);
+#endif
 }
 
 // to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, and `to` has kPackedWidth elements to spare.
 // sink(offset, values, n), where given, takes the result in runs, and `to` is not used: for a packed M, and A = 1 < B.
+// sink.fetch(offset, ld, rows, n) announces runs.
 struct NoSink {
   template <typename T>
   void operator()(int64_t, const T*, int64_t) const {}
+  void fetch(int64_t, int64_t, int64_t, int64_t) const {}
 };
 template <typename T, typename Sink = NoSink>
 void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T>& m, T* room, const Sink& sink = {}) {
@@ -96,37 +111,46 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
       for (int64_t a = 0; a < before; ++a)
         small_gemm(to + a * width * after, after, m.data, m.column_stride(), m.row_stride(), from + a * width * after, after, 1,
                    width, after, width, 1, 0);
+  } else if (after == 1 && width <= kUnpackedWidth) {
+    multiply_rows<T>(to, before, from, m.packed, width);
   } else if (after == 1) {
     for (int64_t a = 0; a < before; a += kColumns) {
       const int64_t rows = std::min(kColumns, before - a);
       pack_transposed<T>(room, width, 0, from + a * width, width, width, rows);
       multiply_panels<T>(to + a * width, width, rows, width, room, m.packed, width);
     }
-  } else if (to_sink || after >= kColumns / 2) {
-    T* result = room + packed_numel<T>(width, kColumns); // [D, kColumns]
+  } else if (to_sink || !side_by_side(after)) {
+    constexpr int64_t panel = kPackedWidth<T>;
+    T* result = room + packed_numel<T>(width, kColumns); // [W, kColumns]
+    const int64_t last = (after - 1) / kColumns * kColumns;
     for (int64_t a = 0; a < before; ++a)
-      for (int64_t b = (after - 1) / kColumns * kColumns; b >= 0; b -= kColumns) { // downwards: see multiply_panels
+      for (int64_t b = last; b >= 0; b -= kColumns) { // downwards: see multiply_panels
         const int64_t columns = std::min(kColumns, after - b), place = a * width * after + b;
         pack_rows<T>(room, width, 0, from + place, after, width, columns);
-        if (!to_sink) {
-          multiply_panels<T>(to + place, after, width, columns, m.packed, room, width);
-        } else {
-          multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
-          for (int64_t j = 0; j < width; ++j) sink(place + j * after, result + j * kColumns, columns);
+        // Row panel by row panel, while the columns that come next, and what the sink needs, are on their way to the cache
+        const int64_t next = b > 0 ? place - kColumns : place - b + width * after + last;
+        const bool more = b > 0 || a + 1 < before;
+        for (int64_t i = 0; i < width; i += panel) {
+          const int64_t rows = std::min(panel, width - i), at = place + i * after;
+          if (more && width <= 256) fetch_rows(from + next + i * after, after, rows, kColumns);
+          if (!to_sink) {
+            multiply_panels<T>(to + at, after, rows, columns, m.packed + i * width, room, width);
+          } else {
+            if (width <= 256) sink.fetch(at, after, rows, columns);
+            multiply_panels<T>(result, kColumns, rows, columns, m.packed + i * width, room, width);
+            for (int64_t j = 0; j < rows; ++j) sink(at + j * after, result + j * kColumns, columns);
+          }
         }
       }
-  } else { // [A, D, B] with a short B: the columns of several a are put side by side
+  } else {
     const int64_t most = std::max<int64_t>(1, kColumns / after);
-    T* gathered = room + packed_numel<T>(width, kColumns);
-    T* result = gathered + packed_numel<T>(width, kColumns); // [D, kColumns]
+    T* result = room + packed_numel<T>(width, kColumns); // [D, kColumns]
+    const int64_t slab = width * after;
     for (int64_t a = 0; a < before; a += most) {
-      const int64_t count = std::min(most, before - a), columns = count * after;
-      for (int64_t i = 0; i < width; ++i)
-        copy_runs<T>(gathered + i * columns, after, from + (a * width + i) * after, width * after, count, after);
-      pack_rows<T>(room, width, 0, gathered, columns, width, columns);
-      multiply_panels<T>(result, kColumns, width, columns, m.packed, room, width);
-      for (int64_t j = 0; j < width; ++j)
-        copy_runs<T>(to + (a * width + j) * after, width * after, result + j * kColumns, after, count, after);
+      const int64_t count = std::min(most, before - a);
+      pack_runs<T>(room, width, from + a * slab, slab, count, after);
+      multiply_panels<T>(result, kColumns, width, count * after, m.packed, room, width);
+      unpack_runs<T>(to + a * slab, slab, count, after, result, kColumns, width);
     }
   }
 }
@@ -163,6 +187,10 @@ void gram_ema_group(const ModeGroup& group, const T* x, int64_t before, int64_t 
     if (after == 1) {
       for (int64_t a = 0; a < before; a += kGramRows) {
         const int64_t rows = std::min(kGramRows, before - a);
+        if (width <= kUnpackedWidth && (before - a - rows) * width >= kPackedWidth<T>) { // what is read after the end is x's
+          accumulate_gram_of_rows<T>(sum, width, x + a * width, rows);
+          continue;
+        }
         pack_rows<T>(panels, rows, 0, x + a * width, width, rows, width);
         accumulate_gram<T>(sum, width, panels, rows);
       }
@@ -170,7 +198,12 @@ void gram_ema_group(const ModeGroup& group, const T* x, int64_t before, int64_t 
       for (int64_t a = 0; a < before; ++a)
         for (int64_t b = 0; b < after; b += kGramRows) {
           const int64_t rows = std::min(kGramRows, after - b);
-          pack_transposed<T>(panels, rows, 0, x + a * width * after + b, after, rows, width);
+          const T* piece = x + a * width * after + b; // [D, rows]
+          for (int64_t j = 0; j < width; j += kPackedWidth<T>) {
+            const int64_t next = j + kPackedWidth<T>, columns = std::min(next, width) - j;
+            if (width <= 256) fetch_rows(piece + next * after, after, std::min(kPackedWidth<T>, width - next), rows);
+            pack_transposed<T>(panels + j * rows, rows, 0, piece + j * after, after, rows, columns);
+          }
           accumulate_gram<T>(sum, width, panels, rows);
         }
     } else {

@@ -238,20 +238,28 @@ const T* project_outer(int64_t outer, const GroupFactors<T>& factors, const T* g
   return from;
 }
 
+// Step 4 of the parts of U, as they are made.
+template <typename P, typename T>
+struct Apply {
+  P* param;
+  double size, keep;
+  void operator()(int64_t place, const T* values, int64_t count) const { apply(param + place, values, count, size, keep); }
+  void fetch(int64_t place, int64_t ld, int64_t rows, int64_t count) const { fetch_rows(param + place, ld, rows, count); }
+};
+
 // Step 3 of the outer groups, the first `outer` ones, and step 4 behind it. whole [n]: the update, overwritten; spare [n].
-// apply(place, values, count): of a part of U, as soon as it is made.
-template <typename T, typename Apply>
+template <typename T, typename Sink>
 void project_back_outer(int64_t outer, const GroupFactors<T>& factors, T* whole, T* spare, int64_t n, T* room,
-                        const Apply& apply) {
+                        const Sink& sink) {
   for (int64_t i = outer; i-- > 0;) {
     const Factor<T>& factor = factors.back[i];
     if (factor.data == nullptr) continue;
     if (i == 0 && factor.packed != nullptr)
-      return product<T>(whole, static_cast<T*>(nullptr), 1, factors.after[0], factor, room, apply);
+      return product<T>(whole, static_cast<T*>(nullptr), 1, factors.after[0], factor, room, sink);
     product<T>(whole, spare, factors.before[i], factors.after[i], factor, room);
     std::swap(whole, spare);
   }
-  apply(0, whole, n);
+  sink(0, whole, n);
 }
 
 // Steps a parameter on one core. The outer groups are projected over the whole tensor. Then, chunk after chunk, come the inner
@@ -280,20 +288,22 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
 
   // 1 to 3 in chunks: inner groups, adam, inner groups back
   const bool finish = !cut.outer_modes && (!options.normalize_grads || cut.chunk() >= n);
+  // Whether the last product goes to `whole` itself. (Others write after a chunk's end, where the next one may wait.)
+  const bool in_place =
+      !finish && cut.outer < size_t(groups) && back[cut.outer].packed != nullptr && side_by_side(factors.after[cut.outer]);
   double sum = 0;
   for (int64_t start = 0; start < n; start += cut.chunk()) {
     const int64_t size = std::min(cut.chunk(), n - start), slabs = size / cut.slab;
     const T* x = from + start;
     T* room[2] = {work.chunk, work.other};
     int used = 0; // the next product goes to room[used]
-    const auto inner = [&](int64_t i, const Factor<T>& factor) {
-      product<T>(x, room[used], slabs * (factors.before[i] / factors.before[cut.outer]), factors.after[i], factor,
-                 work.product);
-      x = room[used];
+    const auto inner = [&](int64_t i, const Factor<T>& factor, T* to) {
+      product<T>(x, to, slabs * (factors.before[i] / factors.before[cut.outer]), factors.after[i], factor, work.product);
+      x = to;
       used ^= 1;
     };
     for (int64_t i = cut.outer; i < groups; ++i)
-      if (forward[i].data != nullptr) inner(i, forward[i]);
+      if (forward[i].data != nullptr) inner(i, forward[i], room[used]);
     if (x == from + start) { // no inner group is preconditioned
       std::copy_n(x, size, room[used]);
       used ^= 1;
@@ -303,20 +313,17 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
     if (options.normalize_grads) sum += double(sum_squares(update, size));
     x = update;
     for (int64_t i = groups; i-- > int64_t(cut.outer);)
-      if (back[i].data != nullptr) inner(i, back[i]);
+      if (back[i].data != nullptr) inner(i, back[i], in_place && i == int64_t(cut.outer) ? whole + start : room[used]);
     // 4 apply, where no product and no rms is left to wait for
     if (finish)
       apply(param + start, x, size, update_size(t, sum / n, task, options), task.keep);
-    else
+    else if (x != whole + start)
       std::copy_n(x, size, whole + start);
   }
 
   // 3 project back: outer groups, and 4 apply
   const double size = update_size(t, sum / n, task, options);
-  const auto apply_at = [&](int64_t place, const T* values, int64_t count) {
-    apply(param + place, values, count, size, task.keep);
-  };
-  if (!finish) project_back_outer(cut.outer, factors, whole, spare, n, work.product, apply_at);
+  if (!finish) project_back_outer(cut.outer, factors, whole, spare, n, work.product, Apply<P, T>{param, size, task.keep});
 
   // 5 gram EMA
   gram_ema_blocked<T>(layout, g, matrices.grams.data(), work.gram, options.shampoo_beta);

@@ -11,11 +11,46 @@ namespace {
 // How a tile's sums are stored
 enum class Store { set, add, average }; // to <- sum, to <- to + sum, to <- keep to + weight sum
 
-// to [W, kPanels W] (row stride ld) <- a^T b for a panel a [k, W] and kPanels panels b [k, W], neighbours in memory. Only the
-// first `valid` rows are written.
-template <typename I, int kPanels, Store kStore, typename T>
-SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT_RESTRICT a, const T* SOAP_OPT_RESTRICT b,
-                          int64_t k, int valid = kPackedWidth<T>, T keep = 1, T weight = 1) {
+// The operands of a tile, a [k, W] and b [k, kPanels W]. Entry (l, i) lies at start + l step() + offset(i).
+template <typename T>
+struct Panel { // packed; a only
+  const T* start;
+  static constexpr int64_t step() { return kPackedWidth<T>; }
+  static constexpr int64_t offset(int i) { return i; }
+};
+template <typename T>
+struct Panels { // packed, side by side
+  const T* start;
+  int64_t k;
+  static constexpr int64_t step() { return kPackedWidth<T>; }
+  SOAP_OPT_INLINE int64_t offset(int i) const {
+    constexpr int width = kPackedWidth<T>;
+    return i / width * k * width + i % width;
+  }
+  SOAP_OPT_INLINE Panel<T> left(int64_t i) const { return {start + i * k}; }
+  SOAP_OPT_INLINE Panels right(int64_t j) const { return {start + j * k, k}; }
+};
+template <typename T>
+struct Rows { // of a matrix [k, n]
+  const T* start;
+  int64_t ld;
+  SOAP_OPT_INLINE int64_t step() const { return ld; }
+  static constexpr int64_t offset(int i) { return i; }
+  SOAP_OPT_INLINE Rows left(int64_t i) const { return {start + i, ld}; }
+  SOAP_OPT_INLINE Rows right(int64_t j) const { return {start + j, ld}; }
+};
+template <typename T>
+struct Columns { // of a matrix [n, k]; a only
+  const T* start;
+  int64_t ld;
+  static constexpr int64_t step() { return 1; }
+  SOAP_OPT_INLINE int64_t offset(int i) const { return i * ld; }
+};
+
+// to [W, kPanels W] (row stride ld) <- a^T b for a [k, W] and b [k, kPanels W]. Only the first `valid` rows are written.
+template <typename I, int kPanels, Store kStore, typename T, typename A, typename B>
+SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t k, int valid = kPackedWidth<T>, T keep = 1,
+                          T weight = 1) {
   using V = Vector<T, I>;
   constexpr int width = kPackedWidth<T>, lines = width / V::lanes, columns = kPanels * lines;
   // Half of the registers hold sums; the rest is for b's row and the loads that the compiler keeps in flight.
@@ -24,11 +59,12 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, const T* SOAP_OPT
     V sums[rows][columns];
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < columns; ++c) sums[r][c].zero();
-    for (int64_t l = 0; l < k; ++l) {
+    const T *left = a.start + a.offset(first), *right = b.start;
+    for (int64_t l = 0; l < k; ++l, left += a.step(), right += b.step()) {
       V line[columns];
-      for (int c = 0; c < columns; ++c) line[c].load(b + (c / lines * k + l) * width + c % lines * V::lanes);
+      for (int c = 0; c < columns; ++c) line[c].load(right + b.offset(c * V::lanes));
       for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) sums[r][c].fma(a[l * width + first + r], line[c]);
+        for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
     }
     for (int r = 0; r < rows && first + r < valid; ++r)
       for (int c = 0; c < columns; ++c) {
@@ -59,6 +95,7 @@ constexpr int kTilePanels = I::bytes == Avx512::bytes ? 2 : 1;
 
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
+  const Panels<T> rows{a, k}, columns{b, k};
   constexpr int panels = kTilePanels<I>;
   constexpr int64_t width = kPackedWidth<T>, across = panels * width; // columns of a tile
   // Columns from the last panel to the first: a row's last tile writes past its end into the start of the next row, which is
@@ -69,23 +106,23 @@ SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, 
       const int valid = int(std::min(width, m - i));
       for (j = panels_of<T>(n) * width; j % across != 0;) { // a panel that is left over
         j -= width;
-        tile<I, 1, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, valid);
+        tile<I, 1, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, valid);
       }
       while (j > 0) {
         j -= across;
-        tile<I, panels, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, valid);
+        tile<I, panels, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, valid);
       }
     }
   } else {
     while (j % across != 0) {
       j -= width;
       for (int64_t i = 0; i < m; i += width)
-        tile<I, 1, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+        tile<I, 1, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, int(std::min(width, m - i)));
     }
     while (j > 0) {
       j -= across;
       for (int64_t i = 0; i < m; i += width)
-        tile<I, panels, kStore>(c + i * ld + j, ld, a + i * k, b + j * k, k, int(std::min(width, m - i)));
+        tile<I, panels, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, int(std::min(width, m - i)));
     }
   }
 }
@@ -98,25 +135,26 @@ SOAP_OPT_INLINE void multiply_panels_body(T* c, int64_t ld, int64_t m, int64_t n
     multiply_panels_as<I, Store::set>(c, ld, m, n, a, b, k);
 }
 
-// c [W, count W] (row stride ld) <- a^T b for a panel a [k, W] and the first `count` panels of b
-template <typename I, Store kStore, typename T>
-SOAP_OPT_INLINE void gram_row(T* c, int64_t ld, const T* a, const T* b, int64_t k, int64_t count, int valid = kPackedWidth<T>,
-                              T keep = 1, T weight = 1) {
+// c [W, count W] (row stride ld) <- a^T b for W columns of a [k, W] and the first `count` panels of b
+template <typename I, Store kStore, typename T, typename A, typename B>
+SOAP_OPT_INLINE void gram_row(T* c, int64_t ld, A a, B b, int64_t k, int64_t count, int valid = kPackedWidth<T>, T keep = 1,
+                              T weight = 1) {
   constexpr int panels = kTilePanels<I>;
   constexpr int64_t width = kPackedWidth<T>;
   int64_t j = 0;
   for (; j + panels <= count; j += panels)
-    tile<I, panels, kStore>(c + j * width, ld, a, b + j * width * k, k, valid, keep, weight);
-  for (; j < count; ++j) tile<I, 1, kStore>(c + j * width, ld, a, b + j * width * k, k, valid, keep, weight);
+    tile<I, panels, kStore>(c + j * width, ld, a, b.right(j * width), k, valid, keep, weight);
+  for (; j < count; ++j) tile<I, 1, kStore>(c + j * width, ld, a, b.right(j * width), k, valid, keep, weight);
 }
 
 template <typename I, typename T>
 SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight) {
   constexpr int64_t width = kPackedWidth<T>;
   const int valid = int(std::min(width, n - i));
-  gram_row<I, Store::average>(gram + i * n, n, a + i * k, a, k, i / width, valid, keep, weight);
+  const Panels<T> all{a, k};
+  gram_row<I, Store::average>(gram + i * n, n, all.left(i), all, k, i / width, valid, keep, weight);
   alignas(64) T diagonal[width * width]; // (the tile on the diagonal may end beyond the matrix)
-  tile<I, 1, Store::set>(diagonal, width, a + i * k, a + i * k, k);
+  tile<I, 1, Store::set>(diagonal, width, all.left(i), all.right(i), k);
   for (int64_t r = 0; r < valid; ++r)
     for (int64_t c = 0; c <= r; ++c) {
       T& place = gram[(i + r) * n + i + c];
@@ -124,11 +162,22 @@ SOAP_OPT_INLINE void average_gram_row_body(T* gram, int64_t n, int64_t i, const 
     }
 }
 
-template <typename I, typename T>
-SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k) {
+// c [p, p] += a^T a for a [k, n], p = W panels_of(n)
+template <typename I, typename T, typename X>
+SOAP_OPT_INLINE void add_gram(T* c, int64_t n, X a, int64_t k) {
   constexpr int64_t width = kPackedWidth<T>;
   const int64_t count = panels_of<T>(n), ld = count * width;
-  for (int64_t i = 0; i < count; ++i) gram_row<I, Store::add>(c + i * width * ld, ld, a + i * width * k, a, k, i + 1);
+  for (int64_t i = 0; i < count; ++i) gram_row<I, Store::add>(c + i * width * ld, ld, a.left(i * width), a, k, i + 1);
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void accumulate_gram_body(T* c, int64_t n, const T* a, int64_t k) {
+  add_gram<I>(c, n, Panels<T>{a, k}, k);
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void accumulate_gram_of_rows_body(T* c, int64_t n, const T* x, int64_t k) {
+  add_gram<I>(c, n, Rows<T>{x, n}, k);
 }
 
 template <typename I, typename T>
@@ -189,6 +238,56 @@ SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, c
   }
 }
 
+// The number of rows [length] of a slab [k, length] from whose every element a whole line can be read, or written, inside of the
+// slab.
+template <typename T>
+int64_t whole_lines(int64_t k, int64_t length) {
+  return std::max<int64_t>(0, k - (kPackedWidth<T> + length - 1) / length);
+}
+
+// Lines are copied whole, in ascending order: what one writes after its part is overwritten by the parts that follow.
+template <typename I, typename T>
+SOAP_OPT_INLINE void pack_runs_body(T* panels, int64_t k, const T* x, int64_t apart, int64_t runs, int64_t length) {
+  constexpr int64_t width = kPackedWidth<T>;
+  const int64_t n = runs * length, whole = whole_lines<T>(k, length);
+  const T zeros[width] = {};
+  struct Part { // of a run, in a panel
+    int64_t to, from, count;
+  };
+  for (int64_t j = 0; j < n; j += width) {
+    T* line = panels + j * k;
+    const int64_t used = std::min(width, n - j);
+    Part parts[width];
+    int count = 0;
+    for (int64_t at = j; at < j + used; at += parts[count++].count) {
+      const int64_t inside = at % length;
+      parts[count] = {at - j, at / length * apart + inside, std::min(length - inside, j + used - at)};
+    }
+    const T* row = x;
+    for (int64_t r = 0; r < whole; ++r, line += width, row += length) {
+      for (int p = 0; p < count; ++p) std::memcpy(line + parts[p].to, row + parts[p].from, sizeof zeros);
+      if (used < width) std::memcpy(line + used, zeros, sizeof zeros);
+    }
+    for (int64_t r = whole; r < k; ++r, line += width, row += length) {
+      for (int p = 0; p < count; ++p) std::copy_n(row + parts[p].from, parts[p].count, line + parts[p].to);
+      std::fill(line + used, line + width, T(0));
+    }
+  }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void unpack_runs_body(T* x, int64_t apart, int64_t runs, int64_t length, const T* rows, int64_t ld, int64_t k) {
+  constexpr int64_t width = kPackedWidth<T>;
+  const int64_t whole = whole_lines<T>(k, length);
+  for (int64_t r = 0; r < k; ++r, x += length, rows += ld)
+    for (int64_t q = 0; q < runs; ++q) {
+      if (r < whole)
+        for (int64_t i = 0; i < length; i += width) std::memcpy(x + q * apart + i, rows + q * length + i, sizeof(T) * width);
+      else
+        std::copy_n(rows + q * length, length, x + q * apart);
+    }
+}
+
 template <typename I, typename T>
 SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs,
                                     int64_t length) {
@@ -199,6 +298,34 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
     for (; i + 64 / int64_t(sizeof(T)) <= length; i += 64 / sizeof(T)) std::memcpy(target + i, source + i, 64);
     for (; i + 16 / int64_t(sizeof(T)) <= length; i += 16 / sizeof(T)) std::memcpy(target + i, source + i, 16);
     for (; i < length; ++i) target[i] = source[i];
+  }
+}
+
+// c [W, n] (row stride ld) <- a^T b for a [k, W] and packed b [k, n], columns from the last panel to the first.
+template <typename I, typename A, typename T>
+SOAP_OPT_INLINE void multiply_row(T* c, int64_t ld, A a, int64_t n, const T* b, int64_t k, int valid) {
+  constexpr int panels = kTilePanels<I>;
+  constexpr int64_t width = kPackedWidth<T>, across = panels * width;
+  int64_t j = panels_of<T>(n) * width;
+  while (j % across != 0) { // a panel that is left over
+    j -= width;
+    tile<I, 1, Store::set>(c + j, ld, a, Panels<T>{b + j * k, k}, k, valid);
+  }
+  while (j > 0) {
+    j -= across;
+    tile<I, panels, Store::set>(c + j, ld, a, Panels<T>{b + j * k, k}, k, valid);
+  }
+}
+
+template <typename I, typename T>
+SOAP_OPT_INLINE void multiply_rows_body(T* c, int64_t m, const T* x, const T* b, int64_t k) {
+  constexpr int64_t width = kPackedWidth<T>;
+  int64_t i = 0;
+  for (; i + width <= m; i += width) multiply_row<I>(c + i * k, k, Columns<T>{x + i * k, k}, k, b, k, int(width));
+  if (i < m) { // fewer rows than a tile has
+    alignas(64) T packed[kUnpackedWidth * width];
+    pack_transposed_body<I>(packed, k, 0, x + i * k, k, k, m - i);
+    multiply_row<I>(c + i * k, k, Panel<T>{packed}, k, b, k, int(m - i));
   }
 }
 
@@ -219,6 +346,16 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
   SOAP_OPT_VERSIONS(template <>, void, pack_transposed, pack_transposed_body,                                            \
                     (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),             \
                     (panels, k, first, x, ld, rows, n))                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, multiply_rows, multiply_rows_body,                                                \
+                    (T * c, int64_t m, const T* x, const T* b, int64_t k), (c, m, x, b, k))                              \
+  SOAP_OPT_VERSIONS(template <>, void, accumulate_gram_of_rows, accumulate_gram_of_rows_body,                            \
+                    (T * c, int64_t n, const T* x, int64_t k), (c, n, x, k))                                             \
+  SOAP_OPT_VERSIONS(template <>, void, pack_runs, pack_runs_body,                                                        \
+                    (T * panels, int64_t k, const T* x, int64_t apart, int64_t runs, int64_t length),                    \
+                    (panels, k, x, apart, runs, length))                                                                 \
+  SOAP_OPT_VERSIONS(template <>, void, unpack_runs, unpack_runs_body,                                                    \
+                    (T * x, int64_t apart, int64_t runs, int64_t length, const T* rows, int64_t ld, int64_t k),          \
+                    (x, apart, runs, length, rows, ld, k))                                                               \
   SOAP_OPT_VERSIONS(template <>, void, copy_runs, copy_runs_body,                                                        \
                     (T * to, int64_t to_stride, const T* from, int64_t from_stride, int64_t runs, int64_t length),       \
                     (to, to_stride, from, from_stride, runs, length))

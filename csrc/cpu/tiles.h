@@ -39,14 +39,35 @@ void pack_transposed(T* panels, int64_t k, int64_t first, const T* x, int64_t ld
 template <typename T>
 void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add = false);
 
+// Rows up to this length are multiplied as they lie, which saves the packing; the lines of longer rows evict each other.
+constexpr int64_t kUnpackedWidth = 64;
+
+// c [m, k] <- x b for x [m, k], contiguous, and packed b [k, k], k <= kUnpackedWidth. Up to W - 1 elements after the end of c are
+// overwritten.
+template <typename T>
+void multiply_rows(T* c, int64_t m, const T* x, const T* b, int64_t k);
+
 // c [p, p] += a^T a for packed a [k, n], p = W panels_of(n), row-major; writes only tiles on and below the diagonal.
 template <typename T>
 void accumulate_gram(T* c, int64_t n, const T* a, int64_t k);
+
+// accumulate_gram for x [k, n] that is not packed. Up to W - 1 elements after the end of x are read.
+template <typename T>
+void accumulate_gram_of_rows(T* c, int64_t n, const T* x, int64_t k);
 
 // Rows [i, i + W) of gram [n, n], row-major, up to the diagonal, <- keep gram + weight a^T a for packed a [k, n]; i is a
 // multiple of W.
 template <typename T>
 void average_gram_row(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight);
+
+// The panels of a matrix [k, runs * length] <- x: row r's run q is [length] at x + q apart + r length. (x [A, D, B] with a short
+// B, several of its slabs side by side: D = k, B = length, apart = D B.)
+template <typename T>
+void pack_runs(T* panels, int64_t k, const T* x, int64_t apart, int64_t runs, int64_t length);
+
+// x, as of pack_runs, <- rows [k, runs * length] with row stride ld, a multiple of W.
+template <typename T>
+void unpack_runs(T* x, int64_t apart, int64_t runs, int64_t length, const T* rows, int64_t ld, int64_t k);
 
 // to[r * to_stride + i] <- from[r * from_stride + i] for r < runs, i < length.
 template <typename T>
