@@ -132,11 +132,11 @@ void product(const T* from, T* to, int64_t before, int64_t after, const Factor<T
         const bool more = b > 0 || a + 1 < before;
         for (int64_t i = 0; i < width; i += panel) {
           const int64_t rows = std::min(panel, width - i), at = place + i * after;
-          if (more && width <= 256) fetch_rows(from + next + i * after, after, rows, kColumns);
+          if (more) fetch_rows(from + next + i * after, after, rows, kColumns);
           if (!to_sink) {
             multiply_panels<T>(to + at, after, rows, columns, m.packed + i * width, room, width);
           } else {
-            if (width <= 256) sink.fetch(at, after, rows, columns);
+            sink.fetch(at, after, rows, columns);
             multiply_panels<T>(result, kColumns, rows, columns, m.packed + i * width, room, width);
             for (int64_t j = 0; j < rows; ++j) sink(at + j * after, result + j * kColumns, columns);
           }
@@ -201,7 +201,7 @@ void gram_ema_group(const ModeGroup& group, const T* x, int64_t before, int64_t 
           const T* piece = x + a * width * after + b; // [D, rows]
           for (int64_t j = 0; j < width; j += kPackedWidth<T>) {
             const int64_t next = j + kPackedWidth<T>, columns = std::min(next, width) - j;
-            if (width <= 256) fetch_rows(piece + next * after, after, std::min(kPackedWidth<T>, width - next), rows);
+            fetch_rows(piece + next * after, after, std::min(kPackedWidth<T>, width - next), rows);
             pack_transposed<T>(panels + j * rows, rows, 0, piece + j * after, after, rows, columns);
           }
           accumulate_gram<T>(sum, width, panels, rows);
