@@ -218,12 +218,14 @@ void gram_ema_group(const ModeGroup& group, const T* x, int64_t before, int64_t 
   }
   for (size_t f = 0; f < group.positions.size(); ++f) {
     const int64_t d = group.sizes[f];
+    T* gram = grams[group.positions[f]];
     if (d == width) {
-      gram_from_triangle(grams[group.positions[f]], sum, ld, d, beta);
+      average_triangle(gram, sum, ld, d, beta);
     } else {
       partial_trace(sum, ld, group, f, trace);
-      gram_from_triangle(grams[group.positions[f]], trace, d, d, beta);
+      average_triangle(gram, trace, d, d, beta);
     }
+    mirror<T>(gram, d, 0, d);
   }
 }
 

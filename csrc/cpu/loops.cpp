@@ -82,20 +82,11 @@ SOAP_OPT_INLINE bool is_orthogonal_body(const T* SOAP_OPT_RESTRICT q, int64_t d,
 }
 
 template <typename I, typename T>
-SOAP_OPT_INLINE void gram_from_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* SOAP_OPT_RESTRICT sum, int64_t ld, int64_t d,
-                                             double beta_) {
+SOAP_OPT_INLINE void average_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* SOAP_OPT_RESTRICT sum, int64_t ld, int64_t d,
+                                           double beta_) {
   const T beta = T(beta_), weight = T(1 - beta_);
-  constexpr int64_t block = 16; // mirrored stores walk down columns; in blocks their cache lines stay in cache
-  for (int64_t first = 0; first < d; first += block) {
-    const int64_t end = std::min(d, first + block);
-    for (int64_t left = 0; left < end; left += block)
-      for (int64_t i = first; i < end; ++i) {
-        const int64_t right = std::min(i + 1, left + block);
-        T* row = gram + i * d;
-        for (int64_t j = left; j < right; ++j) row[j] = beta * row[j] + weight * sum[i * ld + j];
-        for (int64_t j = left; j < std::min(i, right); ++j) gram[j * d + i] = row[j];
-      }
-  }
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j <= i; ++j) gram[i * d + j] = beta * gram[i * d + j] + weight * sum[i * ld + j];
 }
 
 template <typename I, typename T>
@@ -124,7 +115,7 @@ SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const 
                     (m, v, g, n, beta1, beta2, eps))                                                                        \
   SOAP_OPT_VERSIONS(, T, sum_squares, sum_squares_body, (const T* x, int64_t n), (x, n))                                    \
   SOAP_OPT_VERSIONS(, bool, is_orthogonal, is_orthogonal_body, (const T* q, int64_t d, T* room), (q, d, room))              \
-  SOAP_OPT_VERSIONS(, void, gram_from_triangle, gram_from_triangle_body,                                                    \
+  SOAP_OPT_VERSIONS(, void, average_triangle, average_triangle_body,                                                        \
                     (T * gram, const T* sum, int64_t ld, int64_t d, double beta), (gram, sum, ld, d, beta))                 \
   SOAP_OPT_VERSIONS(, void, small_gemm, small_gemm_body,                                                                    \
                     (T * c, int64_t ldc, const T* a, int64_t ai, int64_t ak, const T* b, int64_t bk, int64_t bj, int64_t m, \

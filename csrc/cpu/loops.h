@@ -42,9 +42,9 @@ inline T orthogonality_bound(int64_t d) {
 bool is_orthogonal(const float* q, int64_t d, float* room);
 bool is_orthogonal(const double* q, int64_t d, double* room);
 
-// gram [d, d] <- beta gram + (1 - beta) sum, sum [d, d] has row stride ld, and only its lower triangle is read.
-void gram_from_triangle(float* gram, const float* sum, int64_t ld, int64_t d, double beta);
-void gram_from_triangle(double* gram, const double* sum, int64_t ld, int64_t d, double beta);
+// The lower triangle of gram [d, d] <- beta gram + (1 - beta) sum, sum [d, d] with row stride ld.
+void average_triangle(float* gram, const float* sum, int64_t ld, int64_t d, double beta);
+void average_triangle(double* gram, const double* sum, int64_t ld, int64_t d, double beta);
 
 // c [m, n] (row stride ldc) <- beta c + alpha a b for a [m, k] and b [k, n] of any strides: products too small for a BLAS call.
 void small_gemm(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak, const float* b, int64_t bk, int64_t bj,

@@ -245,6 +245,22 @@ int64_t whole_lines(int64_t k, int64_t length) {
   return std::max<int64_t>(0, k - (kPackedWidth<T> + length - 1) / length);
 }
 
+template <typename I, typename T>
+SOAP_OPT_INLINE void mirror_body(T* x, int64_t n, int64_t begin, int64_t end) {
+  constexpr int64_t width = kPackedWidth<T>;
+  for (int64_t i = begin; i < end; i += width) {
+    const int64_t rows = std::min(width, end - i);
+    for (int64_t r = i; r < i + rows; ++r)
+      for (int64_t c = r + 1; c < i + rows; ++c) x[r * n + c] = x[c * n + r];
+    int64_t j = i + rows;
+    if (rows == width)
+      for (; j + 4 <= n; j += 4)
+        for (int64_t r = i; r < i + width; r += 4) transpose_4x4(x + r * n + j, n, x + j * n + r, n);
+    for (; j < n; ++j)
+      for (int64_t r = i; r < i + rows; ++r) x[r * n + j] = x[j * n + r];
+  }
+}
+
 // Lines are copied whole, in ascending order: what one writes after its part is overwritten by the parts that follow.
 template <typename I, typename T>
 SOAP_OPT_INLINE void pack_runs_body(T* panels, int64_t k, const T* x, int64_t apart, int64_t runs, int64_t length) {
@@ -346,6 +362,8 @@ SOAP_OPT_INLINE void multiply_rows_body(T* c, int64_t m, const T* x, const T* b,
   SOAP_OPT_VERSIONS(template <>, void, pack_transposed, pack_transposed_body,                                            \
                     (T * panels, int64_t k, int64_t first, const T* x, int64_t ld, int64_t rows, int64_t n),             \
                     (panels, k, first, x, ld, rows, n))                                                                  \
+  SOAP_OPT_VERSIONS(template <>, void, mirror, mirror_body, (T * x, int64_t n, int64_t begin, int64_t end),              \
+                    (x, n, begin, end))                                                                                  \
   SOAP_OPT_VERSIONS(template <>, void, multiply_rows, multiply_rows_body,                                                \
                     (T * c, int64_t m, const T* x, const T* b, int64_t k), (c, m, x, b, k))                              \
   SOAP_OPT_VERSIONS(template <>, void, accumulate_gram_of_rows, accumulate_gram_of_rows_body,                            \

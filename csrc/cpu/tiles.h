@@ -60,6 +60,10 @@ void accumulate_gram_of_rows(T* c, int64_t n, const T* x, int64_t k);
 template <typename T>
 void average_gram_row(T* gram, int64_t n, int64_t i, const T* a, int64_t k, T keep, T weight);
 
+// Rows [begin, end) of a symmetric x [n, n], right of the diagonal, <- the columns below it; begin is a multiple of W.
+template <typename T>
+void mirror(T* x, int64_t n, int64_t begin, int64_t end);
+
 // The panels of a matrix [k, runs * length] <- x: row r's run q is [length] at x + q apart + r length. (x [A, D, B] with a short
 // B, several of its slabs side by side: D = k, B = length, apart = D B.)
 template <typename T>

@@ -136,12 +136,12 @@ void gram_wide(T* gram, const T* x, int64_t before, int64_t width, int64_t after
       });
       first = false;
     }
-  constexpr int64_t block = 64; // the other half is mirrored in blocks
-  parallel_for(0, (width + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * block; i < std::min(width, end * block); i += block)
-      for (int64_t j = i; j < width; j += block)
-        for (int64_t r = i; r < std::min(width, i + block); ++r)
-          for (int64_t q = std::max(j, r + 1); q < std::min(width, j + block); ++q) gram[r * width + q] = gram[q * width + r];
+  parallel_for(0, (count + 1) / 2, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t q : {p, count - 1 - p}) {
+        mirror<T>(gram, width, q * panel, std::min(width, (q + 1) * panel));
+        if (count - 1 - p == p) break;
+      }
   });
 }
 
