@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
@@ -39,7 +40,10 @@ def environment(**extra: str) -> dict[str, str]:
 def command() -> str:
     """The command line, with what lies outside of the working directory as path/to/NAME."""
     program = Path(sys.argv[0])
-    head = "python -m bench" if program.name == "__main__.py" else program.name
+    head = program.name
+    if program.is_relative_to(ROOT):
+        module = program.relative_to(ROOT).with_suffix("").parts
+        head = " ".join(["python -m", ".".join(module[:-1] if module[-1] == "__main__" else module)])
     arguments = [re.sub(r"(^|=)/\S*?([^/\s]+)$", r"\1path/to/\2", argument) for argument in sys.argv[1:]]
     return " ".join([head, *arguments])
 

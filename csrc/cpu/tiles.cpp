@@ -93,27 +93,34 @@ SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t
 template <typename I>
 constexpr int kTilePanels = I::bytes == Avx512::bytes ? 2 : 1;
 
+// c [W, n] (row stride ld) <- a^T b for a [k, W] and b [k, n], columns from the last panel to the first: the last tile of a row
+// writes past its end into the start of the next row, which is written later.
+template <typename I, Store kStore, typename T, typename A, typename B>
+SOAP_OPT_INLINE void multiply_row(T* c, int64_t ld, A a, B b, int64_t n, int64_t k, int valid) {
+  constexpr int panels = kTilePanels<I>;
+  constexpr int64_t width = kPackedWidth<T>, across = panels * width; // columns of a tile
+  int64_t j = panels_of<T>(n) * width;
+  while (j % across != 0) { // a panel that is left over
+    j -= width;
+    tile<I, 1, kStore>(c + j, ld, a, b.right(j), k, valid);
+  }
+  while (j > 0) {
+    j -= across;
+    tile<I, panels, kStore>(c + j, ld, a, b.right(j), k, valid);
+  }
+}
+
 template <typename I, Store kStore, typename T>
 SOAP_OPT_INLINE void multiply_panels_as(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k) {
   const Panels<T> rows{a, k}, columns{b, k};
   constexpr int panels = kTilePanels<I>;
   constexpr int64_t width = kPackedWidth<T>, across = panels * width; // columns of a tile
-  // Columns from the last panel to the first: a row's last tile writes past its end into the start of the next row, which is
-  // written later. The larger matrix is read once; the smaller matrix stays in cache and is read for each panel of the larger.
-  int64_t j = panels_of<T>(n) * width;
+  // The larger matrix is read once; the smaller one stays in cache and is read for each panel of the larger.
   if (m >= n) {
-    for (int64_t i = 0; i < m; i += width) {
-      const int valid = int(std::min(width, m - i));
-      for (j = panels_of<T>(n) * width; j % across != 0;) { // a panel that is left over
-        j -= width;
-        tile<I, 1, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, valid);
-      }
-      while (j > 0) {
-        j -= across;
-        tile<I, panels, kStore>(c + i * ld + j, ld, rows.left(i), columns.right(j), k, valid);
-      }
-    }
-  } else {
+    for (int64_t i = 0; i < m; i += width)
+      multiply_row<I, kStore>(c + i * ld, ld, rows.left(i), columns, n, k, int(std::min(width, m - i)));
+  } else { // columns downwards here too
+    int64_t j = panels_of<T>(n) * width;
     while (j % across != 0) {
       j -= width;
       for (int64_t i = 0; i < m; i += width)
@@ -317,31 +324,17 @@ SOAP_OPT_INLINE void copy_runs_body(T* to, int64_t to_stride, const T* from, int
   }
 }
 
-// c [W, n] (row stride ld) <- a^T b for a [k, W] and packed b [k, n], columns from the last panel to the first.
-template <typename I, typename A, typename T>
-SOAP_OPT_INLINE void multiply_row(T* c, int64_t ld, A a, int64_t n, const T* b, int64_t k, int valid) {
-  constexpr int panels = kTilePanels<I>;
-  constexpr int64_t width = kPackedWidth<T>, across = panels * width;
-  int64_t j = panels_of<T>(n) * width;
-  while (j % across != 0) { // a panel that is left over
-    j -= width;
-    tile<I, 1, Store::set>(c + j, ld, a, Panels<T>{b + j * k, k}, k, valid);
-  }
-  while (j > 0) {
-    j -= across;
-    tile<I, panels, Store::set>(c + j, ld, a, Panels<T>{b + j * k, k}, k, valid);
-  }
-}
-
 template <typename I, typename T>
 SOAP_OPT_INLINE void multiply_rows_body(T* c, int64_t m, const T* x, const T* b, int64_t k) {
   constexpr int64_t width = kPackedWidth<T>;
+  const Panels<T> columns{b, k};
   int64_t i = 0;
-  for (; i + width <= m; i += width) multiply_row<I>(c + i * k, k, Columns<T>{x + i * k, k}, k, b, k, int(width));
+  for (; i + width <= m; i += width)
+    multiply_row<I, Store::set>(c + i * k, k, Columns<T>{x + i * k, k}, columns, k, k, int(width));
   if (i < m) { // fewer rows than a tile has
     alignas(64) T packed[kUnpackedWidth * width];
     pack_transposed_body<I>(packed, k, 0, x + i * k, k, k, m - i);
-    multiply_row<I>(c + i * k, k, Panel<T>{packed}, k, b, k, int(m - i));
+    multiply_row<I, Store::set>(c + i * k, k, Panel<T>{packed}, columns, k, k, int(m - i));
   }
 }
 
