@@ -39,6 +39,7 @@ STAGES = {
     "refresh": "refresh|householder|orthogonal|permute|Reflect|panel",
 }
 REST = "rest of the engine"
+HERE = Path(__file__).resolve().parents[1]
 STEPS = 200
 
 
@@ -50,11 +51,14 @@ def record(checkout: Path, model: str, threads: int, steps: int) -> list[Row]:
     """Steps of a checkout's engine in a process of its own; one row for each function of half a percent and more."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "perf.data")
-        child = [sys.executable, "-m", "bench.perf", "--child", str(checkout), "--model", model, "--threads", str(threads)]
+        # bench is this one, and soap_opt, which its modules import, the checkout's
+        code = "import sys, bench; sys.path.insert(0, sys.argv[1]); from bench.perf import steps_of; steps_of(*sys.argv[1:])"
+        child = [sys.executable, "-c", code, str(checkout), model, str(threads), str(steps)]
         run = subprocess.run(
-            ["perf", "record", "-q", "-F", "1999", "-o", data, "--", *child, "--steps", str(steps)],
+            ["perf", "record", "-q", "-F", "1999", "-o", data, "--", *child],
             capture_output=True,
             text=True,
+            cwd=HERE,
             env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )
         if run.returncode != 0:
@@ -104,13 +108,12 @@ def by_stage(rows: Iterable[Row]) -> list[Row]:
     return list(sums.values())
 
 
-def steps_of(checkout: str, model: str, threads: int, steps: int) -> None:
+def steps_of(checkout: str, model: str, threads: str, steps: str) -> None:
     """What perf records: prints the median step in ms."""
-    sys.path.insert(0, checkout)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(threads))
     problem = MODELS[model]()
     stepper = Stepper(problem.params, problem.grads, OURS[0].target, OURS[0].options)
-    times = [stepper.step(k) for k in range(WARMUP + steps)][WARMUP:]
+    times = [stepper.step(k) for k in range(WARMUP + int(steps))][WARMUP:]
     import soap_opt
 
     if not Path(soap_opt.__file__).is_relative_to(checkout):
@@ -124,17 +127,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--before", type=Path, help="another checkout, recorded first")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", metavar="NAME", help="write bench/results/KIND/NAME.csv")
     arguments = parser.parse_args()
-    if arguments.child:
-        steps_of(arguments.child, arguments.model, arguments.threads, arguments.steps)
-        return
     if shutil.which("perf") is None:
         parser.error("perf is not here (Debian: apt install linux-perf)")
-    here = Path(__file__).resolve().parents[1]
     rows: list[Row] = []
-    for checkout in filter(None, (arguments.before, here)):
+    for checkout in filter(None, (arguments.before, HERE)):
         rows += record(checkout.resolve(), arguments.model, arguments.threads, arguments.steps)
     print(table(by_stage(rows)))
     if arguments.output:
