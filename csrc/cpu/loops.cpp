@@ -25,6 +25,8 @@ SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T
   }
 }
 
+constexpr int64_t kNarrowDepth = 64; // rows of b that narrow_gemm has room for
+
 template <typename I, typename T>
 SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
   constexpr int64_t lanes = 64; // independent sums, because the compiler may not reorder a single sum
@@ -89,11 +91,49 @@ SOAP_OPT_INLINE void average_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* S
     for (int64_t j = 0; j <= i; ++j) gram[i * d + j] = beta * gram[i * d + j] + weight * sum[i * ld + j];
 }
 
+// small_gemm for at most N columns: a row of c in registers. b is copied where it does not lie in rows of N.
+template <int N, typename T>
+SOAP_OPT_INLINE void narrow_gemm(T* SOAP_OPT_RESTRICT c, int64_t ldc, const T* SOAP_OPT_RESTRICT a, int64_t ai, int64_t ak,
+                                 const T* SOAP_OPT_RESTRICT b, int64_t bk, int64_t bj, int64_t m, int64_t n, int64_t k, T alpha,
+                                 T beta) {
+  using V = Vector<T, Isa<N* int(sizeof(T)), 16>>;
+  T room[kNarrowDepth * N];
+  if (bj != 1 || n < N) {
+    for (int64_t l = 0; l < k; ++l)
+      for (int64_t j = 0; j < N; ++j) room[l * N + j] = j < n ? b[l * bk + j * bj] : T(0);
+    b = room;
+    bk = N;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    T row[N] = {};
+    for (int64_t j = 0; j < n && beta != T(0); ++j) row[j] = beta * c[i * ldc + j];
+    V sum, line;
+    sum.load(row);
+    for (int64_t l = 0; l < k; ++l) {
+      line.load(b + l * bk);
+      sum.fma(alpha * a[i * ai + l * ak], line);
+    }
+    if (n == N) {
+      sum.store(c + i * ldc);
+    } else {
+      sum.store(row);
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = row[j];
+    }
+  }
+}
+
 template <typename I, typename T>
 SOAP_OPT_INLINE void small_gemm_body(T* SOAP_OPT_RESTRICT c, int64_t ldc, const T* SOAP_OPT_RESTRICT a, int64_t ai, int64_t ak,
                                      const T* SOAP_OPT_RESTRICT b, int64_t bk, int64_t bj, int64_t m, int64_t n, int64_t k,
                                      double alpha_, double beta_) {
   const T alpha = T(alpha_), beta = T(beta_);
+  if (n <= 8 && m > 1 && k <= kNarrowDepth) {
+    if (n <= 4)
+      narrow_gemm<4>(c, ldc, a, ai, ak, b, bk, bj, m, n, k, alpha, beta);
+    else
+      narrow_gemm<8>(c, ldc, a, ai, ak, b, bk, bj, m, n, k, alpha, beta);
+    return;
+  }
   for (int64_t i = 0; i < m; ++i) {
     T* row = c + i * ldc;
     for (int64_t j = 0; j < n; ++j) row[j] = beta == T(0) ? T(0) : beta * row[j];

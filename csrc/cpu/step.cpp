@@ -90,9 +90,14 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
     permute(v, one.order, one.before, one.after, buffer);
     turn(one);
   }
-  for (int64_t k : task.due)
-    if (refreshed[k].done())
-      task.bases[k].copy_(at::from_blob(refreshed[k].basis.data(), task.bases[k].sizes(), task.bases[k].options()));
+  for (int64_t k : task.due) {
+    if (!refreshed[k].done()) continue;
+    const at::Tensor& basis = task.bases[k];
+    if (basis.is_contiguous()) // (copy_ and its view cost as much as the QR of a tiny matrix)
+      std::copy_n(refreshed[k].basis.data(), basis.numel(), basis.template mutable_data_ptr<T>());
+    else
+      basis.copy_(at::from_blob(refreshed[k].basis.data(), basis.sizes(), basis.options()));
+  }
   return failed;
 }
 
