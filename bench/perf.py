@@ -2,8 +2,9 @@
 
     python -m bench.perf --model bmshj2018-hyperprior --threads 1 [--before path/to/checkout] [-o perf]
 
-Needs Linux's perf. Shares are of the engine's own samples and of the copies that libc makes for it; what torch and Python take
-is not in them. Before is another checkout with an engine that was built in place; the two are recorded in turn.
+Needs Linux's perf. Shares are of the samples in the engine and in libc's copies, those of the short start included; what torch,
+LAPACK and Python take is not in them, nor what is below 0.3 %. Before is another checkout with an engine that was built in
+place.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ STAGES = {
     "Adam": "adam",
     "weight decay and application": "apply",
     "check of the gradient": "sum_squares",
-    "refresh": "refresh|householder|orthogonal|permute|Reflect|panel",
+    "refresh": "refresh|householder|orthogonal|permute|[Rr]eflect|panel",
 }
 REST = "rest of the engine"
 HERE = Path(__file__).resolve().parents[1]
 STEPS = 200
+LEAST = 0.3
 
 
 def stage_of(function: str) -> str:
@@ -48,7 +50,7 @@ def stage_of(function: str) -> str:
 
 
 def record(checkout: Path, model: str, threads: int, steps: int) -> list[Row]:
-    """Steps of a checkout's engine in a process of its own; one row for each function of half a percent and more."""
+    """Steps of a checkout's engine in a process of its own; one row for each function of LEAST percent and more."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "perf.data")
         # bench is this one, and soap_opt, which its modules import, the checkout's
@@ -64,16 +66,13 @@ def record(checkout: Path, model: str, threads: int, steps: int) -> list[Row]:
         if run.returncode != 0:
             raise RuntimeError(f"perf record ended with status {run.returncode}: {run.stderr[-2000:]}")
         step_ms = float(run.stdout.split()[-1])
-        engine = next((checkout / "soap_opt").glob("_C.*so")).name
         report = subprocess.run(
             ["perf", "report", "-q", "-i", data, "--no-children", "--percentage", "relative", "--sort", "symbol", "--stdio"]
-            + ["--dsos", f"{engine},libc.so.6"],
+            + ["--dsos", f"{engine_of(checkout).name},libc.so.6"],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    found = re.findall(r"^ *([\d.]+)% +\[.\] (.+?) *$", report, re.MULTILINE)
-    shares = [(function, float(share)) for share, function in found]
     return [
         {
             "model": model,
@@ -82,11 +81,24 @@ def record(checkout: Path, model: str, threads: int, steps: int) -> list[Row]:
             "stage": stage_of(function),
             "function": function.replace("(anonymous namespace)::", "").replace("soap_opt::", ""),
             "percent": share,
-            "ms": significant(step_ms * share / 100, 3),
         }
-        for function, share in shares
-        if share >= 0.3
+        for function, share in shares_in(report)
+        if share >= LEAST
     ]
+
+
+def shares_in(report: str) -> list[tuple[str, float]]:
+    """(function, percent) of perf's report; its empty columns of cycles are left out."""
+    found = re.findall(r"^ *([\d.]+)% +\[.\] (.+?)(?: +- +-)? *$", report, re.MULTILINE)
+    return [(function, float(share)) for share, function in found]
+
+
+def engine_of(checkout: Path) -> Path:
+    """The engine of a checkout, built in place."""
+    found = next((checkout / "soap_opt").glob("_C.*so"), None)
+    if found is None:
+        raise SystemExit(f"{checkout} has no engine: python setup.py build_ext --inplace")
+    return found
 
 
 def version(checkout: Path) -> str:
@@ -102,22 +114,21 @@ def by_stage(rows: Iterable[Row]) -> list[Row]:
     sums: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = (row["version"], row["stage"])
-        entry = sums.setdefault(key, {"version": key[0], "stage": key[1], "percent": 0.0, "ms": 0.0})
-        entry["percent"] = round(entry["percent"] + row["percent"], 1)
-        entry["ms"] = significant(entry["ms"] + row["ms"], 3)
+        entry = sums.setdefault(key, {"version": key[0], "step_ms": row["step_ms"], "stage": key[1], "percent": 0.0})
+        entry["percent"] = round(entry["percent"] + row["percent"], 2)
     return list(sums.values())
 
 
 def steps_of(checkout: str, model: str, threads: str, steps: str) -> None:
     """What perf records: prints the median step in ms."""
-    torch.set_num_threads(int(threads))
-    problem = MODELS[model]()
-    stepper = Stepper(problem.params, problem.grads, OURS[0].target, OURS[0].options)
-    times = [stepper.step(k) for k in range(WARMUP + int(steps))][WARMUP:]
     import soap_opt
 
     if not Path(soap_opt.__file__).is_relative_to(checkout):
         sys.exit(f"soap_opt comes from {soap_opt.__file__}, not from {checkout}")
+    torch.set_num_threads(int(threads))
+    problem = MODELS[model]()
+    stepper = Stepper(problem.params, problem.grads, OURS[0].target, OURS[0].options)
+    times = [stepper.step(k) for k in range(WARMUP + int(steps))][WARMUP:]
     print(statistics.median(times))
 
 
@@ -132,8 +143,11 @@ def main() -> None:
     if shutil.which("perf") is None:
         parser.error("perf is not here (Debian: apt install linux-perf)")
     rows: list[Row] = []
-    for checkout in filter(None, (arguments.before, HERE)):
-        rows += record(checkout.resolve(), arguments.model, arguments.threads, arguments.steps)
+    checkouts = [path.resolve() for path in (arguments.before, HERE) if path is not None]
+    for checkout in checkouts:
+        engine_of(checkout)
+    for checkout in checkouts:
+        rows += record(checkout, arguments.model, arguments.threads, arguments.steps)
     print(table(by_stage(rows)))
     if arguments.output:
         print(save(arguments.output, rows, directory=processor.results(), threads=str(arguments.threads)))

@@ -93,7 +93,7 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   for (int64_t k : task.due) {
     if (!refreshed[k].done()) continue;
     const at::Tensor& basis = task.bases[k];
-    if (basis.is_contiguous()) // (copy_ and its view cost as much as the QR of a tiny matrix)
+    if (is_row_major(basis)) // (copy_ and its view cost as much as the QR of a tiny matrix)
       std::copy_n(refreshed[k].basis.data(), basis.numel(), basis.template mutable_data_ptr<T>());
     else
       basis.copy_(at::from_blob(refreshed[k].basis.data(), basis.sizes(), basis.options()));
@@ -111,6 +111,7 @@ void product_parallel(const T* from, T* to, int64_t before, int64_t after, Facto
   if (after == 1 || before == 1 || after >= kWideColumns / 4) {
     product_wide<T>(from, to, before, after, m, work.threads, work.rooms, work.room);
   } else if (m.width <= kTileWidth) { // a short B: every thread takes whole slabs of a
+    static_assert(kWideColumns / 4 <= kColumns / 2, "product() must not write after the end of a thread's slabs");
     m.pack(work.packed);
     const int64_t slab = m.width * after;
     parallel_with_room(before, work.threads, work.rooms, work.room, [&](int64_t begin, int64_t end, T* room) {

@@ -124,6 +124,9 @@ const T* arranged_gradient(const Task& task, T* converted, double scale, bool ma
   return converted;
 }
 
+// Whether a matrix's memory is its entries, row by row.
+inline bool is_row_major(const at::Tensor& matrix) { return matrix.is_contiguous() && !matrix.is_neg(); }
+
 // The matrices of a parameter, as pointers to row-major memory. Matrices that are stored otherwise (a user may have put the
 // column-major result of a LAPACK call into the state) are copied, and write_back() writes the Grams back.
 template <typename T>
@@ -139,13 +142,13 @@ struct Matrices {
     }
   }
   const at::Tensor& row_major(const at::Tensor& matrix) {
-    if (matrix.is_contiguous()) return matrix;
-    copies.push_back(matrix.contiguous());
+    if (is_row_major(matrix)) return matrix;
+    copies.push_back(matrix.resolve_neg().contiguous());
     return copies.back();
   }
   void write_back(const Task& task) const {
     for (int64_t k = 0; k < task.layout->modes && !copies.empty(); ++k)
-      if (!task.grams[k].is_contiguous())
+      if (!is_row_major(task.grams[k]))
         task.grams[k].copy_(at::from_blob(grams[k], task.grams[k].sizes(), task.grams[k].options()));
   }
 };

