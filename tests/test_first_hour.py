@@ -74,7 +74,7 @@ def test_a_stage_is_told_when_to_end(tmp_path):
     run(command, OUT=str(tmp_path / "out"), FIRST_HOUR_PYTHON=python, FIRST_HOUR_SECONDS="60")
     said = re.search(r"^smoke: ok .* of (\d+) s, .* (\d+) s$", (tmp_path / "out" / "summary.txt").read_text(), re.M)
     limit, own = map(int, said.groups())
-    assert 40 <= limit <= 53 and limit - 12 <= own <= limit - 10
+    assert 40 <= limit <= 53 and limit - 12 <= own <= limit - 9  # (seconds are cut off in two places)
 
 
 @pytest.mark.slow
