@@ -2,15 +2,13 @@
 
     python -m bench.before_after path/to/checkout [--model MODEL ..] [--threads N] [-o before_after]
 
-Both run in processes of their own (worker.py). Who steps first changes with every round; ratios are medians of those of single
-rounds.
+A contest (contest.py) of two that run in processes of their own (worker.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 from dataclasses import replace
@@ -19,11 +17,11 @@ from pathlib import Path
 import torch
 
 from . import processor
-from .contest import PERIOD, WARMUP, GemmRate, quiet
+from .contest import PERIOD, Contest
 from .models import MODELS, Problem
-from .peers import OURS, RemoteStepper
-from .perf import HERE, engine_of, version
-from .results import Row, save, significant, table
+from .peers import OURS
+from .perf import engine_of, version
+from .results import ROOT, Row, save, table
 
 USUAL = ["bmshj2018-hyperprior", "mbt2018-mean", "512-table", "gpt2-block", "2000-tensors-4x4"]
 
@@ -36,31 +34,26 @@ def python_with(checkout: Path, folder: Path, name: str) -> str:
     return str(script)
 
 
-def measure(problem: Problem, checkouts: dict[str, Path], rounds: int) -> Row:
-    """Medians of `rounds` steady rounds of before and after."""
+def measure(problem: Problem, checkouts: dict[str, Path], periods: int) -> Row:
+    """Medians of steady rounds of before and after."""
     with tempfile.TemporaryDirectory() as folder:
-        steppers = {
-            name: RemoteStepper(replace(OURS[0], name=name, python=python_with(checkout, Path(folder), name)), problem)
+        entries = [
+            replace(OURS[0], name=name, python=python_with(checkout, Path(folder), name))
             for name, checkout in checkouts.items()
-        }
-        times: dict[str, list[float]] = {name: [] for name in steppers}
-        gemm, rates = GemmRate(), []
-        for k in range(WARMUP + rounds):
-            rates.append(gemm.measure())
-            for name in sorted(steppers, reverse=k % 2 == 0):
-                times[name].append(steppers[name].step(k))
-        for stepper in steppers.values():
-            stepper.close()
-    before, after = (times[name][WARMUP:] for name in ("before", "after"))
+        ]
+        contest = Contest(problem, entries)
+        contest.run(PERIOD * periods)
+        contest.close()
+    before, after = contest.summary()
     return {
         "model": problem.name,
         "before": version(checkouts["before"]),
         "after": version(checkouts["after"]),
-        "before_ms": significant(statistics.median(before)),
-        "after_ms": significant(statistics.median(after)),
-        "after_over_before": significant(statistics.median(b / a for a, b in zip(before, after)), 3),
-        "rounds": rounds,
-        "quiet": quiet(rates),
+        "before_ms": before["median_ms"],
+        "after_ms": after["median_ms"],
+        "after_over_before": after["over_first"],
+        "rounds": after["steps"],
+        "quiet": after["quiet"],
     }
 
 
@@ -73,13 +66,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", metavar="NAME", help="write bench/results/KIND/NAME.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    checkouts = {"before": arguments.checkout.resolve(), "after": HERE}
+    checkouts = {"before": arguments.checkout.resolve(), "after": ROOT}
     for checkout in checkouts.values():
         engine_of(checkout)
     os.environ.pop("PYTHONPATH", None)
     rows = []
     for model in arguments.model or USUAL:
-        rows.append(measure(MODELS[model](), checkouts, PERIOD * arguments.periods))
+        rows.append(measure(MODELS[model](), checkouts, arguments.periods))
         print(table(rows[-1:]), flush=True)
     if arguments.output:
         print(save(arguments.output, rows, directory=processor.results()).name)

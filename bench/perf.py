@@ -26,7 +26,7 @@ from . import processor
 from .contest import WARMUP
 from .models import MODELS
 from .peers import OURS
-from .results import Row, save, significant, table
+from .results import ROOT, Row, save, significant, table
 from .worker import Stepper
 
 # What a function belongs to: the first pattern that its name matches. (Products, packing and copies are the refreshes' too.)
@@ -40,7 +40,6 @@ STAGES = {
     "refresh": "refresh|householder|orthogonal|permute|[Rr]eflect|panel",
 }
 REST = "rest of the engine"
-HERE = Path(__file__).resolve().parents[1]
 STEPS = 200
 LEAST = 0.3
 
@@ -60,7 +59,7 @@ def record(checkout: Path, model: str, threads: int, steps: int) -> list[Row]:
             ["perf", "record", "-q", "-F", "1999", "-o", data, "--", *child],
             capture_output=True,
             text=True,
-            cwd=HERE,
+            cwd=ROOT,
             env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )
         if run.returncode != 0:
@@ -143,7 +142,7 @@ def main() -> None:
     if shutil.which("perf") is None:
         parser.error("perf is not here (Debian: apt install linux-perf)")
     rows: list[Row] = []
-    checkouts = [path.resolve() for path in (arguments.before, HERE) if path is not None]
+    checkouts = [path.resolve() for path in (arguments.before, ROOT) if path is not None]
     for checkout in checkouts:
         engine_of(checkout)
     for checkout in checkouts:

@@ -25,8 +25,6 @@ SOAP_OPT_INLINE void adam_body(T* SOAP_OPT_RESTRICT m, T* SOAP_OPT_RESTRICT v, T
   }
 }
 
-constexpr int64_t kNarrowDepth = 64; // rows of b that narrow_gemm has room for
-
 template <typename I, typename T>
 SOAP_OPT_INLINE T sum_squares_body(const T* SOAP_OPT_RESTRICT x, int64_t n) {
   constexpr int64_t lanes = 64; // independent sums, because the compiler may not reorder a single sum
@@ -90,6 +88,8 @@ SOAP_OPT_INLINE void average_triangle_body(T* SOAP_OPT_RESTRICT gram, const T* S
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j <= i; ++j) gram[i * d + j] = beta * gram[i * d + j] + weight * sum[i * ld + j];
 }
+
+constexpr int64_t kNarrowDepth = 64; // rows of b that narrow_gemm has room for
 
 // small_gemm for at most N columns: a row of c in registers. b is copied where it does not lie in rows of N.
 template <int N, typename T>
