@@ -34,7 +34,7 @@ RUN = "import sys, pytest, soap_opt; print(soap_opt._C.cpu_capability, flush=Tru
 def test_steps_and_operators_with_fewer_instructions(name):
     own = soap_opt._C.cpu_capability
     if SETS.index(name) >= SETS.index(own):
-        pytest.skip(f"this process runs with {own}")
+        pytest.skip(f"not fewer instructions: the tests of this process run with {own} already")
     environment = {**os.environ, "SOAP_OPT_CPU_CAPABILITY": name}
     # What this process is started with (a worker of xdist, PYTEST_ADDOPTS) is not for the inner run
     for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
