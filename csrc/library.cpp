@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 
+#include "cpu/direct_step.h"
 #include "cpu/simd.h"
 
 TORCH_LIBRARY(soap_opt, m) {
@@ -59,15 +60,18 @@ TORCH_LIBRARY(soap_opt, m) {
   m.def("init_basis(Tensor[] grams) -> Tensor[]");
 }
 
-// An importable module without Python functions: loading it registers the operators. It has two constants: the version of the
-// torch that it was built with, whose binary interface it depends on, and the instruction set that the engine runs with.
+// Loading the module registers the operators. It has one function, a shorter way to one of them, and two constants: the version
+// of the torch that it was built with, whose binary interface it depends on, and the instruction set that the engine runs with.
 extern "C" PyObject* PyInit__C(void) {
   if (soap_opt::allowed_isa_level() < 0) {
     PyErr_Format(PyExc_ValueError, "SOAP_OPT_CPU_CAPABILITY must be default, avx2 or avx512, got '%s'",
                  std::getenv("SOAP_OPT_CPU_CAPABILITY"));
     return nullptr;
   }
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyMethodDef functions[] = {
+      {"step_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(soap_opt::direct_step)), METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr &&
       (PyModule_AddStringConstant(module, "torch_version", TORCH_VERSION) != 0 ||

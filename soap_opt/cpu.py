@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import _ext
 from .batch import Batch, Skipped
 from .layout import Layout, outside_modes
 
@@ -20,11 +21,13 @@ def cpu_soap(batch: Batch, grad_scale: Tensor | None) -> Skipped:
         lr, weight_decay = batch.learning_rates(), [options.weight_decay for options in batch.options]
     else:
         lr, weight_decay = [float(o.lr)], [o.weight_decay]
-    outcomes = torch.ops.soap_opt.step_(
+    arguments = (
         batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.grams, batch.bases, batch.refresh_offsets,
         batch.state_steps, layout_table(layouts), scratch(layouts, batch.exp_avgs[0].dtype), grad_scale,
-        lr=lr, weight_decay=weight_decay, options=o.step_row(),
-    )  # [P] int32  # fmt: skip
+    )  # fmt: skip
+    outcomes = _ext.compiled_part().step_(*arguments, lr, weight_decay, o.step_row())  # [P] int32
+    if outcomes is None:  # a tensor or a mode needs the dispatcher
+        outcomes = torch.ops.soap_opt.step_(*arguments, lr=lr, weight_decay=weight_decay, options=o.step_row())
     skipped = Skipped([], [])
     for i, outcome in enumerate(outcomes.tolist() if outcomes.any() else ()):
         if outcome < 0:

@@ -7,6 +7,7 @@
 #include "blocked.h"
 #include "products.h"
 #include "refresh_basis.h"
+#include "step.h"
 #include "step_arguments.h"
 #include "task.h"
 
@@ -382,6 +383,12 @@ void bump_versions(const Task& task) {
   for (int64_t k : task.due) bump(task.bases[k]);
 }
 
+int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
+  return ScratchSizes::of(Layouts(table), threads, dtype).numel(threads);
+}
+
+} // namespace
+
 at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                  at::TensorList grams, at::TensorList bases, at::TensorList refresh_offsets, at::TensorList state_steps,
                  const at::Tensor& table, const at::Tensor& scratch, const std::optional<at::Tensor>& grad_scale,
@@ -415,12 +422,6 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
   });
   return outcomes;
 }
-
-int64_t scratch_numel(const at::Tensor& table, int64_t threads, at::ScalarType dtype) {
-  return ScratchSizes::of(Layouts(table), threads, dtype).numel(threads);
-}
-
-} // namespace
 
 TORCH_LIBRARY_IMPL(soap_opt, CPU, m) {
   m.impl("step_", &step_);

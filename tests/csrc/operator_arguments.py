@@ -3,6 +3,7 @@
 import torch
 from comparison import RAGGED, random_basis, random_gradients, random_params
 
+import soap_opt
 from soap_opt import cpu
 from soap_opt.layout import layout_of, memory_order
 from soap_opt.options import Options
@@ -54,6 +55,12 @@ POSITIONAL = 11  # the arguments of step_ before its keywords
 def call_step(arguments):
     values = list(arguments.items())
     return OPS.step_(*(value for _, value in values[:POSITIONAL]), **dict(values[POSITIONAL:]))
+
+
+def call_directly(arguments):
+    """The same call past the dispatcher; None where it has to be call_step's."""
+    *tensors, lr, weight_decay, options = arguments.values()
+    return soap_opt._C.step_(*tensors, [lr], [weight_decay], options)
 
 
 def tensors_in(arguments):

@@ -7,6 +7,7 @@ from operator_arguments import (
     OPS,
     POSITIONAL,
     assert_same_tensors,
+    call_directly,
     call_step,
     gram_arguments,
     layouts_of,
@@ -117,14 +118,15 @@ STEP_ERRORS = {
 }
 
 
+@pytest.mark.parametrize("call", [call_step, call_directly])
 @pytest.mark.parametrize("name", STEP_ERRORS)
-def test_step_refuses_what_does_not_fit_and_changes_nothing(name):
+def test_step_refuses_what_does_not_fit_and_changes_nothing(name, call):
     key, change = STEP_ERRORS[name]
     arguments = step_arguments()
     arguments[key] = change(arguments[key])
     before = snapshot(arguments)
     with pytest.raises(RuntimeError):
-        call_step(arguments)
+        call(arguments)
     assert_same_tensors(arguments, before)
 
 
