@@ -5,13 +5,18 @@
 #include <memory>
 #include <vector>
 
+#include "refresh_basis.h"
 #include "simd.h"
 #include "tiles.h"
+#include "wide.h"
 
 namespace soap_opt {
 namespace {
 
 constexpr int64_t kReflectors = 32; // of a panel; more of them make its loops longer, but its products deeper
+constexpr int64_t kBlock = 128;     // reflectors, in panels, that are applied to a matrix beyond L2 in one pass
+constexpr int64_t kRows = 32;       // rows (columns of the decomposed matrix) that a thread turns at once
+constexpr int64_t kColumns = 256;   // columns of -T V^T that a thread makes at once
 
 template <typename I, typename T>
 SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y, int64_t n) {
@@ -26,12 +31,12 @@ SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y
   return total;
 }
 
-// Rows [first, first + count) of a [d, d] become reflectors v_k, H_k = I - tau_k v_k v_k^T. The entries of v_k are written from
+// Rows [first, first + count) of a [d, d], row stride ld, become reflectors v_k, H_k = I - tau_k v_k v_k^T. The entries of v_k are written from
 // `first` on: 0 up to the diagonal, 1 on it. noise [d]: noise_of_column of each row. taus [count].
 template <typename I, typename T>
-SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
+SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t ld, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
-    T* SOAP_OPT_RESTRICT v = a + k * d;
+    T* SOAP_OPT_RESTRICT v = a + k * ld;
     T below = dot<I>(v + k + 1, v + k + 1, d - k - 1), alpha = v[k];
     bool left = alpha * alpha + below > noise[k] * noise[k];
     if (alpha * alpha + below < kTinySquare<T>) {
@@ -54,7 +59,7 @@ SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t c
     tau = reflector.tau;
     for (int64_t i = k + 1; i < d; ++i) v[i] *= reflector.inverse;
     for (int64_t j = k + 1; j < first + count; ++j) {
-      T* SOAP_OPT_RESTRICT x = a + j * d;
+      T* SOAP_OPT_RESTRICT x = a + j * ld;
       const T weight = tau * dot<I>(v + k, x + k, d - k);
       for (int64_t i = k; i < d; ++i) x[i] -= weight * v[i];
     }
@@ -62,15 +67,15 @@ SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t d, int64_t first, int64_t c
 }
 
 template <typename T>
-void reflect_rows(T* a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus);
+void reflect_rows(T* a, int64_t ld, int64_t d, int64_t first, int64_t count, const T* noise, T* taus);
 
 } // namespace
 
-#define SOAP_OPT_FOR(T)                                                                        \
-  namespace {                                                                                  \
-  SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                        \
-                    (T * a, int64_t d, int64_t first, int64_t count, const T* noise, T* taus), \
-                    (a, d, first, count, noise, taus))                                         \
+#define SOAP_OPT_FOR(T)                                                                                    \
+  namespace {                                                                                              \
+  SOAP_OPT_VERSIONS(template <>, void, reflect_rows, reflect_rows_body,                                    \
+                    (T * a, int64_t ld, int64_t d, int64_t first, int64_t count, const T* noise, T* taus), \
+                    (a, ld, d, first, count, noise, taus))                                                 \
   }
 SOAP_OPT_FOR(float)
 SOAP_OPT_FOR(double)
@@ -78,106 +83,186 @@ SOAP_OPT_FOR(double)
 
 namespace {
 
-// A panel of w reflectors as one matrix: H_1 .. H_w = I - V T V^T. The columns of V are the rows of the panel.
+// to [d, d] <- from^T, from [d, d] with row stride ld
+template <typename T>
+void transpose(const T* from, int64_t ld, T* to, int64_t d) {
+  constexpr int64_t block = 16;
+  const auto columns = [&](int64_t begin, int64_t end) { // of `from`, in blocks
+    for (int64_t c = begin * block; c < std::min(d, end * block); c += block)
+      for (int64_t r = 0; r < d; r += block)
+        for (int64_t i = c; i < std::min(d, c + block); ++i)
+          for (int64_t j = r; j < std::min(d, r + block); ++j) to[i * d + j] = from[j * ld + i];
+  };
+  if (d <= kThreadedSize)
+    columns(0, (d + block - 1) / block);
+  else
+    parallel_for(0, (d + block - 1) / block, 1, columns);
+}
+
+// w reflectors as one matrix: H_1 .. H_w = I - V T V^T. The columns of V are rows of the matrix that was decomposed.
 template <typename T>
 struct Reflection {
-  int64_t first, count, length;          // length = d - first
-  std::unique_ptr<T[]> by_depth;         // V packed [length, count]
-  T triangle[kReflectors * kReflectors]; // T, upper triangular, row-major
+  int64_t first, count, length;  // length = d - first
+  std::unique_ptr<T[]> by_depth; // V [length, count], packed in pieces of kDepth rows, one after the other
+  std::unique_ptr<T[]> triangle; // T^T [count, count], lower triangular, row-major
 };
 
+// The reflections of a [d, d], row stride padded_row<T>(d), whose columns are the rows of a: for d > kThreadedSize on all free
+// threads. Every element is the same sum for any number of threads.
 template <typename T>
 class Reflections {
  public:
-  Reflections(int64_t d)
-      : d_(d),
-        room_(new T[packed_numel<T>(d, d) + 2 * packed_numel<T>(kReflectors, d) + (d + 1) * kReflectors +
-                    packed_numel<T>(kReflectors, d) + kReflectors * (d + kPackedWidth<T>)+4 * kReflectors * kReflectors]) {
-    T* next = room_.get();
-    const auto take = [&](int64_t n) {
-      T* place = next;
-      next += n;
-      return place;
-    };
-    packed_ = take(packed_numel<T>(d, d));
-    vectors_ = take(packed_numel<T>(kReflectors, d));
-    turned_ = take(packed_numel<T>(kReflectors, d));
-    product_ = take((d + 1) * kReflectors);
-    product_packed_ = take(packed_numel<T>(kReflectors, d));
-    rows_ = take(kReflectors * (d + kPackedWidth<T>));
-    small_ = take(2 * kReflectors * kReflectors);
-    small_packed_ = take(2 * kReflectors * kReflectors);
+  // noise [d]: noise_of_column of each row
+  Reflections(T* a, int64_t d, const T* noise)
+      : a_(a),
+        d_(d),
+        ld_(padded_row<T>(d)),
+        width_(std::min(d, d > kThreadedSize ? kBlock : kReflectors)),
+        noise_(noise),
+        threads_(d > kThreadedSize ? free_threads() : 1),
+        taus_(d),
+        shared_(new T[packed_numel<T>(width_, d) + 2 * packed_numel<T>(width_, width_)]),
+        rooms_(new T[threads_ * Room(width_, nullptr).numel]) {
+    turned_ = shared_.get();
+    small_ = turned_ + packed_numel<T>(width_, d);
+    small_packed_ = small_ + packed_numel<T>(width_, width_);
   }
 
-  // Makes reflectors of a's rows [first, first + count), and returns their panel with T.
-  Reflection<T> factor(T* a, int64_t first, int64_t count, const T* noise) {
-    Reflection<T> panel{first, count, d_ - first, std::unique_ptr<T[]>(new T[packed_numel<T>(d_ - first, count)]), {}};
-    T taus[kReflectors];
-    reflect_rows(a, d_, first, count, noise, taus);
-    pack_transposed<T>(panel.by_depth.get(), panel.length, 0, a + first * d_ + first, d_, panel.length, count);
-    multiply_panels<T>(small_, kReflectors, count, count, panel.by_depth.get(), panel.by_depth.get(), panel.length); // V^T V
-    T* triangle = panel.triangle;
-    for (int64_t k = 0; k < count; ++k) {
-      for (int64_t i = 0; i < k; ++i) {
-        T sum = 0;
-        for (int64_t l = i; l < k; ++l) sum += triangle[i * kReflectors + l] * small_[l * kReflectors + k];
-        triangle[i * kReflectors + k] = -taus[k] * sum;
+  // The number of rows that one reflection is made of
+  int64_t width() const { return width_; }
+
+  // Makes reflectors of a's rows [first, first + count).
+  Reflection<T> factor(int64_t first, int64_t count) {
+    T* taus = taus_.data() + first;
+    if (count <= kReflectors) {
+      reflect_rows(a_, ld_, d_, first, count, noise_, taus);
+    } else {
+      for (int64_t begin = 0; begin < count; begin += kReflectors) {
+        const int64_t some = std::min(kReflectors, count - begin), end = begin + some;
+        const Reflection<T> panel = factor(first + begin, some);
+        if (end < count) apply(panel, a_ + (first + end) * ld_ + first + begin, count - end, /*back=*/false, some);
       }
-      triangle[k * kReflectors + k] = taus[k];
+      for (int64_t k = 0; k < count; ++k) std::fill_n(a_ + (first + k) * ld_ + first, k, T(0)); // (R is not needed)
     }
-    return panel;
+    Reflection<T> made{first, count, d_ - first, nullptr, std::unique_ptr<T[]>(new T[count * count])};
+    const int64_t panels = panels_of<T>(count), ld = panels * kPackedWidth<T>;
+    made.by_depth.reset(new T[made.length * ld]);
+    each((made.length + kDepth - 1) / kDepth, [&](int64_t piece, const Room&) {
+      const int64_t k = piece * kDepth, depth = std::min(kDepth, made.length - k);
+      pack_transposed<T>(made.by_depth.get() + k * ld, depth, 0, a_ + first * ld_ + first + k, ld_, depth, count);
+    });
+    T* products = small_; // V^T V
+    each(panels, [&](int64_t panel, const Room&) {
+      const int64_t i = panel * kPackedWidth<T>;
+      for (int64_t k = 0; k < made.length; k += kDepth) {
+        const int64_t depth = std::min(kDepth, made.length - k);
+        const T* piece = made.by_depth.get() + k * ld;
+        multiply_panels<T>(products + i * ld, ld, std::min(kPackedWidth<T>, count - i), count, piece + i * depth, piece, depth,
+                           k > 0);
+      }
+    });
+    for (int64_t k = 0; k < count; ++k) {
+      T* SOAP_OPT_RESTRICT column = made.triangle.get() + k * count;
+      std::fill_n(column, count, T(0));
+      for (int64_t l = 0; l < k; ++l) {
+        const T* SOAP_OPT_RESTRICT other = made.triangle.get() + l * count;
+        for (int64_t i = 0; i <= l; ++i) column[i] += other[i] * products[l * ld + k];
+      }
+      for (int64_t i = 0; i < k; ++i) column[i] *= -taus[k];
+      column[k] = taus[k];
+    }
+    return made;
   }
 
-  // x <- H^T x (back: H x) for columns x, which are the rows of xs [count, d - first] with row stride d. Only their elements
-  // from `skip` on are written. a: the matrix with the panel's rows.
-  void apply(const Reflection<T>& panel, const T* a, T* xs, int64_t count, bool back, int64_t skip) {
-    const int64_t w = panel.count, length = panel.length, n = length - skip;
-    // U [w, n] = -T V (back: -T^T V), where the rows of V are the reflectors
+  // x <- H^T x (back: H x) for columns x [length], which are rows of xs [count, length] with a's row stride. Only their elements
+  // from `skip` on are written, and elements after their end that fill a panel.
+  void apply(const Reflection<T>& reflection, T* xs, int64_t count, bool back, int64_t skip) {
+    const int64_t w = reflection.count, length = reflection.length, n = length - skip, ld = panels_of<T>(w) * kPackedWidth<T>;
+    // U [w, n] = -T V^T (back: -T^T V^T)
+    const T* triangle = reflection.triangle.get();
     for (int64_t i = 0; i < w; ++i)
-      for (int64_t k = 0; k < w; ++k)
-        small_[k * w + i] = -(back ? panel.triangle[k * kReflectors + i] : panel.triangle[i * kReflectors + k]);
+      for (int64_t k = 0; k < w; ++k) small_[k * w + i] = -(back ? triangle[i * w + k] : triangle[k * w + i]);
     pack_rows<T>(small_packed_, w, 0, small_, w, w, w);
-    pack_rows<T>(vectors_, w, 0, a + panel.first * d_ + panel.first + skip, d_, w, n);
-    const int64_t ld = panels_of<T>(n) * kPackedWidth<T>;
-    multiply_panels<T>(rows_, ld, w, n, small_packed_, vectors_, w);
-    pack_rows<T>(turned_, w, 0, rows_, ld, w, n);
-    // x V^T, then x += (x V^T) U
-    pack_transposed<T>(packed_, length, 0, xs, d_, length, count);
-    multiply_panels<T>(product_, kReflectors, count, w, packed_, panel.by_depth.get(), length);
-    pack_transposed<T>(product_packed_, w, 0, product_, kReflectors, w, count);
-    multiply_panels<T>(xs + skip, d_, count, n, product_packed_, turned_, w, /*add=*/true);
+    const T* vectors = a_ + reflection.first * ld_ + reflection.first + skip;
+    each((n + kColumns - 1) / kColumns, [&](int64_t unit, const Room& room) {
+      const int64_t j = unit * kColumns, columns = std::min(kColumns, n - j);
+      pack_rows<T>(room.vectors, w, 0, vectors + j, ld_, w, columns);
+      multiply_panels<T>(room.rows, kColumns, w, columns, small_packed_, room.vectors, w);
+      pack_rows<T>(turned_ + j * w, w, 0, room.rows, kColumns, w, columns);
+    });
+    // x^T V, then x^T += (x^T V) U
+    each((count + kRows - 1) / kRows, [&](int64_t unit, const Room& room) {
+      const int64_t rows = std::min(kRows, count - unit * kRows);
+      T* x = xs + unit * kRows * ld_;
+      for (int64_t k = 0; k < length; k += kDepth) {
+        const int64_t depth = std::min(kDepth, length - k);
+        pack_transposed<T>(room.piece, depth, 0, x + k, ld_, depth, rows);
+        multiply_panels<T>(room.product, ld, rows, w, room.piece, reflection.by_depth.get() + k * ld, depth, k > 0);
+      }
+      pack_transposed<T>(room.product_packed, w, 0, room.product, ld, w, rows);
+      multiply_panels<T>(x + skip, ld_, rows, n, room.product_packed, turned_, w, /*add=*/true);
+    });
   }
 
  private:
-  int64_t d_;
-  std::unique_ptr<T[]> room_;
-  T *packed_, *vectors_, *turned_, *product_, *product_packed_, *rows_, *small_, *small_packed_;
+  // A thread's own memory
+  struct Room {
+    int64_t numel = 0;
+    T *vectors, *rows, *piece, *product, *product_packed;
+
+    Room(int64_t width, T* data) {
+      const auto take = [&](int64_t n) {
+        T* place = data == nullptr ? nullptr : data + numel;
+        numel += n;
+        return place;
+      };
+      vectors = take(packed_numel<T>(width, kColumns));
+      rows = take((width + 1) * kColumns);
+      piece = take(packed_numel<T>(kDepth, kRows));
+      product = take((kRows + 1) * panels_of<T>(width) * kPackedWidth<T>);
+      product_packed = take(packed_numel<T>(width, kRows));
+    }
+  };
+
+  // function(i, room) for i < n
+  template <typename Function>
+  void each(int64_t n, const Function& function) {
+    parallel_with_room(n, threads_, rooms_.get(), Room(width_, nullptr).numel, [&](int64_t begin, int64_t end, T* data) {
+      const Room room(width_, data);
+      for (int64_t i = begin; i < end; ++i) function(i, room);
+    });
+  }
+
+  T* a_;
+  int64_t d_, ld_, width_;
+  const T* noise_;
+  int64_t threads_;
+  std::vector<T> taus_;
+  std::unique_ptr<T[]> shared_, rooms_;
+  T *turned_, *small_, *small_packed_; // U, packed; two matrices [width, width]
 };
 
 } // namespace
 
 template <typename T>
 void householder_q(T* columns, T* q, int64_t d) {
-  Reflections<T> reflections(d);
+  const int64_t ld = padded_row<T>(d);
   std::vector<T> noise(d);
-  for (int64_t k = 0; k < d; ++k) noise[k] = noise_of_column(largest_magnitude(columns + k * d, d), d);
-  std::vector<Reflection<T>> panels;
-  for (int64_t first = 0; first < d; first += kReflectors) {
-    const int64_t count = std::min(kReflectors, d - first), after = first + count;
-    panels.push_back(reflections.factor(columns, first, count, noise.data()));
-    if (after < d) reflections.apply(panels.back(), columns, columns + after * d + first, d - after, /*back=*/false, count);
+  for (int64_t k = 0; k < d; ++k) noise[k] = noise_of_column(largest_magnitude(columns + k * ld, d), d);
+  Reflections<T> reflections(columns, d, noise.data());
+  std::vector<Reflection<T>> made;
+  for (int64_t first = 0; first < d; first += reflections.width()) {
+    const int64_t count = std::min(reflections.width(), d - first), after = first + count;
+    made.push_back(reflections.factor(first, count));
+    if (after < d) reflections.apply(made.back(), columns + after * ld + first, d - after, /*back=*/false, count);
   }
-  // q <- Q^T = (H_1 .. H_d I)^T, from the last panel to the first: only the entries to its right and below are not yet those of
+  // Q^T = (H_1 .. H_d I)^T, from the last reflection to the first: only the entries to its right and below are not yet those of
   // the identity
-  std::fill_n(q, d * d + kPackedWidth<T>, T(0));
-  for (int64_t i = 0; i < d; ++i) q[i * d + i] = 1;
-  for (auto panel = panels.rbegin(); panel != panels.rend(); ++panel)
-    reflections.apply(*panel, columns, q + panel->first * d + panel->first, d - panel->first, /*back=*/true, 0);
-  constexpr int64_t block = 16;
-  for (int64_t i = 0; i < d; i += block)
-    for (int64_t j = i; j < d; j += block)
-      for (int64_t r = i; r < std::min(d, i + block); ++r)
-        for (int64_t c = std::max(j, r + 1); c < std::min(d, j + block); ++c) std::swap(q[r * d + c], q[c * d + r]);
+  const std::unique_ptr<T[]> transposed(new T[d * ld]());
+  for (int64_t i = 0; i < d; ++i) transposed[i * ld + i] = 1;
+  for (auto one = made.rbegin(); one != made.rend(); ++one)
+    reflections.apply(*one, transposed.get() + one->first * ld + one->first, d - one->first, /*back=*/true, 0);
+  transpose(transposed.get(), ld, q, d);
 }
 template void householder_q(float*, float*, int64_t);
 template void householder_q(double*, double*, int64_t);

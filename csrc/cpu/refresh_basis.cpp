@@ -1,4 +1,4 @@
-// soap_opt::refresh_basis_ and soap_opt::init_basis on the CPU: one core for a small matrix, LAPACK and BLAS for a large one.
+// soap_opt::refresh_basis_ and soap_opt::init_basis on the CPU: one core for a small matrix, all threads for a large one.
 #include "refresh_basis.h"
 
 #include "../refresh_arguments.h"
@@ -18,12 +18,13 @@
 #include "householder.h"
 #include "products.h"
 #include "tiles.h"
+#include "wide.h"
 
 namespace soap_opt {
 namespace {
 
 // Up to this size plain loops do the QR in place: calls into ATen and LAPACK cost 17 microseconds, and the loops need one for a
-// 4 x 4 matrix. For larger matrices householder.h does it, or LAPACK on all threads.
+// 4 x 4 matrix. For larger matrices householder.h does it.
 constexpr int64_t kLoopRefresh = 32;
 
 // a [d, d] row-major <- Q of its QR decomposition, by Householder reflections, H_k = I - tau_k v_k v_k^T with v_k[k] = 1.
@@ -76,6 +77,14 @@ void small_householder_q(T* a, int64_t d) {
   }
 }
 
+// to <- from x_g M on all free threads, both [A, D, B], A or B = 1, M [D, D]
+template <typename T>
+void wide_product(const T* from, T* to, int64_t before, int64_t after, const T* matrix, int64_t d) {
+  const int64_t threads = free_threads(), room = wide_room<T>(d);
+  const std::unique_ptr<T[]> rooms(new T[threads * room]);
+  product_wide<T>(from, to, before, after, {matrix, d}, threads, rooms.get(), room);
+}
+
 // The power of two that brings `largest` near 1, so that squares of scaled numbers neither vanish nor overflow; 1 for 0.
 template <typename T>
 T power_of_two_scale(T largest) {
@@ -103,7 +112,7 @@ template <typename T>
 Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance) {
   Refresh<T> result;
   result.outcome = Outcome::failed;
-  const bool tiles = d > kLoopRefresh && d <= kThreadedSize; // on one core, by register tiles
+  const bool tiles = d > kLoopRefresh, threaded = d > kThreadedSize;
   // A power of two does not change Q'. Without it the Gram's products with Q would vanish or overflow near the ends of T's
   // range.
   const T largest_gram = largest_magnitude(gram, d * d);
@@ -118,7 +127,9 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   const std::unique_ptr<T[]> product(new T[d * d + kPackedWidth<T>]);
   std::unique_ptr<T[]> basis_packed, packed;
   std::vector<T> eigenvalues(d, T(0));
-  if (tiles) {
+  if (threaded) {
+    wide_product(gram, product.get(), d, 1, basis, d);
+  } else if (tiles) {
     basis_packed.reset(new T[packed_numel<T>(d, d)]);
     packed.reset(new T[packed_numel<T>(d, d)]);
     pack_rows<T>(basis_packed.get(), d, 0, basis, d, d, d);
@@ -143,28 +154,31 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   T* q = result.basis.data();
   const T scale = power_of_two_scale(largest_magnitude(product.get(), d * d));
   if (tiles) {
-    const std::unique_ptr<T[]> columns(new T[d * d + kPackedWidth<T>]);
+    const int64_t ld = padded_row<T>(d);
+    const std::unique_ptr<T[]> columns(new T[d * ld]);
     constexpr int64_t block = 16;
-    for (int64_t i = 0; i < d; i += block)
-      for (int64_t j = 0; j < d; ++j)
-        for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * d + r] = product[r * d + result.order[j]] * scale;
+    const auto arrange = [&](int64_t begin, int64_t end) { // rows, in blocks
+      for (int64_t i = begin * block; i < std::min(d, end * block); i += block)
+        for (int64_t j = 0; j < d; ++j)
+          for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * ld + r] = product[r * d + result.order[j]] * scale;
+    };
+    if (threaded)
+      parallel_for(0, (d + block - 1) / block, 1, arrange);
+    else
+      arrange(0, (d + block - 1) / block);
     householder_q(columns.get(), q, d);
   } else {
     for (int64_t i = 0; i < d; ++i)
       for (int64_t j = 0; j < d; ++j) q[i * d + j] = product[i * d + result.order[j]] * scale;
-    if (d <= kLoopRefresh) {
-      small_householder_q(q, d);
-    } else {
-      const SameForAllThreads same;
-      const at::Tensor sorted = at::from_blob(q, {d, d}, c10::CppTypeToScalarType<T>::value);
-      sorted.copy_(std::get<0>(at::linalg_qr(sorted))); // LAPACK's result is column-major
-    }
+    small_householder_q(q, d);
   }
   // Whatever the Gram was, only an orthogonal Q' leaves this function
   eigenvalues.resize(3 * d);
   if (!is_orthogonal(q, d, eigenvalues.data())) return result;
-  result.rotation.resize(d * d + kPackedWidth<T>); // (allocated late: LAPACK's QR needs several d^2 too)
-  if (tiles) {
+  result.rotation.resize(d * d + kPackedWidth<T>); // (allocated late: the QR needs several d^2 too)
+  if (threaded) {
+    wide_product(q, result.rotation.data(), 1, d, basis, d);
+  } else if (tiles) {
     pack_rows<T>(packed.get(), d, 0, q, d, d, d);
     multiply_panels<T>(result.rotation.data(), d, d, d, basis_packed.get(), packed.get(), d);
   } else {

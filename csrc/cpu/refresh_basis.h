@@ -7,7 +7,7 @@
 
 namespace soap_opt {
 
-// Larger matrices are decomposed one at a time, by LAPACK on all threads; the others side by side, each by one core.
+// Larger matrices are refreshed one at a time, on all threads; the others side by side, each by one core.
 constexpr int64_t kThreadedSize = 512;
 
 // The outcomes of refresh_basis_ for a matrix.
