@@ -109,7 +109,7 @@ double off_diagonal_share(const T* product, const T* basis, const T* eigenvalues
 } // namespace
 
 template <typename T>
-Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance) {
+Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolerance, bool rotation) {
   Refresh<T> result;
   result.outcome = Outcome::failed;
   const bool tiles = d > kLoopRefresh, threaded = d > kThreadedSize;
@@ -175,6 +175,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   // Whatever the Gram was, only an orthogonal Q' leaves this function
   eigenvalues.resize(3 * d);
   if (!is_orthogonal(q, d, eigenvalues.data())) return result;
+  result.outcome = Outcome::refreshed;
+  if (!rotation) return result;
   result.rotation.resize(d * d + kPackedWidth<T>); // (allocated late: the QR needs several d^2 too)
   if (threaded) {
     wide_product(q, result.rotation.data(), 1, d, basis, d);
@@ -184,11 +186,10 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   } else {
     gemm<T>({result.rotation.data(), d, d}, Matrix<const T>(basis, d, d).t(), {q, d, d});
   }
-  result.outcome = Outcome::refreshed;
   return result;
 }
-template Refresh<float> refresh_basis(const float*, const float*, int64_t, double);
-template Refresh<double> refresh_basis(const double*, const double*, int64_t, double);
+template Refresh<float> refresh_basis(const float*, const float*, int64_t, double, bool);
+template Refresh<double> refresh_basis(const double*, const double*, int64_t, double, bool);
 
 namespace {
 

@@ -39,9 +39,16 @@ template <typename T>
 struct Turn {
   size_t group;
   int64_t before, after;
-  std::vector<int64_t> order; // [D] permutes v
-  std::vector<T> rotation;    // [D, D] turns m
+  std::vector<int64_t> order;             // [D] permutes v
+  std::vector<T> rotation;                // [D, D], where it turns m
+  c10::SmallVector<Factor<T>, 2> factors; // turn m one after the other: the rotation; or Q^T, then Q'
 };
+
+// Whether m [A, D, B] is turned by the rotation Q^T Q' of a mode, or by Q^T and then by Q', which takes fewer flops where
+// A B < D: 4 D^2 A B instead of 2 D^3 + 2 D^2 A B.
+inline bool turned_by_rotation(const Layout& layout, const ModeGroup& group) {
+  return group.positions.size() > 1 || layout.numel >= group.width * group.width;
+}
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
 // turn(Turn): m <- m x_g rotation. buffer [numel]. Allocations, which may fail, come before the first write. Returns the number
@@ -51,8 +58,11 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
                       const Function& turn) {
   const Layout& layout = *task.layout;
   std::vector<Refresh<T>> refreshed(layout.modes);
-  for (int64_t k : task.due)
-    refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0), options.tolerance());
+  for (const ModeGroup& group : layout.mode_groups)
+    for (int64_t k : group.positions)
+      if (std::find(task.due.begin(), task.due.end(), k) != task.due.end())
+        refreshed[k] = refresh_basis<T>(matrices.grams[k], matrices.bases[k], task.bases[k].size(0), options.tolerance(),
+                                        turned_by_rotation(layout, group));
   int32_t failed = 0;
   for (const Refresh<T>& mode : refreshed) failed += mode.outcome == Outcome::failed;
   std::vector<Turn<T>> turns;
@@ -62,10 +72,14 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
     const int64_t outside = before;
     before *= group.width;
     if (std::none_of(group.positions.begin(), group.positions.end(), [&](int64_t k) { return refreshed[k].done(); })) continue;
-    Turn<T> whole{g, outside, layout.numel / before, {0}, {T(1)}};
+    Turn<T> whole{g, outside, layout.numel / before, {0}, {T(1)}, {}};
     if (group.positions.size() == 1) {
-      whole.order = std::move(refreshed[group.positions[0]].order);
-      whole.rotation = std::move(refreshed[group.positions[0]].rotation);
+      Refresh<T>& mode = refreshed[group.positions[0]];
+      whole.order = std::move(mode.order);
+      whole.rotation = std::move(mode.rotation);
+      if (!turned_by_rotation(layout, group))
+        whole.factors = {{matrices.bases[group.positions[0]], group.width, /*transposed=*/true},
+                         {mode.basis.data(), group.width}};
     } else {
       // The Kronecker products of the modes' orders and rotations, with identities for modes that were not refreshed
       for (size_t f = 0; f < group.positions.size(); ++f) {
@@ -85,6 +99,7 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
         whole.rotation = std::move(rotation);
       }
     }
+    if (whole.factors.empty()) whole.factors = {{whole.rotation.data(), group.width}};
     turns.push_back(std::move(whole));
   }
   for (const Turn<T>& one : turns) {
@@ -187,9 +202,12 @@ int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   const Arranged<T> exp_avg(*task.exp_avg, layout), exp_avg_sq(*task.exp_avg_sq, layout);
   T* m = exp_avg.data();
   const int32_t failed = refresh_modes(task, matrices, exp_avg_sq.data(), buffer, options, [&](const Turn<T>& turn) {
-    const int64_t width = layout.mode_groups[turn.group].width;
-    multiply<T>(m, buffer, turn.before, width, turn.after, {turn.rotation.data(), width, width});
-    std::copy_n(buffer, layout.numel, m);
+    T *from = m, *to = buffer;
+    for (const Factor<T>& factor : turn.factors) {
+      multiply<T>(from, to, turn.before, factor.width, turn.after, factor.matrix());
+      std::swap(from, to);
+    }
+    if (from != m) std::copy_n(from, layout.numel, m);
   });
   exp_avg.write_back();
   exp_avg_sq.write_back();
@@ -342,10 +360,11 @@ int32_t step_blocked(const Task& task, P* param, T* scratch, const Options& opti
   int32_t failed = 0;
   if (!task.due.empty() && !task.refresh_in_parallel) {
     failed = refresh_modes(task, matrices, v, whole, options, [&](const Turn<T>& turn) {
-      Factor<T> factor{turn.rotation.data(), layout.mode_groups[turn.group].width};
-      if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
-      product<T>(m, whole, turn.before, turn.after, factor, work.product);
-      std::copy_n(whole, n, m);
+      for (Factor<T> factor : turn.factors) {
+        if (forward[turn.group].packed != nullptr) factor.pack(work.forward[turn.group]);
+        product<T>(m, whole, turn.before, turn.after, factor, work.product);
+        std::copy_n(whole, n, m);
+      }
     });
     exp_avg.write_back();
     exp_avg_sq.write_back();

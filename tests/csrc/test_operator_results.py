@@ -116,6 +116,35 @@ def test_refresh_basis(kind, start, dtype):
         assert sure > 0.8 * sum(SIZES)  # the comparison of columns did compare
 
 
+# Above 512 all threads share a basis, whose reflectors are applied 128 at a time: the last ones are 1, 88 and 1 here
+LARGE = [513, 600, 641]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", GRAMS)
+def test_refresh_of_a_large_basis(kind, dtype):
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    for d, basis in zip(LARGE, (torch.eye(LARGE[0], dtype=dtype), *(random_basis(d, dtype) for d in LARGE[1:]))):
+        gram = GRAMS[kind](d)
+        check_refresh(((gram + gram.mT) / 2).to(dtype), basis, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refresh_has_the_same_bits_with_any_number_of_threads(dtype):
+    torch.manual_seed(0)
+    sizes = [*SIZES, *LARGE]
+    grams, bases = [full_rank(d).to(dtype) for d in sizes], [random_basis(d, dtype) for d in sizes]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        own = [basis.clone() for basis in bases]
+        orders, rotations = refresh_(grams, own)
+        results.append([*own, *orders, *rotations])
+    for other in results[1:]:
+        assert all(a.equal(b) for a, b in zip(results[0], other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_refresh_basis_decides_by_its_tolerance(dtype):
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def test_lockstep_with_threads(threads):
     lockstep([*RAGGED, (100, 130), (40, 40, 5, 5)], threads=threads, normalize_grads=threads % 2 == 0)
 
 
-# Registers and panels are 16 elements wide (8 for float64), columns are packed by 128, modes above 512 are left to BLAS
+# Registers and panels are 16 elements wide (8 for float64), columns are packed by 128, modes above 512 have loops of their own
 EDGES = [15, 16, 17, 31, 32, 33, 127, 128, 129, 511, 512, 513]
 
 
@@ -55,6 +55,13 @@ def test_lockstep_at_the_edges_of_tiles(d):
 @pytest.mark.parametrize("d", [15, 16, 17, 33, 128, 129])
 def test_lockstep_at_the_edges_of_tiles_in_float64(d):
     lockstep([(d, 20), (20, d), (3, d, 17), (d, 3, 5, 5), (5, d, 3, 3)], steps=3, precondition_frequency=1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_lockstep_with_large_bases(threads):
+    """m is turned by Q^T and by Q' where a mode is wider than the other modes' product, otherwise by the rotation."""
+    shapes = [(700, 40), (40, 641), (3, 520, 5), (530, 24, 24), (100, 33), (33, 100), (40, 3, 5)]
+    lockstep(shapes, steps=3, threads=threads, precondition_frequency=1 + threads % 2)
 
 
 def test_lockstep_at_the_edges_of_chunks():
