@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 
 #include "householder.h"
 #include "products.h"
@@ -113,6 +114,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   Refresh<T> result;
   result.outcome = Outcome::failed;
   const bool tiles = d > kLoopRefresh, threaded = d > kThreadedSize;
+  std::optional<FlushSubnormals> flush;
+  if (threaded) flush.emplace(); // as in the other threads, so that their number makes no difference
   // A power of two does not change Q'. Without it the Gram's products with Q would vanish or overflow near the ends of T's
   // range.
   const T largest_gram = largest_magnitude(gram, d * d);
@@ -197,8 +200,6 @@ namespace {
 // thread each; matrices of equal size, up to `together`, share a call.
 template <typename Function>
 void for_each_batch(at::TensorList matrices, int64_t together, const Function& function) {
-  // LAPACK's results depend on how many threads it may use, even where it uses one
-  const SameForAllThreads same;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::map<std::pair<int64_t, at::ScalarType>, std::vector<int64_t>> by_size;
   for (size_t i = 0; i < matrices.size(); ++i) by_size[{matrices[i].size(0), matrices[i].scalar_type()}].push_back(i);
@@ -274,6 +275,8 @@ at::Tensor eigenvectors(const at::Tensor& gram) {
 }
 
 std::vector<at::Tensor> init_basis(at::TensorList grams) {
+  // LAPACK's results depend on how many threads it may use, even where it uses one
+  const SameForAllThreads same;
   std::vector<at::Tensor> bases(grams.size());
   constexpr int64_t together = 64; // an ATen call for each of 4,000 4 x 4 matrices would take longer than LAPACK
   for_each_batch(grams, together, [&](const std::vector<int64_t>& batch) {
