@@ -23,7 +23,7 @@ from .peers import OURS
 from .perf import engine_of, version
 from .results import ROOT, Row, save, table
 
-USUAL = ["bmshj2018-hyperprior", "mbt2018-mean", "512-table", "gpt2-block", "2000-tensors-4x4"]
+USUAL = ["bmshj2018-hyperprior", "mbt2018-mean", "512-table", "gpt2-block", "resnet50", "2000-tensors-4x4"]
 
 
 def python_with(checkout: Path, folder: Path, name: str) -> str:
@@ -35,7 +35,7 @@ def python_with(checkout: Path, folder: Path, name: str) -> str:
 
 
 def measure(problem: Problem, checkouts: dict[str, Path], periods: int) -> Row:
-    """Medians of steady rounds of before and after."""
+    """Steady rounds of before and after: medians, means of whole periods (they have all refreshes), slowest places in a period."""
     with tempfile.TemporaryDirectory() as folder:
         entries = [
             replace(OURS[0], name=name, python=python_with(checkout, Path(folder), name))
@@ -52,6 +52,10 @@ def measure(problem: Problem, checkouts: dict[str, Path], periods: int) -> Row:
         "before_ms": before["median_ms"],
         "after_ms": after["median_ms"],
         "after_over_before": after["over_first"],
+        "before_mean_ms": before["mean_ms"],
+        "after_mean_ms": after["mean_ms"],
+        "before_slowest_phase_over_median": before["slowest_phase_over_median"],
+        "after_slowest_phase_over_median": after["slowest_phase_over_median"],
         "rounds": after["steps"],
         "quiet": after["quiet"],
     }
@@ -60,7 +64,7 @@ def measure(problem: Problem, checkouts: dict[str, Path], periods: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.before_after", description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path, help="another checkout, its engine built in place")
-    parser.add_argument("--model", action="append", choices=list(MODELS), help="repeatable (default: five)")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="repeatable (default: six)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--periods", type=int, default=4, help="of ten steps (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="NAME", help="write bench/results/KIND/NAME.csv")
