@@ -35,7 +35,7 @@ def python_with(checkout: Path, folder: Path, name: str) -> str:
 
 
 def measure(problem: Problem, checkouts: dict[str, Path], periods: int) -> Row:
-    """Steady rounds of before and after: medians, means of whole periods (they have all refreshes), slowest places in a period."""
+    """Steady rounds of before and after: medians, means of whole periods (with all refreshes), slowest places in a period."""
     with tempfile.TemporaryDirectory() as folder:
         entries = [
             replace(OURS[0], name=name, python=python_with(checkout, Path(folder), name))
