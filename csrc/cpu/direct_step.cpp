@@ -1,5 +1,6 @@
 #include "direct_step.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -22,10 +23,11 @@ using c10::DispatchKeySet;
 
 bool is_empty(DispatchKeySet keys) { return keys.highestFunctionalityKey() == DispatchKey::Undefined; }
 
-// Whether the dispatcher would call something before, or instead of, the kernel for the CPU: a mode, functorch, a tracer.
+// Whether Python or the dispatcher would call something before, or instead of, the kernel for the CPU: a mode, functorch, a
+// tracer.
 bool is_watched() {
-  return !is_empty(c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set -
-                   c10::autocast_dispatch_keyset);
+  return at::impl::torch_function_mode_enabled() || !is_empty(c10::impl::tls_local_dispatch_key_set().included_ -
+                                                              c10::default_included_set - c10::autocast_dispatch_keyset);
 }
 
 // Whether the dispatcher would call the kernel for the CPU with this tensor as it is.
@@ -57,8 +59,9 @@ class Borrowed {
     const Py_ssize_t n = PyTuple_GET_SIZE(owner_.get());
     tensors_.reserve(n);
     for (Py_ssize_t i = 0; i < n; ++i) {
-      tensors_.push_back(Traits::createBorrow(tensor_of(PyTuple_GET_ITEM(owner_.get(), i), name)));
-      plain_ = plain_ && is_plain(tensors_.back());
+      PyObject* item = PyTuple_GET_ITEM(owner_.get(), i);
+      tensors_.push_back(Traits::createBorrow(tensor_of(item, name)));
+      plain_ = plain_ && is_plain(tensors_.back()) && THPVariable_CheckExact(item); // (a subclass may override functions)
     }
   }
   Borrowed(const Borrowed&) = delete;
@@ -99,6 +102,7 @@ PyObject* direct_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (const auto* list : {&params, &grads, &exp_avgs, &exp_avg_sqs, &grams, &bases, &refresh_offsets, &state_steps})
     if (!list->plain()) Py_RETURN_NONE;
   const at::Tensor &table = tensor_of(arguments[8], "layouts"), &scratch = tensor_of(arguments[9], "scratch");
+  if (!is_plain(table) || !is_plain(scratch)) Py_RETURN_NONE;
   std::optional<at::Tensor> grad_scale;
   if (arguments[10] != Py_None) grad_scale = tensor_of(arguments[10], "grad_scale");
   const std::vector<double> lr = numbers_of(arguments[11], "lr"), weight_decay = numbers_of(arguments[12], "weight_decay"),

@@ -122,7 +122,7 @@ class Reflections {
         threads_(d > kThreadedSize ? free_threads() : 1),
         taus_(d),
         shared_(new T[packed_numel<T>(width_, d) + 2 * packed_numel<T>(width_, width_)]),
-        rooms_(new T[threads_ * Room(width_, nullptr).numel]) {
+        rooms_(new T[threads_ * Room(width_, ld_, nullptr).numel]) {
     turned_ = shared_.get();
     small_ = turned_ + packed_numel<T>(width_, d);
     small_packed_ = small_ + packed_numel<T>(width_, width_);
@@ -187,8 +187,9 @@ class Reflections {
     each((n + kColumns - 1) / kColumns, [&](int64_t unit, const Room& room) {
       const int64_t j = unit * kColumns, columns = std::min(kColumns, n - j);
       pack_rows<T>(room.vectors, w, 0, vectors + j, ld_, w, columns);
-      multiply_panels<T>(room.rows, kColumns, w, columns, small_packed_, room.vectors, w);
-      pack_rows<T>(turned_ + j * w, w, 0, room.rows, kColumns, w, columns);
+      const int64_t stride = padded_row<T>(columns);
+      multiply_panels<T>(room.rows, stride, w, columns, small_packed_, room.vectors, w);
+      pack_rows<T>(turned_ + j * w, w, 0, room.rows, stride, w, columns);
     });
     // x^T V, then x^T += (x^T V) U
     each((count + kRows - 1) / kRows, [&](int64_t unit, const Room& room) {
@@ -210,15 +211,16 @@ class Reflections {
     int64_t numel = 0;
     T *vectors, *rows, *piece, *product, *product_packed;
 
-    Room(int64_t width, T* data) {
+    Room(int64_t width, int64_t ld, T* data) {
+      const int64_t columns = std::min(kColumns, ld), depth = std::min(kDepth, ld); // (a small matrix needs less)
       const auto take = [&](int64_t n) {
         T* place = data == nullptr ? nullptr : data + numel;
         numel += n;
         return place;
       };
-      vectors = take(packed_numel<T>(width, kColumns));
-      rows = take((width + 1) * kColumns);
-      piece = take(packed_numel<T>(kDepth, kRows));
+      vectors = take(packed_numel<T>(width, columns));
+      rows = take(width * columns);
+      piece = take(packed_numel<T>(depth, kRows));
       product = take((kRows + 1) * panels_of<T>(width) * kPackedWidth<T>);
       product_packed = take(packed_numel<T>(width, kRows));
     }
@@ -227,8 +229,8 @@ class Reflections {
   // function(i, room) for i < n
   template <typename Function>
   void each(int64_t n, const Function& function) {
-    parallel_with_room(n, threads_, rooms_.get(), Room(width_, nullptr).numel, [&](int64_t begin, int64_t end, T* data) {
-      const Room room(width_, data);
+    parallel_with_room(n, threads_, rooms_.get(), Room(width_, ld_, nullptr).numel, [&](int64_t begin, int64_t end, T* data) {
+      const Room room(width_, ld_, data);
       for (int64_t i = begin; i < end; ++i) function(i, room);
     });
   }

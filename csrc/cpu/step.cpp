@@ -66,6 +66,7 @@ int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* bu
   int32_t failed = 0;
   for (const Refresh<T>& mode : refreshed) failed += mode.outcome == Outcome::failed;
   std::vector<Turn<T>> turns;
+  turns.reserve(layout.mode_groups.size()); // a copy's factors would point to the original's rotation
   int64_t before = 1;
   for (size_t g = 0; g < layout.mode_groups.size(); ++g) {
     const ModeGroup& group = layout.mode_groups[g];

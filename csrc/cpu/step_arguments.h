@@ -138,7 +138,7 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
           task.due.push_back(k);
           task.refresh_in_parallel |= d > kThreadedSize;
           if (!task.refresh_in_parallel)
-            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // (QR runs at about a third of gemm's rate)
+            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // (refreshes run at a third to two thirds of gemm's rate)
         }
       }
     first += layout.modes;

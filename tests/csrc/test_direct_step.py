@@ -7,6 +7,7 @@ import pytest
 import torch
 from comparison import NO_ENGINE, RAGGED
 from operator_arguments import assert_same_tensors, call_directly, call_step, snapshot, step_arguments, tensors_in
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,16 +129,37 @@ class Wrapped(torch.Tensor):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def test_a_mode_is_left_to_the_dispatcher():
+class Functions(TorchFunctionMode):
+    """The functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A tensor subclass without a dispatch key: it overrides functions alone."""
+
+
+@pytest.mark.parametrize("mode", [Calls, Functions])
+def test_a_mode_is_left_to_the_dispatcher(mode):
     arguments = step_arguments()
     before = snapshot(arguments)
-    with Calls():
+    with mode():
         assert call_directly(arguments) is None
     assert_same_tensors(arguments, before)
 
 
 @pytest.mark.parametrize("name", ["params", "grads", "exp_avg_sqs", "bases", "refresh_offsets", "state_steps"])
-@pytest.mark.parametrize("change", [lambda x: x.as_subclass(Wrapped), lambda x: x.to("meta"), torch.Tensor.to_sparse])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.as_subclass(Wrapped), lambda x: x.as_subclass(Named), lambda x: x.to("meta"), torch.Tensor.to_sparse],
+    ids=["wrapped", "named", "meta", "sparse"],
+)
 def test_a_tensor_of_another_kind_is_left_to_the_dispatcher(name, change):
     arguments = step_arguments()
     arguments[name][-1] = change(arguments[name][-1])
@@ -158,12 +180,21 @@ def stepped(context):
     return params
 
 
-def test_a_mode_sees_the_optimizers_step():
-    calls = Calls()
+@pytest.mark.parametrize(("mode", "name"), [(Calls, "soap_opt::step_"), (Functions, "soap_opt.step_")])
+def test_a_mode_sees_the_optimizers_step(mode, name):
+    calls = mode()
     seen, plain = stepped(calls), stepped(None)
-    assert calls.names.count("soap_opt::step_") == 1
+    assert calls.names.count(name) == 1
     for x, y in zip(seen, plain):
         assert torch.equal(x, y)
+
+
+def test_parameters_need_no_dispatcher():
+    arguments = step_arguments()
+    arguments["params"] = [torch.nn.Parameter(x) for x in arguments["params"]]
+    arguments["params"][-1] = torch.nn.Buffer(arguments["params"][-1].detach())
+    with torch.no_grad():
+        assert call_directly(arguments) is not None
 
 
 def test_autocast_needs_no_dispatcher():
