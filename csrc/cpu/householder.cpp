@@ -107,11 +107,34 @@ struct Reflection {
   std::unique_ptr<T[]> triangle; // T^T [count, count], lower triangular, row-major
 };
 
+// A thread's own memory
+template <typename T>
+struct ReflectionRoom {
+  int64_t numel = 0;
+  T *vectors, *rows, *piece, *product, *product_packed;
+
+  ReflectionRoom(int64_t width, int64_t ld, T* data) {
+    const int64_t columns = std::min(kColumns, ld), depth = std::min(kDepth, ld); // (a small matrix needs less)
+    const auto take = [&](int64_t n) {
+      T* place = data == nullptr ? nullptr : data + numel;
+      numel += n;
+      return place;
+    };
+    vectors = take(packed_numel<T>(width, columns));
+    rows = take(width * columns);
+    piece = take(packed_numel<T>(depth, kRows));
+    product = take((kRows + 1) * panels_of<T>(width) * kPackedWidth<T>);
+    product_packed = take(packed_numel<T>(width, kRows));
+  }
+};
+
 // The reflections of a [d, d], row stride padded_row<T>(d), whose columns are the rows of a: for d > kThreadedSize on all free
 // threads. Every element is the same sum for any number of threads.
 template <typename T>
 class Reflections {
  public:
+  using Room = ReflectionRoom<T>;
+
   // noise [d]: noise_of_column of each row
   Reflections(T* a, int64_t d, const T* noise)
       : a_(a),
@@ -132,100 +155,13 @@ class Reflections {
   int64_t width() const { return width_; }
 
   // Makes reflectors of a's rows [first, first + count).
-  Reflection<T> factor(int64_t first, int64_t count) {
-    T* taus = taus_.data() + first;
-    if (count <= kReflectors) {
-      reflect_rows(a_, ld_, d_, first, count, noise_, taus);
-    } else {
-      for (int64_t begin = 0; begin < count; begin += kReflectors) {
-        const int64_t some = std::min(kReflectors, count - begin), end = begin + some;
-        const Reflection<T> panel = factor(first + begin, some);
-        if (end < count) apply(panel, a_ + (first + end) * ld_ + first + begin, count - end, /*back=*/false, some);
-      }
-      for (int64_t k = 0; k < count; ++k) std::fill_n(a_ + (first + k) * ld_ + first, k, T(0)); // (R is not needed)
-    }
-    Reflection<T> made{first, count, d_ - first, nullptr, std::unique_ptr<T[]>(new T[count * count])};
-    const int64_t panels = panels_of<T>(count), ld = panels * kPackedWidth<T>;
-    made.by_depth.reset(new T[made.length * ld]);
-    each((made.length + kDepth - 1) / kDepth, [&](int64_t piece, const Room&) {
-      const int64_t k = piece * kDepth, depth = std::min(kDepth, made.length - k);
-      pack_transposed<T>(made.by_depth.get() + k * ld, depth, 0, a_ + first * ld_ + first + k, ld_, depth, count);
-    });
-    T* products = small_; // V^T V
-    each(panels, [&](int64_t panel, const Room&) {
-      const int64_t i = panel * kPackedWidth<T>;
-      for (int64_t k = 0; k < made.length; k += kDepth) {
-        const int64_t depth = std::min(kDepth, made.length - k);
-        const T* piece = made.by_depth.get() + k * ld;
-        multiply_panels<T>(products + i * ld, ld, std::min(kPackedWidth<T>, count - i), count, piece + i * depth, piece, depth,
-                           k > 0);
-      }
-    });
-    for (int64_t k = 0; k < count; ++k) {
-      T* SOAP_OPT_RESTRICT column = made.triangle.get() + k * count;
-      std::fill_n(column, count, T(0));
-      for (int64_t l = 0; l < k; ++l) {
-        const T* SOAP_OPT_RESTRICT other = made.triangle.get() + l * count;
-        for (int64_t i = 0; i <= l; ++i) column[i] += other[i] * products[l * ld + k];
-      }
-      for (int64_t i = 0; i < k; ++i) column[i] *= -taus[k];
-      column[k] = taus[k];
-    }
-    return made;
-  }
+  Reflection<T> factor(int64_t first, int64_t count);
 
   // x <- H^T x (back: H x) for columns x [length], which are rows of xs [count, length] with a's row stride. Only their elements
   // from `skip` on are written, and elements after their end that fill a panel.
-  void apply(const Reflection<T>& reflection, T* xs, int64_t count, bool back, int64_t skip) {
-    const int64_t w = reflection.count, length = reflection.length, n = length - skip, ld = panels_of<T>(w) * kPackedWidth<T>;
-    // U [w, n] = -T V^T (back: -T^T V^T)
-    const T* triangle = reflection.triangle.get();
-    for (int64_t i = 0; i < w; ++i)
-      for (int64_t k = 0; k < w; ++k) small_[k * w + i] = -(back ? triangle[i * w + k] : triangle[k * w + i]);
-    pack_rows<T>(small_packed_, w, 0, small_, w, w, w);
-    const T* vectors = a_ + reflection.first * ld_ + reflection.first + skip;
-    each((n + kColumns - 1) / kColumns, [&](int64_t unit, const Room& room) {
-      const int64_t j = unit * kColumns, columns = std::min(kColumns, n - j);
-      pack_rows<T>(room.vectors, w, 0, vectors + j, ld_, w, columns);
-      const int64_t stride = padded_row<T>(columns);
-      multiply_panels<T>(room.rows, stride, w, columns, small_packed_, room.vectors, w);
-      pack_rows<T>(turned_ + j * w, w, 0, room.rows, stride, w, columns);
-    });
-    // x^T V, then x^T += (x^T V) U
-    each((count + kRows - 1) / kRows, [&](int64_t unit, const Room& room) {
-      const int64_t rows = std::min(kRows, count - unit * kRows);
-      T* x = xs + unit * kRows * ld_;
-      for (int64_t k = 0; k < length; k += kDepth) {
-        const int64_t depth = std::min(kDepth, length - k);
-        pack_transposed<T>(room.piece, depth, 0, x + k, ld_, depth, rows);
-        multiply_panels<T>(room.product, ld, rows, w, room.piece, reflection.by_depth.get() + k * ld, depth, k > 0);
-      }
-      pack_transposed<T>(room.product_packed, w, 0, room.product, ld, w, rows);
-      multiply_panels<T>(x + skip, ld_, rows, n, room.product_packed, turned_, w, /*add=*/true);
-    });
-  }
+  void apply(const Reflection<T>& reflection, T* xs, int64_t count, bool back, int64_t skip);
 
  private:
-  // A thread's own memory
-  struct Room {
-    int64_t numel = 0;
-    T *vectors, *rows, *piece, *product, *product_packed;
-
-    Room(int64_t width, int64_t ld, T* data) {
-      const int64_t columns = std::min(kColumns, ld), depth = std::min(kDepth, ld); // (a small matrix needs less)
-      const auto take = [&](int64_t n) {
-        T* place = data == nullptr ? nullptr : data + numel;
-        numel += n;
-        return place;
-      };
-      vectors = take(packed_numel<T>(width, columns));
-      rows = take(width * columns);
-      piece = take(packed_numel<T>(depth, kRows));
-      product = take((kRows + 1) * panels_of<T>(width) * kPackedWidth<T>);
-      product_packed = take(packed_numel<T>(width, kRows));
-    }
-  };
-
   // function(i, room) for i < n
   template <typename Function>
   void each(int64_t n, const Function& function) {
@@ -243,6 +179,79 @@ class Reflections {
   std::unique_ptr<T[]> shared_, rooms_;
   T *turned_, *small_, *small_packed_; // U, packed; two matrices [width, width]
 };
+
+template <typename T>
+Reflection<T> Reflections<T>::factor(int64_t first, int64_t count) {
+  T* taus = taus_.data() + first;
+  if (count <= kReflectors) {
+    reflect_rows(a_, ld_, d_, first, count, noise_, taus);
+  } else {
+    for (int64_t begin = 0; begin < count; begin += kReflectors) {
+      const int64_t some = std::min(kReflectors, count - begin), end = begin + some;
+      const Reflection<T> panel = factor(first + begin, some);
+      if (end < count) apply(panel, a_ + (first + end) * ld_ + first + begin, count - end, /*back=*/false, some);
+    }
+    for (int64_t k = 0; k < count; ++k) std::fill_n(a_ + (first + k) * ld_ + first, k, T(0)); // (R is not needed)
+  }
+  Reflection<T> made{first, count, d_ - first, nullptr, std::unique_ptr<T[]>(new T[count * count])};
+  const int64_t panels = panels_of<T>(count), ld = panels * kPackedWidth<T>;
+  made.by_depth.reset(new T[made.length * ld]);
+  each((made.length + kDepth - 1) / kDepth, [&](int64_t piece, const Room&) {
+    const int64_t k = piece * kDepth, depth = std::min(kDepth, made.length - k);
+    pack_transposed<T>(made.by_depth.get() + k * ld, depth, 0, a_ + first * ld_ + first + k, ld_, depth, count);
+  });
+  T* products = small_; // V^T V
+  each(panels, [&](int64_t panel, const Room&) {
+    const int64_t i = panel * kPackedWidth<T>;
+    for (int64_t k = 0; k < made.length; k += kDepth) {
+      const int64_t depth = std::min(kDepth, made.length - k);
+      const T* piece = made.by_depth.get() + k * ld;
+      multiply_panels<T>(products + i * ld, ld, std::min(kPackedWidth<T>, count - i), count, piece + i * depth, piece, depth,
+                         k > 0);
+    }
+  });
+  for (int64_t k = 0; k < count; ++k) {
+    T* SOAP_OPT_RESTRICT column = made.triangle.get() + k * count;
+    std::fill_n(column, count, T(0));
+    for (int64_t l = 0; l < k; ++l) {
+      const T* SOAP_OPT_RESTRICT other = made.triangle.get() + l * count;
+      for (int64_t i = 0; i <= l; ++i) column[i] += other[i] * products[l * ld + k];
+    }
+    for (int64_t i = 0; i < k; ++i) column[i] *= -taus[k];
+    column[k] = taus[k];
+  }
+  return made;
+}
+
+template <typename T>
+void Reflections<T>::apply(const Reflection<T>& reflection, T* xs, int64_t count, bool back, int64_t skip) {
+  const int64_t w = reflection.count, length = reflection.length, n = length - skip, ld = panels_of<T>(w) * kPackedWidth<T>;
+  // U [w, n] = -T V^T (back: -T^T V^T)
+  const T* triangle = reflection.triangle.get();
+  for (int64_t i = 0; i < w; ++i)
+    for (int64_t k = 0; k < w; ++k) small_[k * w + i] = -(back ? triangle[i * w + k] : triangle[k * w + i]);
+  pack_rows<T>(small_packed_, w, 0, small_, w, w, w);
+  const T* vectors = a_ + reflection.first * ld_ + reflection.first + skip;
+  each((n + kColumns - 1) / kColumns, [&](int64_t unit, const Room& room) {
+    const int64_t j = unit * kColumns, columns = std::min(kColumns, n - j);
+    pack_rows<T>(room.vectors, w, 0, vectors + j, ld_, w, columns);
+    const int64_t stride = padded_row<T>(columns);
+    multiply_panels<T>(room.rows, stride, w, columns, small_packed_, room.vectors, w);
+    pack_rows<T>(turned_ + j * w, w, 0, room.rows, stride, w, columns);
+  });
+  // x^T V, then x^T += (x^T V) U
+  each((count + kRows - 1) / kRows, [&](int64_t unit, const Room& room) {
+    const int64_t rows = std::min(kRows, count - unit * kRows);
+    T* x = xs + unit * kRows * ld_;
+    for (int64_t k = 0; k < length; k += kDepth) {
+      const int64_t depth = std::min(kDepth, length - k);
+      pack_transposed<T>(room.piece, depth, 0, x + k, ld_, depth, rows);
+      multiply_panels<T>(room.product, ld, rows, w, room.piece, reflection.by_depth.get() + k * ld, depth, k > 0);
+    }
+    pack_transposed<T>(room.product_packed, w, 0, room.product, ld, w, rows);
+    multiply_panels<T>(x + skip, ld_, rows, n, room.product_packed, turned_, w, /*add=*/true);
+  });
+}
 
 } // namespace
 

@@ -86,6 +86,22 @@ void wide_product(const T* from, T* to, int64_t before, int64_t after, const T* 
   product_wide<T>(from, to, before, after, {matrix, d}, threads, rooms.get(), room);
 }
 
+// columns [d, d], row stride padded_row(d): row j <- scale times column order[j] of a [d, d]
+template <typename T>
+void sort_columns(const T* a, const std::vector<int64_t>& order, T scale, T* columns) {
+  const int64_t d = order.size(), ld = padded_row<T>(d);
+  constexpr int64_t block = 16;
+  const auto sort = [&](int64_t begin, int64_t end) { // of blocks of a's rows
+    for (int64_t i = begin * block; i < std::min(d, end * block); i += block)
+      for (int64_t j = 0; j < d; ++j)
+        for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * ld + r] = a[r * d + order[j]] * scale;
+  };
+  if (d <= kThreadedSize)
+    sort(0, (d + block - 1) / block);
+  else
+    parallel_for(0, (d + block - 1) / block, 1, sort);
+}
+
 // The power of two that brings `largest` near 1, so that squares of scaled numbers neither vanish nor overflow; 1 for 0.
 template <typename T>
 T power_of_two_scale(T largest) {
@@ -157,18 +173,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   T* q = result.basis.data();
   const T scale = power_of_two_scale(largest_magnitude(product.get(), d * d));
   if (tiles) {
-    const int64_t ld = padded_row<T>(d);
-    const std::unique_ptr<T[]> columns(new T[d * ld]);
-    constexpr int64_t block = 16;
-    const auto arrange = [&](int64_t begin, int64_t end) { // rows, in blocks
-      for (int64_t i = begin * block; i < std::min(d, end * block); i += block)
-        for (int64_t j = 0; j < d; ++j)
-          for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * ld + r] = product[r * d + result.order[j]] * scale;
-    };
-    if (threaded)
-      parallel_for(0, (d + block - 1) / block, 1, arrange);
-    else
-      arrange(0, (d + block - 1) / block);
+    const std::unique_ptr<T[]> columns(new T[d * padded_row<T>(d)]);
+    sort_columns(product.get(), result.order, scale, columns.get());
     householder_q(columns.get(), q, d);
   } else {
     for (int64_t i = 0; i < d; ++i)
