@@ -40,8 +40,8 @@ def tolerance_of(policy: str, refresh_tolerance: float) -> float:
 def unit_flops(numel: int, size: int) -> float:
     """Flops of refreshing one mode of size d of a parameter with ``numel`` elements, from shapes alone.
 
-    P = G Q (2 d^3), R's and Q's reflections (4/3 d^3 each), Q^T Q' (2 d^3), the product that turns m (2 d numel). A nominal count,
-    so that the schedule does not depend on the implementation: the engine makes no Q^T Q' where d^2 > numel.
+    P = G Q (2 d^3), the reflections for R and for Q (4/3 d^3 each), Q^T Q' (2 d^3), the product that turns m (2 d numel). A
+    nominal count, so that the schedule does not depend on the implementation: the engine makes no Q^T Q' where d^2 > numel.
     """
     return (2 + 8 / 3 + 2) * size**3 + 2.0 * size * numel
 
