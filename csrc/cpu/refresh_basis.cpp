@@ -130,8 +130,6 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
   Refresh<T> result;
   result.outcome = Outcome::failed;
   const bool tiles = d > kLoopRefresh, threaded = d > kThreadedSize;
-  std::optional<FlushSubnormals> flush;
-  if (threaded) flush.emplace(); // as in the other threads, so that their number makes no difference
   // A power of two does not change Q'. Without it the Gram's products with Q would vanish or overflow near the ends of T's
   // range.
   const T largest_gram = largest_magnitude(gram, d * d);
@@ -143,6 +141,8 @@ Refresh<T> refresh_basis(const T* gram, const T* basis, int64_t d, double tolera
     for (int64_t i = 0; i < d * d; ++i) scaled[i] = gram[i] * scale;
     gram = scaled.get();
   }
+  std::optional<FlushSubnormals> flush;
+  if (threaded) flush.emplace(); // as in the other threads, so that their number makes no difference
   const std::unique_ptr<T[]> product(new T[d * d + kPackedWidth<T>]);
   std::unique_ptr<T[]> basis_packed, packed;
   std::vector<T> eigenvalues(d, T(0));
