@@ -5,7 +5,6 @@
 #include <memory>
 #include <vector>
 
-#include "refresh_basis.h"
 #include "simd.h"
 #include "tiles.h"
 #include "wide.h"
@@ -86,17 +85,11 @@ namespace {
 // to [d, d] <- from^T, from [d, d] with row stride ld
 template <typename T>
 void transpose(const T* from, int64_t ld, T* to, int64_t d) {
-  constexpr int64_t block = 16;
-  const auto columns = [&](int64_t begin, int64_t end) { // of `from`, in blocks
-    for (int64_t c = begin * block; c < std::min(d, end * block); c += block)
-      for (int64_t r = 0; r < d; r += block)
-        for (int64_t i = c; i < std::min(d, c + block); ++i)
-          for (int64_t j = r; j < std::min(d, r + block); ++j) to[i * d + j] = from[j * ld + i];
-  };
-  if (d <= kThreadedSize)
-    columns(0, (d + block - 1) / block);
-  else
-    parallel_for(0, (d + block - 1) / block, 1, columns);
+  for_each_copied_block(d, [&](int64_t c) { // columns of `from`
+    for (int64_t r = 0; r < d; r += kCopied)
+      for (int64_t i = c; i < std::min(d, c + kCopied); ++i)
+        for (int64_t j = r; j < std::min(d, r + kCopied); ++j) to[i * d + j] = from[j * ld + i];
+  });
 }
 
 // w reflectors as one matrix: H_1 .. H_w = I - V T V^T. The columns of V are rows of the matrix that was decomposed.

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "parallel.h"
+#include "refresh_basis.h"
 #include "tiles.h"
 
 namespace soap_opt {
@@ -69,6 +71,21 @@ struct Reflector {
 template <typename T>
 constexpr int64_t padded_row(int64_t d) {
   return panels_of<T>(d) * kPackedWidth<T>;
+}
+
+constexpr int64_t kCopied = 16; // rows and columns of a block that is copied at once
+
+// function(i) for the rows i = 0, kCopied, 2 kCopied, .. of a matrix [d, d] that is copied in blocks, on all threads if it is large.
+template <typename Function>
+void for_each_copied_block(int64_t d, const Function& function) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) function(block * kCopied);
+  };
+  const int64_t blocks = (d + kCopied - 1) / kCopied;
+  if (d <= kThreadedSize)
+    run(0, blocks);
+  else
+    parallel_for(0, blocks, 1, run);
 }
 
 // q [d, d] row-major <- Q of a = Q R. columns [d, d], row stride padded_row(d), holds a by columns (row j is column j), scaled so

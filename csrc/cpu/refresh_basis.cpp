@@ -90,16 +90,10 @@ void wide_product(const T* from, T* to, int64_t before, int64_t after, const T* 
 template <typename T>
 void sort_columns(const T* a, const std::vector<int64_t>& order, T scale, T* columns) {
   const int64_t d = order.size(), ld = padded_row<T>(d);
-  constexpr int64_t block = 16;
-  const auto sort = [&](int64_t begin, int64_t end) { // of blocks of a's rows
-    for (int64_t i = begin * block; i < std::min(d, end * block); i += block)
-      for (int64_t j = 0; j < d; ++j)
-        for (int64_t r = i; r < std::min(d, i + block); ++r) columns[j * ld + r] = a[r * d + order[j]] * scale;
-  };
-  if (d <= kThreadedSize)
-    sort(0, (d + block - 1) / block);
-  else
-    parallel_for(0, (d + block - 1) / block, 1, sort);
+  for_each_copied_block(d, [&](int64_t i) { // a's rows
+    for (int64_t j = 0; j < d; ++j)
+      for (int64_t r = i; r < std::min(d, i + kCopied); ++r) columns[j * ld + r] = a[r * d + order[j]] * scale;
+  });
 }
 
 // The power of two that brings `largest` near 1, so that squares of scaled numbers neither vanish nor overflow; 1 for 0.
