@@ -13,9 +13,11 @@
 #if defined(__GNUC__)
 #define SOAP_OPT_INLINE inline __attribute__((always_inline))
 #define SOAP_OPT_RESTRICT __restrict__
+#define SOAP_OPT_UNROLL _Pragma("GCC unroll 16") // a short loop, whole
 #else
 #define SOAP_OPT_INLINE inline
 #define SOAP_OPT_RESTRICT
+#define SOAP_OPT_UNROLL
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__) // clang too

@@ -47,43 +47,67 @@ struct Columns { // of a matrix [n, k]; a only
   SOAP_OPT_INLINE int64_t offset(int i) const { return i * ld; }
 };
 
-// to [W, kPanels W] (row stride ld) <- a^T b for a [k, W] and b [k, kPanels W]. Only the first `valid` rows are written.
-template <typename I, int kPanels, Store kStore, typename T, typename A, typename B>
-SOAP_OPT_INLINE void tile(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t k, int valid = kPackedWidth<T>, T keep = 1,
-                          T weight = 1) {
+// Registers that hold sums. Half of them; the rest is for b's row and the loads that the compiler keeps in flight. With AVX2 12
+// of 16.
+template <typename I>
+constexpr int kSums = std::is_same_v<I, Avx2> ? 12 : I::registers / 2;
+
+// Rows [first, first + kRows) of a tile (below). Only those before `valid` are written.
+template <typename I, int kRows, int kPanels, Store kStore, typename T, typename A, typename B>
+SOAP_OPT_INLINE void tile_rows(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t k, int first, int valid, T keep, T weight) {
   using V = Vector<T, I>;
-  constexpr int width = kPackedWidth<T>, lines = width / V::lanes, columns = kPanels * lines;
-  // Half of the registers hold sums; the rest is for b's row and the loads that the compiler keeps in flight.
-  constexpr int rows = std::min(width, I::registers / 2 / columns);
-  for (int first = 0; first < valid; first += rows) {
-    V sums[rows][columns];
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < columns; ++c) sums[r][c].zero();
-    const T *left = a.start + a.offset(first), *right = b.start;
-    for (int64_t l = 0; l < k; ++l, left += a.step(), right += b.step()) {
-      V line[columns];
-      for (int c = 0; c < columns; ++c) line[c].load(right + b.offset(c * V::lanes));
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
-    }
-    for (int r = 0; r < rows && first + r < valid; ++r)
-      for (int c = 0; c < columns; ++c) {
-        T* place = to + (first + r) * ld + c * V::lanes;
-        if constexpr (kStore == Store::add) {
-          V old;
-          old.load(place);
-          sums[r][c].add(old);
-        } else if constexpr (kStore == Store::average) {
-          V old, sum;
-          old.load(place);
-          sum.zero();
-          sum.fma(keep, old);
-          sum.fma(weight, sums[r][c]);
-          sums[r][c] = sum;
-        }
-        sums[r][c].store(place);
-      }
+  constexpr int columns = kPanels * (kPackedWidth<T> / V::lanes);
+  V sums[kRows][columns];
+  SOAP_OPT_UNROLL
+  for (int r = 0; r < kRows; ++r)
+    SOAP_OPT_UNROLL
+    for (int c = 0; c < columns; ++c) sums[r][c].zero();
+  const T *left = a.start + a.offset(first), *right = b.start;
+  for (int64_t l = 0; l < k; ++l, left += a.step(), right += b.step()) {
+    V line[columns];
+    SOAP_OPT_UNROLL
+    for (int c = 0; c < columns; ++c) line[c].load(right + b.offset(c * V::lanes));
+    SOAP_OPT_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      SOAP_OPT_UNROLL
+      for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
   }
+  to += first * ld;
+  SOAP_OPT_UNROLL // or the sums go to memory first
+  for (int r = 0; r < kRows; ++r, to += ld) {
+    if (first + r >= valid) break;
+    SOAP_OPT_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      T* place = to + c * V::lanes;
+      if constexpr (kStore == Store::add) {
+        V old;
+        old.load(place);
+        sums[r][c].add(old);
+      } else if constexpr (kStore == Store::average) {
+        V old, sum;
+        old.load(place);
+        sum.zero();
+        sum.fma(keep, old);
+        sum.fma(weight, sums[r][c]);
+        sums[r][c] = sum;
+      }
+      sums[r][c].store(place);
+    }
+  }
+}
+
+// to [W, kPanels W] (row stride ld) <- a^T b for a [k, W] and b [k, kPanels W], as many rows at a time as there are registers
+// for. Only the first `valid` rows are written.
+template <typename I, int kPanels, Store kStore, typename T, typename A, typename B>
+SOAP_OPT_INLINE void tile(T* to, int64_t ld, A a, B b, int64_t k, int valid = kPackedWidth<T>, T keep = 1, T weight = 1) {
+  constexpr int width = kPackedWidth<T>, columns = kPanels * width / Vector<T, I>::lanes;
+  constexpr int most = std::clamp(kSums<I> / columns, 1, width), parts = (width + most - 1) / most;
+  constexpr int rows = width / parts, larger = width % parts * (rows + 1); // 16 = 6 + 5 + 5
+  int first = 0;
+  for (; first < std::min(larger, valid); first += rows + 1)
+    tile_rows<I, rows + 1, kPanels, kStore>(to, ld, a, b, k, first, valid, keep, weight);
+  for (; first < valid; first += rows)
+    tile_rows<I, rows, kPanels, kStore>(to, ld, a, b, k, first, valid, keep, weight);
 }
 
 // The number of panels of b side by side in a tile. With AVX-512 it is two: 8 x 32 floats take as many registers for sums as
