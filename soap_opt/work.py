@@ -93,7 +93,7 @@ def explained(works: Sequence[Work], describe: Callable[[Tensor], str]) -> Itera
     name, the cause and the remedy."""
     try:
         yield
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         for work in works:
             for param, grad, state, layout in zip(work.params, work.grads, work.states, work.layouts):
                 explanation = misfit_of(param, grad, state, layout, describe(param))

@@ -1,6 +1,8 @@
 """memory_report counts what an optimizer holds, and foretells what it will hold. And the documentation's example runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,10 +116,41 @@ def test_scratch_is_what_is_documented(shape, threads):
 
 
 def test_a_refresh_s_memory_is_told():
-    assert memory_report([torch.zeros(600, 3)]).refresh == 8 * 600 * 600 * 4
+    assert memory_report([torch.zeros(600, 3)]).refresh > 8 * 600 * 600 * 4
     assert memory_report([torch.zeros(100, 3)]).refresh == 8 * 100 * 100 * 4 * torch.get_num_threads()
     assert "while the largest basis is refreshed" in str(memory_report([torch.zeros(100, 3)]))
     assert memory_report([torch.zeros(7)]).refresh == 0
+
+
+PEAK = """
+import re, sys, torch
+from soap_opt import memory_report
+from soap_opt.refresh_operator import refresh_bases_
+
+def highest():  # bytes
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def refreshed(gram, basis):
+    assert refresh_bases_([gram], [basis])[1].item() == 1
+
+size, threads = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+gram, basis = torch.diag(torch.rand(size)) + 1e-4, torch.eye(size)
+refreshed(torch.eye(40), torch.eye(40))
+start = highest()
+refreshed(gram, basis)
+results = 4 * size * size  # the rotation
+print(highest() - start - results, memory_report([torch.zeros(size, 3)]).refresh)
+"""
+
+
+@needs_engine
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+@pytest.mark.parametrize(("size", "threads"), [(513, 16), (1500, 4)])
+def test_a_large_refresh_takes_what_is_told(size, threads):
+    run = subprocess.run([sys.executable, "-c", PEAK, str(size), str(threads)], capture_output=True, text=True, check=True)
+    taken, told = map(int, run.stdout.split())
+    assert told / 4 < taken <= told + 2**22  # (threads' stacks)
 
 
 def test_groups_that_share_names_are_all_counted():

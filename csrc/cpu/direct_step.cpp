@@ -38,10 +38,8 @@ bool is_plain(const at::Tensor& x) {
   return x.is_cpu() && is_empty(x.key_set() - passed);
 }
 
-const at::Tensor& tensor_of(PyObject* object, const char* name) {
-  TORCH_CHECK_TYPE(THPVariable_Check(object), "step_: ", name, " must be a tensor, not ", Py_TYPE(object)->tp_name);
-  return THPVariable_Unpack(object);
-}
+// Whether a tensor, and of no subclass, which may override functions. (torch's Parameter and Buffer do not.)
+bool is_exact(PyObject* object) { return THPVariable_Check(object) && THPVariable_CheckExact(object); }
 
 // The items of a list or tuple, which may change while the step runs without the GIL
 THPObjectPtr tuple_of(PyObject* items, const char* name) {
@@ -58,10 +56,12 @@ class Borrowed {
   Borrowed(PyObject* list, const char* name) : Borrowed(tuple_of(list, name)) { // so that ~Borrowed runs if this throws
     const Py_ssize_t n = PyTuple_GET_SIZE(owner_.get());
     tensors_.reserve(n);
-    for (Py_ssize_t i = 0; i < n; ++i) {
+    for (Py_ssize_t i = 0; i < n && plain_; ++i) {
       PyObject* item = PyTuple_GET_ITEM(owner_.get(), i);
-      tensors_.push_back(Traits::createBorrow(tensor_of(item, name)));
-      plain_ = plain_ && is_plain(tensors_.back()) && THPVariable_CheckExact(item); // (a subclass may override functions)
+      plain_ = is_exact(item); // (the dispatcher's error for what is no tensor is known to SOAP, which says what to do)
+      if (!plain_) return;
+      tensors_.push_back(Traits::createBorrow(THPVariable_Unpack(item)));
+      plain_ = is_plain(tensors_.back());
     }
   }
   Borrowed(const Borrowed&) = delete;
@@ -101,10 +101,11 @@ PyObject* direct_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       refresh_offsets(arguments[6], "refresh_offsets"), state_steps(arguments[7], "state_steps");
   for (const auto* list : {&params, &grads, &exp_avgs, &exp_avg_sqs, &grams, &bases, &refresh_offsets, &state_steps})
     if (!list->plain()) Py_RETURN_NONE;
-  const at::Tensor &table = tensor_of(arguments[8], "layouts"), &scratch = tensor_of(arguments[9], "scratch");
+  const bool scaled = arguments[10] != Py_None;
+  if (!is_exact(arguments[8]) || !is_exact(arguments[9]) || (scaled && !is_exact(arguments[10]))) Py_RETURN_NONE;
+  const at::Tensor &table = THPVariable_Unpack(arguments[8]), &scratch = THPVariable_Unpack(arguments[9]);
   if (!is_plain(table) || !is_plain(scratch)) Py_RETURN_NONE;
-  std::optional<at::Tensor> grad_scale;
-  if (arguments[10] != Py_None) grad_scale = tensor_of(arguments[10], "grad_scale");
+  const auto grad_scale = scaled ? std::optional(THPVariable_Unpack(arguments[10])) : std::nullopt;
   const std::vector<double> lr = numbers_of(arguments[11], "lr"), weight_decay = numbers_of(arguments[12], "weight_decay"),
                             options = numbers_of(arguments[13], "options");
   at::Tensor outcomes;

@@ -6,8 +6,8 @@
 namespace soap_opt {
 
 // step_(params, grads, .., scratch, grad_scale, lr, weight_decay, options): the operator's arguments in its order, every list a
-// Python list. Returns the outcomes, or None, with nothing done, where the call must go through the dispatcher: a tensor is a
-// subclass's or not on the CPU, or a mode or transform wants to see the operator.
+// Python list. Returns the outcomes, or None, with nothing done, where the call must go through the dispatcher: something is
+// not a tensor, of a subclass or not on the CPU, or a mode or transform wants to see the operator.
 PyObject* direct_step(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 } // namespace soap_opt

@@ -335,12 +335,12 @@ at::Tensor step_(at::TensorList params, at::TensorList grads, at::TensorList exp
     for (const Task& task : tasks) {
       int32_t& result = outcome[&task - tasks.data()];
       if (task.layout->numel == 0 || result == kUnusable) continue;
+      bump_versions(task);
       if ((task.parallel || task.refresh_in_parallel) && !task.due.empty()) {
         at::AutoDispatchBelowADInplaceOrView guard;
         const FlushSubnormals flush;
         result = refresh_parallel<scalar_t>(task, scratch.mutable_data_ptr<scalar_t>(), options);
       }
-      bump_versions(task);
     }
   });
   return outcomes;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
 #include <cstring>
@@ -77,6 +78,13 @@ inline void check(const StepLists& lists, const Layouts& layouts) {
                 " parameters, not ", list.size());
 }
 
+// Written tensors of parameter i whose elements share memory (an expanded one) fail here, not when they are written back and
+// others have changed.
+inline void check_writable(const at::Tensor& x, const char* name, int64_t i) {
+  TORCH_CHECK(at::has_internal_overlap(x) != at::MemOverlap::Yes, "step_: elements of ", name, " of parameter ", i,
+              ", of shape ", x.sizes(), " and strides ", x.strides(), ", share memory and cannot be written; clone() it");
+}
+
 // Checks parameter i of the lists, without its matrices.
 inline void check_parameter(const StepLists& lists, const Layout& layout, int64_t i, at::ScalarType dtype) {
   const at::Tensor& param = lists.params[i];
@@ -90,8 +98,12 @@ inline void check_parameter(const StepLists& lists, const Layout& layout, int64_
               " is ", own, ", its state ", dtype);
   TORCH_CHECK(at::isFloatingType(lists.grads[i].scalar_type()), "step_: the gradient of parameter ", i, " is ",
               lists.grads[i].scalar_type());
-  TORCH_CHECK(lists.state_steps[i].scalar_type() == at::kFloat && lists.state_steps[i].numel() == 1,
-              "step_: step of parameter ", i, " must be one float32, not ", lists.state_steps[i].scalar_type());
+  TORCH_CHECK(
+      lists.state_steps[i].scalar_type() == at::kFloat && lists.state_steps[i].numel() == 1 && !lists.state_steps[i].is_neg(),
+      "step_: step of parameter ", i, " must be one float32, no negative view, not ", lists.state_steps[i].scalar_type());
+  check_writable(param, "the values", i);
+  check_writable(lists.exp_avgs[i], "exp_avg", i);
+  check_writable(lists.exp_avg_sqs[i], "exp_avg_sq", i);
 }
 
 // Checks one mode of parameter i: G and Q [d, d], and the refresh offset.
@@ -101,8 +113,11 @@ inline void check_mode(const at::Tensor& param, const at::Tensor& gram, const at
                   gram.size(1) == d && basis.dim() == 2 && basis.size(0) == d && basis.size(1) == d,
               "step_: parameter ", i, " of shape ", param.sizes(), " needs Grams and bases of ", d, " x ", d, ", ", dtype,
               ", but has ", gram.sizes(), " and ", basis.sizes());
-  TORCH_CHECK(offset.scalar_type() == at::kLong && offset.numel() == 1, "step_: the refresh offset of parameter ", i,
-              " must be one int64, not ", offset.sizes(), ", ", offset.scalar_type());
+  TORCH_CHECK(offset.scalar_type() == at::kLong && offset.numel() == 1 && !offset.is_neg(),
+              "step_: the refresh offset of parameter ", i, " must be one int64, no negative view, not ", offset.sizes(), ", ",
+              offset.scalar_type());
+  check_writable(gram, "a Gram", i);
+  check_writable(basis, "a basis", i);
 }
 
 // A task for each parameter, with the modes that are due in this step. lists: checked by check(), and not empty.
@@ -129,6 +144,7 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
     task.lr = lists.lr[lists.lr.size() == 1 ? 0 : i];
     task.keep = 1 - task.lr * lists.weight_decay[lists.weight_decay.size() == 1 ? 0 : i];
     const int64_t t = int64_t(*task.step->const_data_ptr<float>()) + 1;
+    double refreshes = 0; // flops
     for (const ModeGroup& group : layout.mode_groups)
       for (size_t f = 0; f < group.positions.size(); ++f) {
         const int64_t k = group.positions[f], d = group.sizes[f];
@@ -137,10 +153,10 @@ inline std::vector<Task> tasks_of(const StepLists& lists, const Layouts& layouts
         if (options.due(t, *refresh_offset.const_data_ptr<int64_t>())) {
           task.due.push_back(k);
           task.refresh_in_parallel |= d > kThreadedSize;
-          if (!task.refresh_in_parallel)
-            task.cost += 20.0 * d * d * d + 4.0 * layout.numel * d; // (refreshes run at a third to two thirds of gemm's rate)
+          refreshes += 20.0 * d * d * d + 4.0 * layout.numel * d; // (they run at a third to two thirds of gemm's rate)
         }
       }
+    if (!task.refresh_in_parallel) task.cost += refreshes;
     first += layout.modes;
   }
   return tasks;

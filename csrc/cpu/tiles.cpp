@@ -54,27 +54,26 @@ constexpr int kSums = std::is_same_v<I, Avx2> ? 12 : I::registers / 2;
 
 // Rows [first, first + kRows) of a tile (below). Only those before `valid` are written.
 template <typename I, int kRows, int kPanels, Store kStore, typename T, typename A, typename B>
-SOAP_OPT_INLINE void tile_rows(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t k, int first, int valid, T keep, T weight) {
+SOAP_OPT_INLINE void tile_rows(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, int64_t k, int first, int valid, T keep,
+                               T weight) {
   using V = Vector<T, I>;
   constexpr int columns = kPanels * (kPackedWidth<T> / V::lanes);
   V sums[kRows][columns];
   SOAP_OPT_UNROLL
-  for (int r = 0; r < kRows; ++r)
-    SOAP_OPT_UNROLL
-    for (int c = 0; c < columns; ++c) sums[r][c].zero();
+  for (int r = 0; r < kRows; ++r) SOAP_OPT_UNROLL
+  for (int c = 0; c < columns; ++c) sums[r][c].zero();
   const T *left = a.start + a.offset(first), *right = b.start;
   for (int64_t l = 0; l < k; ++l, left += a.step(), right += b.step()) {
     V line[columns];
     SOAP_OPT_UNROLL
     for (int c = 0; c < columns; ++c) line[c].load(right + b.offset(c * V::lanes));
     SOAP_OPT_UNROLL
-    for (int r = 0; r < kRows; ++r)
-      SOAP_OPT_UNROLL
-      for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
+    for (int r = 0; r < kRows; ++r) SOAP_OPT_UNROLL
+    for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
   }
   to += first * ld;
   SOAP_OPT_UNROLL // or the sums go to memory first
-  for (int r = 0; r < kRows; ++r, to += ld) {
+      for (int r = 0; r < kRows; ++r, to += ld) {
     if (first + r >= valid) break;
     SOAP_OPT_UNROLL
     for (int c = 0; c < columns; ++c) {
@@ -106,8 +105,7 @@ SOAP_OPT_INLINE void tile(T* to, int64_t ld, A a, B b, int64_t k, int valid = kP
   int first = 0;
   for (; first < std::min(larger, valid); first += rows + 1)
     tile_rows<I, rows + 1, kPanels, kStore>(to, ld, a, b, k, first, valid, keep, weight);
-  for (; first < valid; first += rows)
-    tile_rows<I, rows, kPanels, kStore>(to, ld, a, b, k, first, valid, keep, weight);
+  for (; first < valid; first += rows) tile_rows<I, rows, kPanels, kStore>(to, ld, a, b, k, first, valid, keep, weight);
 }
 
 // The number of panels of b side by side in a tile. With AVX-512 it is two: 8 x 32 floats take as many registers for sums as

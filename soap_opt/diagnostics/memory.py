@@ -23,7 +23,8 @@ from ..soap import SOAP
 from ..state import refresh_offsets
 from .table import named_parameters
 
-# One core refreshes a basis of up to this size (csrc/cpu/refresh_basis.h, kThreadedSize)
+# One core refreshes a basis of up to this size (csrc/cpu/refresh_basis.h, kThreadedSize). Larger ones have room for each thread
+# (csrc/cpu/wide.h, wide_room, which is more than csrc/cpu/householder.cpp's).
 THREADED_SIZE = 512
 
 KINDS = ("exp_avg", "exp_avg_sq", "gram", "basis", "other")
@@ -46,8 +47,8 @@ class MemoryReport:
             all bases.
         skipped_steps, skipped_refreshes: of an optimizer, how often a gradient was not usable, and how often a basis could not
             be refreshed.
-        refresh: bytes that the refresh of the largest basis takes for its time, at most: 8 d^2 elements, on the CPU for each
-            core where d <= 512.
+        refresh: bytes that the refresh of the largest basis takes for its time, at most: 8 d^2 elements; on the CPU for each
+            core where d <= 512, else 272 d + 143616 more for each core.
     """
 
     by_parameter: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -136,6 +137,15 @@ def memory_report(
     return _report([group], {}, None)
 
 
+def refresh_numel(size: int, device_type: str) -> int:
+    """Elements that the refresh of a basis [size, size], and of those of its size beside it, takes for its time, at most."""
+    whole = 8 * size * size
+    if device_type != "cpu":
+        return whole
+    threads = torch.get_num_threads()
+    return whole * threads if size <= THREADED_SIZE else whole + threads * (272 * size + 143_616)
+
+
 def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, list[int]] | None) -> MemoryReport:
     """The report. offsets: the refresh offsets of each parameter's modes; None balances them over the one group."""
     report = MemoryReport()
@@ -150,8 +160,7 @@ def _report(groups: list[dict[str, Any]], states: Any, offsets: dict[Tensor, lis
             layout = layout_of(tuple(param.shape), memory_order(param), **{name: group[name] for name in SHAPING})
             layouts.setdefault(state_dtype(param), []).append(layout)
             for size in layout.sizes:
-                cores = torch.get_num_threads() if param.device.type == "cpu" and size <= THREADED_SIZE else 1
-                report.refresh = max(report.refresh, 8 * size * size * state_dtype(param).itemsize * cores)
+                report.refresh = max(report.refresh, refresh_numel(size, param.device.type) * state_dtype(param).itemsize)
             state = states.get(param)
             if state:
                 for key, value in state.items():

@@ -114,6 +114,12 @@ STEP_ERRORS = {
     "scratch too small": ("scratch", lambda x: x[:-1]),
     "scratch of another dtype": ("scratch", torch.Tensor.double),
     "scratch with gaps": ("scratch", lambda x: x.repeat_interleave(2)[::2]),
+    "a step that is a negative view": ("state_steps", replaced(torch._neg_view)),
+    "an offset that is a negative view": ("refresh_offsets", replaced(torch._neg_view)),
+    **{
+        f"{key} whose elements share memory": (key, replaced(lambda x: x[:1].expand_as(x)))
+        for key in ("params", "exp_avgs", "exp_avg_sqs", "grams", "bases")
+    },
     "moments of bfloat16": ("exp_avgs", lambda values: [x.bfloat16() for x in values]),
 }
 
@@ -134,6 +140,10 @@ def test_step_names_the_parameter_that_does_not_fit():
     arguments = step_arguments()
     arguments["exp_avgs"][1] = arguments["exp_avgs"][1][:-1]
     with pytest.raises(RuntimeError, match=r"parameter 1 of shape \[6, 4, 3, 3\]"):
+        call_step(arguments)
+    arguments = step_arguments()
+    arguments["bases"][-1] = arguments["bases"][-1][:1].expand_as(arguments["bases"][-1])
+    with pytest.raises(RuntimeError, match=r"step_: elements of a basis of parameter \d+, .* share memory.*; clone\(\) it"):
         call_step(arguments)
     arguments = step_arguments()
     with pytest.raises(RuntimeError, match="scratch must be contiguous, Float, of at least"):
