@@ -13,7 +13,7 @@
 #if defined(__GNUC__)
 #define SOAP_OPT_INLINE inline __attribute__((always_inline))
 #define SOAP_OPT_RESTRICT __restrict__
-#define SOAP_OPT_UNROLL _Pragma("GCC unroll 16") // a short loop, whole
+#define SOAP_OPT_UNROLL _Pragma("GCC unroll 16") // the whole of a short loop
 #else
 #define SOAP_OPT_INLINE inline
 #define SOAP_OPT_RESTRICT

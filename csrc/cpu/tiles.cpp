@@ -2,6 +2,7 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -59,21 +60,19 @@ SOAP_OPT_INLINE void tile_rows(T* SOAP_OPT_RESTRICT to, int64_t ld, A a, B b, in
   using V = Vector<T, I>;
   constexpr int columns = kPanels * (kPackedWidth<T> / V::lanes);
   V sums[kRows][columns];
-  SOAP_OPT_UNROLL
-  for (int r = 0; r < kRows; ++r) SOAP_OPT_UNROLL
-  for (int c = 0; c < columns; ++c) sums[r][c].zero();
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < columns; ++c) sums[r][c].zero();
   const T *left = a.start + a.offset(first), *right = b.start;
   for (int64_t l = 0; l < k; ++l, left += a.step(), right += b.step()) {
     V line[columns];
-    SOAP_OPT_UNROLL
     for (int c = 0; c < columns; ++c) line[c].load(right + b.offset(c * V::lanes));
-    SOAP_OPT_UNROLL
-    for (int r = 0; r < kRows; ++r) SOAP_OPT_UNROLL
-    for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < columns; ++c) sums[r][c].fma(left[a.offset(r)], line[c]);
   }
   to += first * ld;
-  SOAP_OPT_UNROLL // or the sums go to memory first
-      for (int r = 0; r < kRows; ++r, to += ld) {
+  // Left to itself, GCC may keep these loops, for which the sums would have to be in memory
+  SOAP_OPT_UNROLL
+  for (int r = 0; r < kRows; ++r, to += ld) {
     if (first + r >= valid) break;
     SOAP_OPT_UNROLL
     for (int c = 0; c < columns; ++c) {
