@@ -30,11 +30,15 @@ KINDS = {
     ("GenuineIntel", 6, 173): "granite-rapids",
 }
 NAMES = {
+    "zen3": "AMD EPYC (Zen 3)",
     "zen4": "AMD EPYC (Zen 4)",
     "zen5": "AMD EPYC (Zen 5)",
     "sapphire-rapids": "Intel Xeon (Sapphire Rapids)",
     "emerald-rapids": "Intel Xeon (Emerald Rapids)",
 }
+
+SHARED = 0.7  # of threads x one thread's rate: below it two threads share a core, or another process takes one of them
+TURBO = 1.25  # a virtual machine states the nominal clock; a core runs at 1 to 1.5 times that
 
 
 @lru_cache(maxsize=1)
@@ -84,12 +88,17 @@ def describe() -> str:
     parts = [
         f"{found.get('brand_raw', platform.processor() or platform.machine())} ({kind()})",
         ", ".join(sets) or "no AVX2",
-        f"float32 products {one:.0f} GF/s with one thread, {many / one:.2f} times that with {threads}",
+        f"float32 products {one:.0f} GF/s with one thread, {many / one:.2f} times that with {threads}"
+        + (" (they share a core, or something else runs)" if many < SHARED * threads * one else ""),
         f"bfloat16 {low[0]:.0f} GF/s, {low[1] / low[0]:.2f} times",
     ]
     if clock := float(found.get("hz_actual", (0, 0))[0]):
         lanes = 16 if "avx512f" in flags else 8
-        parts.append(f"{one * 1e9 / (2 * lanes * clock):.2f} multiplications of {lanes} lanes a cycle of {clock / 1e9:.1f} GHz")
+        rate = one * 1e9 / (2 * lanes * clock)
+        parts.append(
+            f"about {max(1, round(rate / TURBO))} FMA units: {rate:.2f} multiplications of {lanes} lanes a cycle of "
+            f"{clock / 1e9:.1f} GHz, which a virtual machine may state too low"
+        )
     return "; ".join(parts)
 
 

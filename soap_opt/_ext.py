@@ -40,6 +40,8 @@ def _load() -> str | None:
     wanted, running = (version.split("+")[0].rsplit(".", 1)[0] for version in (built_with, torch.__version__))
     if wanted != running:
         return f"soap_opt._C was built with torch {built_with}, this is {torch.__version__}; reinstall soap_opt"
+    if not hasattr(compiled_part(), "step_"):  # (built in place, and the sources have gone on)
+        return "soap_opt._C was built from an older soap_opt; reinstall soap_opt"
     _register_fakes()
     return None
 

@@ -69,8 +69,8 @@ struct Cut {
   int64_t chunk() const { return slab * count; }
 };
 
-// Whether a product with a packed matrix, without a sink, puts several slabs [D, B] of [A, D, B] side by side. It writes nothing
-// after its result's end then. (step.cpp counts on that where threads write neighbouring slabs.)
+// Whether a product with a packed matrix, without a sink, puts several slabs [D, B] of [A, D, B] side by side. It writes
+// nothing after its result's end then. (step.cpp counts on that where threads write neighbouring slabs.)
 inline bool side_by_side(int64_t after) { return after > 1 && after < kColumns / 2; }
 
 // Elements of room that product() needs for a group of this width.
@@ -88,8 +88,8 @@ void fetch_rows(const T* x, int64_t ld, int64_t rows, int64_t n) {
 #endif
 }
 
-// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, and `to` has kPackedWidth elements to spare, or the slabs
-// are side_by_side().
+// to <- from x_g M, both [A, D, B]; `to` and `from` are different buffers, and `to` has kPackedWidth elements to spare, or the
+// slabs are side_by_side().
 // sink(offset, values, n), where given, takes the result in runs, and `to` is not used: for a packed M, and A = 1 < B.
 // sink.fetch(offset, ld, rows, n) announces runs.
 struct NoSink {

@@ -30,8 +30,8 @@ SOAP_OPT_INLINE T dot(const T* SOAP_OPT_RESTRICT x, const T* SOAP_OPT_RESTRICT y
   return total;
 }
 
-// Rows [first, first + count) of a [d, d], row stride ld, become reflectors v_k, H_k = I - tau_k v_k v_k^T. The entries of v_k are written from
-// `first` on: 0 up to the diagonal, 1 on it. noise [d]: noise_of_column of each row. taus [count].
+// Rows [first, first + count) of a [d, d], row stride ld, become reflectors v_k, H_k = I - tau_k v_k v_k^T. The entries of v_k
+// are written from `first` on: 0 up to the diagonal, 1 on it. noise [d]: noise_of_column of each row. taus [count].
 template <typename I, typename T>
 SOAP_OPT_INLINE void reflect_rows_body(T* a, int64_t ld, int64_t d, int64_t first, int64_t count, const T* noise, T* taus) {
   for (int64_t k = first; k < first + count; ++k) {
@@ -150,8 +150,8 @@ class Reflections {
   // Makes reflectors of a's rows [first, first + count).
   Reflection<T> factor(int64_t first, int64_t count);
 
-  // x <- H^T x (back: H x) for columns x [length], which are rows of xs [count, length] with a's row stride. Only their elements
-  // from `skip` on are written, and elements after their end that fill a panel.
+  // x <- H^T x (back: H x) for columns x [length], which are rows of xs [count, length] with a's row stride. Only their
+  // elements from `skip` on are written, and elements after their end that fill a panel.
   void apply(const Reflection<T>& reflection, T* xs, int64_t count, bool back, int64_t skip);
 
  private:

@@ -75,7 +75,8 @@ constexpr int64_t padded_row(int64_t d) {
 
 constexpr int64_t kCopied = 16; // rows and columns of a block that is copied at once
 
-// function(i) for the rows i = 0, kCopied, 2 kCopied, .. of a matrix [d, d] that is copied in blocks, on all threads if it is large.
+// function(i) for the rows i = 0, kCopied, 2 kCopied, .. of a matrix [d, d] that is copied in blocks, on all threads if it is
+// large.
 template <typename Function>
 void for_each_copied_block(int64_t d, const Function& function) {
   const auto run = [&](int64_t begin, int64_t end) {
@@ -88,8 +89,8 @@ void for_each_copied_block(int64_t d, const Function& function) {
     parallel_for(0, blocks, 1, run);
 }
 
-// q [d, d] row-major <- Q of a = Q R. columns [d, d], row stride padded_row(d), holds a by columns (row j is column j), scaled so
-// that squares of its largest entry do not overflow, and is overwritten.
+// q [d, d] row-major <- Q of a = Q R. columns [d, d], row stride padded_row(d), holds a by columns (row j is column j), scaled
+// so that squares of its largest entry do not overflow, and is overwritten.
 template <typename T>
 void householder_q(T* columns, T* q, int64_t d);
 

@@ -38,8 +38,8 @@ inline bool turned_by_rotation(const Layout& layout, const ModeGroup& group) {
 }
 
 // Step 6 for the due modes of one parameter: v permuted, m turned, Q replaced. m, v: arranged, contiguous.
-// turn(Turn): m <- m x_g its factors. buffer [numel]. Allocations, which may fail, come before the first write. Returns the number
-// of modes that failed and stay as they were.
+// turn(Turn): m <- m x_g its factors. buffer [numel]. Allocations, which may fail, come before the first write. Returns the
+// number of modes that failed and stay as they were.
 template <typename T, typename Function>
 int32_t refresh_modes(const Task& task, const Matrices<T>& matrices, T* v, T* buffer, const Options& options,
                       const Function& turn) {

@@ -118,8 +118,8 @@ int32_t refresh_parallel(const Task& task, T* buffer, const Options& options) {
   return failed;
 }
 
-// What one core multiplies a parameter with: for each group its matrix, forward and back, packed where the products go by tiles,
-// and the A and B of [A, D, B]. Groups that are not preconditioned have no data.
+// What one core multiplies a parameter with: for each group its matrix, forward and back, packed where the products go by
+// tiles, and the A and B of [A, D, B]. Groups that are not preconditioned have no data.
 template <typename T>
 struct GroupFactors {
   c10::SmallVector<Factor<T>, 4> forward, back;

@@ -48,8 +48,9 @@ struct Columns { // of a matrix [n, k]; a only
   SOAP_OPT_INLINE int64_t offset(int i) const { return i * ld; }
 };
 
-// Registers that hold sums. Half of them; the rest is for b's row and the loads that the compiler keeps in flight. With AVX2 12
-// of 16.
+// Registers that hold sums: half of them; the rest is for b's row and the loads that the compiler keeps in flight. With AVX2 12
+// of 16, tiles of 6 x 16: eight sums are no more than two units with four cycles of latency need, and 6 x 16 is 8 loads for 12
+// multiplications where 4 x 16 is 6 for 8 (k = 512, one Zen 3 core: 101 against 94 GF/s).
 template <typename I>
 constexpr int kSums = std::is_same_v<I, Avx2> ? 12 : I::registers / 2;
 
@@ -266,8 +267,8 @@ SOAP_OPT_INLINE void pack_transposed_body(T* panels, int64_t k, int64_t first, c
   }
 }
 
-// The number of rows [length] of a slab [k, length] from whose every element a whole line can be read, or written, inside of the
-// slab.
+// The number of rows [length] of a slab [k, length] from whose every element a whole line can be read, or written, inside of
+// the slab.
 template <typename T>
 int64_t whole_lines(int64_t k, int64_t length) {
   return std::max<int64_t>(0, k - (kPackedWidth<T> + length - 1) / length);

@@ -10,9 +10,9 @@ constexpr int kWarpShared = kWarpLimit * kWarpLimit + 3 * kWarpLimit;
 
 constexpr int kWarpThreads = 128; // four matrices a block
 
-// Global memory -> rows [D, D], a column for each lane, padded with zeros; returns the lane's largest magnitude. The loop is not
-// fully unrolled. Loops between global memory and registers would be, and the 32 addresses that the first and the last loop of
-// a refresh share would cost as many registers throughout.
+// Global memory -> rows [D, D], a column for each lane, padded with zeros; returns the lane's largest magnitude. The loop is
+// not fully unrolled. Loops between global memory and registers would be, and the 32 addresses that the first and the last loop
+// of a refresh share would cost as many registers throughout.
 template <int D>
 __device__ __forceinline__ float fetch_rows_in_warp(const float* from, int d, float* rows) {
   const int lane = threadIdx.x % kWarp;

@@ -138,7 +138,7 @@ def test_refresh_has_the_same_bits_with_any_number_of_threads(dtype):
     sizes = [*SIZES, *LARGE]
     kinds = [full_rank, GRAMS["dead channels"], GRAMS["half the rank"]]
     grams = [kinds[i % 3](d).to(dtype) for i, d in enumerate(sizes)]
-    grams[-1] *= 1e-37  # some of its numbers are subnormal
+    grams[-1] *= 1e-37  # some of its numbers are subnormal in float32
     bases = [random_basis(d, dtype) for d in sizes]
     results = []
     for threads in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""soap_opt::refresh_basis_ and init_basis: LAPACK's on the CPU, the CUDA one on fibers and (where there is a GPU) on it.
+"""soap_opt::refresh_basis_ and init_basis: the engine's on the CPU, the CUDA one on fibers and (where there is a GPU) on it.
 
 On fibers everything of csrc/cuda runs that does not need a GPU: which matrix goes to which kernel, the kernels, and the blocked
 QR with its panels; ATen's products are the CPU's.

@@ -1,4 +1,4 @@
-"""Whole steps whose refreshes go through the compiled operator: LAPACK's, and the CUDA one on fibers."""
+"""Whole steps whose refreshes go through the compiled operator: the engine's, and the CUDA one on fibers."""
 
 import pytest
 import torch

@@ -139,7 +139,7 @@ def test_other_values_that_the_user_put_in_take_effect():
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])  # 2,100 rows are nine pieces: a number that two threads cannot share evenly
 def test_lockstep_of_parameters_that_have_all_threads(threads):
-    """Above 2^21 elements: stages over the whole tensor, products in BLAS. Rotating ones, ones with a mode that is left
+    """Above 2^21 elements: stages over the whole tensor. Rotating ones, ones with a mode that is left
     out, Kronecker pairs in the middle and at the end, one of 2^21 elements to the element below them."""
     shapes = [(300, 280, 5, 5), (40, 5, 5, 2100), (1500, 1400), (128, 129, 128), (1024, 2048)]
     lockstep(shapes[:2], steps=3, threads=threads, max_precond_dim=300, refresh="together")
