@@ -51,7 +51,7 @@ def steps(folder: Path) -> Figure:
         axis.set_title(f"{rows[0]['model']}\n{_millions(rows[0]['parameters'])}", fontsize=10)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
-    figure.suptitle(f"One optimizer step on the CPU, median (shorter is better); {_machine(next(iter(data.values())))}")
+    figure.suptitle(f"One optimizer step on the CPU, median (shorter is better); {_machine(folder, next(iter(data.values())))}")
     return figure
 
 
@@ -75,8 +75,8 @@ def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M parameters" if parameters >= 1e6 else f"{parameters:,} parameters"
 
 
-def _machine(rows: list[Row]) -> str:
-    return f"{rows[0]['device']}, {rows[0]['threads']} threads, float32"
+def _machine(folder: Path, rows: list[Row]) -> str:
+    return f"{processor.name_of(folder.name)}, {rows[0]['threads']} threads, float32"
 
 
 def growth(folder: Path) -> Figure:
