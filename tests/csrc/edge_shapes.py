@@ -80,7 +80,7 @@ def check_every_shape():
 def check_instruction_sets(small, limit):
     sets = ["default", "avx2", "avx512"]
     for level in (2, 1, 0):
-        if level > sets.index(soap_opt._C.cpu_capability):
+        if level > sets.index(soap_opt._C.cpu_capability):  # (the tiles of AVX-512 run everywhere, see sanitize.py)
             done(f"NOT RUN: this processor has no {sets[level]}")
             continue
         limit.value = level
