@@ -11,7 +11,7 @@ from pathlib import Path
 from . import processor
 from .contest import WARMUP
 from .models import LIC_MODELS
-from .results import RESULTS, Row, read, read_nested, table
+from .results import Row, read, read_nested, table
 from .steps import file_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -49,9 +49,8 @@ class Target:
     files: tuple[str, ...]
     value: Callable[[Result], float | None]
     at_most: bool = False
-    by_kind: Mapping[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # of processor, where it is asked for something else
+    # For kinds of processor of which something else is asked
+    by_kind: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def bounds(self, kind: str) -> tuple[float, float]:
         return self.by_kind.get(kind, (self.least, self.stretch))
@@ -199,9 +198,9 @@ def judged(target: Target, file: str, folder: Path) -> Row:
     return {"file": file, "value": None if value is None else float(f"{value:.3g}"), "verdict": verdict}
 
 
-def bounds(target: Target, folder: Path) -> Row:
+def bounds(target: Target, kind: str) -> Row:
     sign = "<=" if target.at_most else ">="
-    least, stretch = target.bounds(folder.name)
+    least, stretch = target.bounds(kind)
     return {"at least": f"{sign} {least:g}", "stretch": f"{sign} {stretch:g}"}
 
 
@@ -211,7 +210,7 @@ def rows(folder: Path) -> list[Row]:
     for target in TARGETS:
         for file in target.files:
             found = judged(target, file, folder)
-            row = {"target": target.what, "value": found["value"], **bounds(target, folder), "": found["verdict"]}
+            row = {"target": target.what, "value": found["value"], **bounds(target, folder.name), "": found["verdict"]}
             result.append({**row, "data": f"bench/results/{folder.name}/{file}.csv"})
     return [*result, {**EQUALITY, "data": str(EQUALITY_TEST)}]
 
@@ -230,12 +229,18 @@ def summary(folder: Path) -> list[Row]:
         verdicts = [row["verdict"] for row in found if row["value"] is not None]
         order = ("MISSED", "pass", "stretch")
         worst = min(verdicts, key=lambda text: next(i for i, start in enumerate(order) if text.startswith(start)), default="")
-        missing = (
-            "not measured" if not worst else f"{len(found) - len(verdicts)} not measured" if len(verdicts) < len(found) else ""
-        )
-        verdict = ", ".join(filter(None, [worst, missing]))
+        missing = len(found) - len(verdicts)
+        verdict = worst or "not measured"
+        if worst and missing:
+            verdict += f", {missing} not measured"
         command = f"`python -m bench {target.files[0].partition('_')[0]}`"
-        row = {"target": target.what, **bounds(target, folder), "measured": ", ".join(values), "": verdict, "command": command}
+        row = {
+            "target": target.what,
+            **bounds(target, folder.name),
+            "measured": ", ".join(values),
+            "": verdict,
+            "command": command,
+        }
         result.append(row)
     test = {"measured": f"[{EQUALITY_TEST.name}](../{EQUALITY_TEST})", "command": f"`pytest {EQUALITY_TEST}`"}
     return [*result, {**EQUALITY, **test}]
@@ -247,7 +252,7 @@ def every(tables: Callable[[Path], list[Row]]) -> str:
     parts = [f"**{processor.name_of(folder.name)}**\n\n{table(tables(folder))}" for folder in measured]
     for kind in ASKED_OF:
         if all(folder.name != kind for folder in measured):
-            asked = [{"target": t.what, **bounds(t, RESULTS / kind)} for t in TARGETS if kind in t.by_kind]
+            asked = [{"target": t.what, **bounds(t, kind)} for t in TARGETS if kind in t.by_kind]
             parts.append(f"**{processor.name_of(kind)}**: not measured. Asked there, where it differs:\n\n{table(asked)}")
     return "\n\n".join(parts)
 

@@ -178,7 +178,7 @@ LISTS = ["params", "grads", "exp_avgs", "exp_avg_sqs", "grams", "bases", "refres
 @pytest.mark.parametrize("name", [*LISTS, "layouts", "scratch", "grad_scale"])
 @pytest.mark.parametrize(
     "change",
-    [lambda x: x.as_subclass(Wrapped), lambda x: x.as_subclass(Named), lambda x: None if x is None else 2.0],
+    [lambda x: x.as_subclass(Wrapped), lambda x: x.as_subclass(Named), lambda x: 2.0],
     ids=["wrapped", "named", "no tensor"],
 )
 def test_what_is_not_a_plain_tensor_is_left_to_the_dispatcher(name, change):
